@@ -1,0 +1,99 @@
+"""The nouns that all of ``transfer`` shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+SpanArray: TypeAlias = NDArray[np.uint64]
+"""Spans of memory: shape ``[n, 2]``, C-contiguous, columns ``(address, length)`` in bytes.
+
+This is also the memory layout of ``struct iovec`` on 64-bit Linux, so that an array can be
+handed to ``readv``/``writev`` as it is.
+"""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PeerId:
+    """One worker: the vLLM engine it belongs to and its tensor-parallel rank."""
+
+    engine_id: str
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.engine_id}/{self.rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """What one worker publishes about itself. Written under a lease, watched by all.
+
+    Attributes:
+        incarnation: uuid of this start of the engine; a restart has another one. Empty when the
+            source cannot know it (static discovery); the handshake then tells it.
+        addresses: ``tcp://host:port`` and the like.
+        layout_hash: what must agree for bytes to mean the same on both sides; empty as above.
+        started_at_s: Unix time.
+    """
+
+    peer: PeerId
+    incarnation: str
+    role: str
+    tp_size: int
+    addresses: tuple[str, ...]
+    layout_hash: str
+    started_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Proof that a reader may read one hand-off of one owner.
+
+    Attributes:
+        handoff_id: uuid, 32 hex digits.
+        incarnation: the owner's start that made the offer.
+        fence: number never reused within that incarnation.
+        token: 32 hex digits, secret between owner and ticket holder.
+        reader: names this read among the ``readers`` that the offer admits; a repeated release
+            by the same reader counts once.
+    """
+
+    handoff_id: str
+    incarnation: str
+    fence: int
+    token: str
+    reader: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerInfo:
+    """What an owner says of itself in the handshake.
+
+    Attributes:
+        layout: opaque to the engine; the layer above describes its memory in it.
+    """
+
+    peer: PeerId
+    incarnation: str
+    layout_hash: str
+    layout: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """Where bytes go and come from: row i of ``local`` receives row i of ``remote``.
+
+    Both arrays have the same shape ``[n, 2]`` and equal lengths row by row.
+    """
+
+    local: SpanArray
+    remote: SpanArray
+
+
+Planner: TypeAlias = Callable[[PeerInfo], ReadPlan]
+"""Makes the plan once the peer's layout is known. Called on an engine thread; may raise
+:class:`~transfer.errors.LayoutMismatch`."""
