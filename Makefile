@@ -1,0 +1,78 @@
+# `make` or `make help` lists the targets. Everything a target needs is set up on the way.
+#
+# Variables:
+#   PYTHON       the interpreter that the virtual environment is made from (3.11)
+#   TORCH_INDEX  address of an extra package index for pip. The CPU set pins torch's CPU build
+#                ("+cpu"), which the general index does not carry: unless your pip is already
+#                configured with a local wheel of it, name PyTorch's CPU wheel index here, once:
+#                make setup TORCH_INDEX=...
+#   CONFIG, PORT what `make serve` runs, and where
+#   PYTEST_ARGS  more arguments for pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH_INDEX ?=
+CONFIG ?= config.yaml
+PORT ?= 8000
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.baton-setup
+# Empty for root and where sudo is missing: apt then says itself what it lacks.
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+CODE := serve_app deployments transfer tests requirements
+
+.PHONY: help setup serve test check format model lock clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## Make the virtual environment and install the pinned dependencies
+
+# Debian splits ensurepip off into python3-venv; only then is apt asked.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y python3-venv; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): requirements/cpu.lock pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.lock \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  || { echo "If torch's CPU build was not found: see TORCH_INDEX at the top of the Makefile" >&2; \
+	       exit 1; }
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+model: $(STAMP) ## Fetch and convert the demo model (once)
+	@$(BIN)/baton model
+
+serve: model ## Set everything up, start etcd, Ray and the demo, and serve until Ctrl-C
+	@exec $(BIN)/baton up $(CONFIG) --port $(PORT)
+
+test: model ## Run every test but those marked slow
+	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+check: $(STAMP) ## Lint, formatting, types, spelling, import direction
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	git ls-files -z | xargs -0 $(BIN)/codespell
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Rewrite the code in the house format
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+lock: $(STAMP) ## Resolve the dependencies anew and rewrite requirements/cpu.lock
+	$(BIN)/python requirements/lock.py
+
+clean: ## Remove the virtual environment and caches (the demo model stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The prefill and decode replicas, and the hand-off between them."""

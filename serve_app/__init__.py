@@ -1,0 +1,1 @@
+"""The application: configuration, ingress and router, and the `baton` command."""
