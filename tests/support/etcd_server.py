@@ -1,0 +1,165 @@
+"""A real etcd for a test: own ports, own data, gone with the test."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from serve_app.etcd_binary import find_etcd
+
+START_TIMEOUT_S = 15.0
+
+# Runs etcd in its own place, killed by the kernel if the test process dies (PR_SET_PDEATHSIG is 1
+# and survives the exec). Safer than preexec_fn, which runs Python between fork and exec.
+_WRAPPER = """
+import ctypes, os, sys
+ctypes.CDLL(None, use_errno=True).prctl(1, 9)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent is gone")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class EtcdServer:
+    """One etcd member on loopback; a context manager.
+
+    Start it from a thread that lives as long as the server should: the kernel kills etcd when
+    the thread that started it ends.
+
+    Raises:
+        RuntimeError: it did not come up; carries the end of its log.
+    """
+
+    def __init__(self, *extra_arguments: str) -> None:
+        self._extra_arguments = extra_arguments
+        self._folder = Path(tempfile.mkdtemp(prefix="baton-etcd-"))
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ports = _free_ports(2)
+
+    def __repr__(self) -> str:
+        return f"<EtcdServer {self.endpoint}>"
+
+    def __enter__(self) -> Self:
+        for attempt in range(3):
+            try:
+                self.start()
+            except RuntimeError:
+                # Somebody else may have taken a port in between; what it left is of no use.
+                if attempt == 2:
+                    self.stop()
+                    raise
+                self.kill()
+                self._ports = _free_ports(2)
+                shutil.rmtree(self._folder / "data", ignore_errors=True)
+            else:
+                break
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def endpoint(self) -> str:
+        """``host:port`` for clients."""
+        return f"127.0.0.1:{self._ports[0]}"
+
+    def start(self) -> None:
+        """Start on the same data and ports as before; returns when it answers."""
+        client, peer = (f"http://127.0.0.1:{port}" for port in self._ports)
+        command = [
+            *(sys.executable, "-I", "-S", "-c", _WRAPPER, str(os.getpid()), str(find_etcd())),
+            *("--name", "test", "--data-dir", str(self._folder / "data")),
+            *("--listen-client-urls", client, "--advertise-client-urls", client),
+            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+            *("--initial-cluster", f"test={peer}", "--unsafe-no-fsync", "--log-level", "warn"),
+            *self._extra_arguments,
+        ]
+        with open(self._folder / "log", "ab") as output:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline_s:
+                log = (self._folder / "log").read_text(errors="replace")[-2000:]
+                self.kill()
+                raise RuntimeError(f"etcd did not start:\n{log}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End it and delete its data. Idempotent."""
+        if self._process is not None and self._process.poll() is None:
+            self.resume()
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+        self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def kill(self) -> None:
+        """SIGKILL; the data stays."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def restart(self) -> None:
+        """Kill it and start it on the same data and ports."""
+        self.kill()
+        self.start()
+
+    def wipe(self) -> None:
+        """Kill it and start it on the same ports with nothing in it."""
+        self.kill()
+        shutil.rmtree(self._folder / "data")
+        self.start()
+
+    def pause(self) -> None:
+        """SIGSTOP: connections stay open, nothing answers."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is None:
+            raise RuntimeError("etcd is not running")
+        self._process.send_signal(number)
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self._ports[0], timeout=1)
+        try:
+            connection.request("GET", "/health")
+            return b"true" in connection.getresponse().read()
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
