@@ -1,1 +1,1 @@
-"""The prefill and decode replicas, and the hand-off between them."""
+"""The Ray Serve deployments: prefill and decode servers, and what hands a request between them."""

@@ -25,6 +25,7 @@ __all__ = [
     "PeerEvent",
     "PeerEventKind",
     "StaticDiscovery",
+    "check_discovery",
     "make_discovery",
     "parse_endpoints",
 ]
@@ -57,7 +58,25 @@ def make_discovery(config: Mapping[str, Any]) -> Discovery:
     return kinds[kind]({key: value for key, value in config.items() if key != "kind"})
 
 
+def check_discovery(config: Mapping[str, Any]) -> None:
+    """Check a configuration as :func:`make_discovery` does, without connecting to anything.
+
+    Raises:
+        ConfigurationError: as :func:`make_discovery`.
+    """
+    if config.get("kind") == "etcd":
+        _etcd_settings({key: value for key, value in config.items() if key != "kind"})
+    else:
+        make_discovery(config).close()
+
+
 def _make_etcd(config: Mapping[str, Any]) -> Discovery:
+    settings = _etcd_settings(config)
+    etcd = importlib.import_module("transfer.discovery.etcd")
+    return cast(Discovery, etcd.EtcdDiscovery(settings))
+
+
+def _etcd_settings(config: Mapping[str, Any]) -> EtcdSettings:
     _refuse_unknown(config, _ETCD_KEYS, "discovery of kind etcd")
     endpoints = config.get("endpoints", ())
     if not isinstance(endpoints, str | list | tuple):
@@ -65,9 +84,7 @@ def _make_etcd(config: Mapping[str, Any]) -> Discovery:
     for key in _ETCD_TEXTS:
         if not isinstance(config.get(key, ""), str):
             raise _bad(f"{key} of discovery is not a string")
-    settings = EtcdSettings(**{**config, "endpoints": endpoints})
-    etcd = importlib.import_module("transfer.discovery.etcd")
-    return cast(Discovery, etcd.EtcdDiscovery(settings))
+    return EtcdSettings(**{**config, "endpoints": endpoints})
 
 
 def _make_static(config: Mapping[str, Any]) -> Discovery:

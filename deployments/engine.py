@@ -1,0 +1,153 @@
+"""Ray's vLLM engine, with what a hand-off needs of it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
+from ray.llm._internal.serve.core.protocol import RawRequestInfo
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse as VLLMErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
+from vllm.exceptions import VLLMClientError
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """What a prefill left behind: a ticket for every prompt, or the reason why not."""
+
+    tickets: tuple[dict[str, Any], ...] = ()
+    error: ErrorResponse | None = None
+
+
+class BatonEngine(VLLMEngine):
+    """One vLLM engine of a Baton replica."""
+
+    def _prepare_engine_config(self, callback_ctx: Any) -> Any:
+        """Runs the worker inside the engine process where one CPU worker is all there is.
+
+        Ray asks for the multiprocess executor on CPU. With a single worker that costs a process,
+        0.7 GiB and a hop through shared memory for every step, and gains nothing.
+        """
+        args, frontend, config = super()._prepare_engine_config(callback_ctx)
+        on_cpu = config.device_config.device_type == "cpu"
+        if on_cpu and config.parallel_config.world_size == 1:
+            args.distributed_executor_backend = "uni"
+            config.parallel_config.distributed_executor_backend = "uni"
+        return args, frontend, config
+
+    async def prefill(
+        self, method: str, request: Any, raw_request_info: RawRequestInfo | None
+    ) -> Prefilled:
+        """Computes the KV of a request's prompts and pins it for a decode engine.
+
+        The prompts are rendered by the same code that the decode side uses, then each is run for
+        one token with sampling parameters of our own. Nothing of the client's request is clamped
+        or rewritten, so nothing in it can contradict the clamp.
+
+        Args:
+            method: ``chat`` or ``completions``.
+            request: the client's request; not modified.
+        """
+        serving: Any = self._oai_serving_chat if method == "chat" else self._oai_serving_completion
+        if serving is None:
+            return Prefilled(error=self._make_error("This model does not generate text."))
+        try:
+            rendered = await (
+                serving.render_chat_request(request)
+                if method == "chat"
+                else serving.render_completion_request(request)
+            )
+            if isinstance(rendered, VLLMErrorResponse):
+                return Prefilled(error=_ray_error(rendered))
+            inputs = rendered[1] if method == "chat" else rendered
+            self._check_sampling(serving, request, inputs)
+            lora_request = serving._maybe_get_adapters(request)
+        except (ValueError, VLLMClientError) as error:
+            return Prefilled(error=self._make_error_response(serving, error))
+        raw_request = RawRequestInfo.to_starlette_request_optional(raw_request_info)
+        readers = request.n or 1
+        runs = [
+            asyncio.ensure_future(
+                self._prefill_one(
+                    prompt,
+                    request_id=f"prefill-{request.request_id}-{index}",
+                    readers=readers,
+                    lora_request=lora_request,
+                    priority=serving._get_priority(request, raw_request),
+                )
+            )
+            for index, prompt in enumerate(inputs)
+        ]
+        try:
+            tickets = await asyncio.gather(*runs)
+        except (ValueError, VLLMClientError) as error:
+            await self._give_up(runs)
+            return Prefilled(error=self._make_error_response(serving, error))
+        except BaseException:
+            await self._give_up(runs)
+            raise
+        return Prefilled(tickets=tuple(ticket for ticket in tickets if ticket is not None))
+
+    async def abort_handoffs(self, handoff_ids: list[str]) -> int:
+        """Gives up offers of this engine; returns how many were still pinned."""
+        counts = await self.collective_rpc("baton_abort", args=(handoff_ids,))
+        return max(counts)
+
+    async def transfer_status(self) -> list[dict[str, Any]]:
+        """:meth:`WorkerControl.baton_status` of every rank."""
+        return await self.collective_rpc("baton_status")
+
+    async def _prefill_one(
+        self, prompt: Any, *, request_id: str, readers: int, lora_request: Any, priority: int
+    ) -> dict[str, Any] | None:
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={
+                "kv_transfer_params": {
+                    "do_remote_decode": True,
+                    "do_remote_prefill": False,
+                    "readers": readers,
+                }
+            },
+        )
+        ticket = None
+        async for output in self._engine_client.generate(
+            prompt, params, request_id, lora_request=lora_request, priority=priority
+        ):
+            ticket = output.kv_transfer_params
+        return ticket
+
+    async def _give_up(self, runs: list[asyncio.Future[dict[str, Any] | None]]) -> None:
+        """Ends what is running and what was offered already."""
+        for run in runs:
+            run.cancel()
+        results = await asyncio.gather(*runs, return_exceptions=True)
+        offered = [item["handoff_id"] for item in results if isinstance(item, dict)]
+        if offered:
+            await self.abort_handoffs(offered)
+
+    def _check_sampling(self, serving: Any, request: Any, inputs: list[Any]) -> None:
+        """Refuses here what decode would refuse later, before prefill is spent on it."""
+        wanted = getattr(request, "max_completion_tokens", None)
+        for prompt in inputs:
+            max_tokens = get_max_tokens(
+                serving.model_config.max_model_len,
+                wanted if wanted is not None else request.max_tokens,
+                serving._extract_prompt_len(prompt),
+                serving.default_sampling_params,
+                serving.override_max_tokens,
+                truncate_prompt_tokens=request.truncate_prompt_tokens,
+            )
+            params = request.to_sampling_params(max_tokens, serving.default_sampling_params)
+            self._engine_client.input_processor._validate_params(params, ("generate",))
+
+
+def _ray_error(error: VLLMErrorResponse) -> ErrorResponse:
+    return ErrorResponse(error=ErrorInfo(**error.error.model_dump()))

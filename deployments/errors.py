@@ -1,0 +1,39 @@
+"""Errors of the serving side, as the coordinator understands them."""
+
+from __future__ import annotations
+
+
+class ReplicaLost(Exception):
+    """The replica died, or its engine did, while it had our call.
+
+    Args:
+        role: ``prefill`` or ``decode``.
+        replica_id: Serve's id of the replica.
+        cause: what Ray said, in one line.
+    """
+
+    def __init__(self, role: str, replica_id: str, cause: str) -> None:
+        super().__init__(f"{role} replica {replica_id} was lost: {cause}")
+        self.role = role
+        self.replica_id = replica_id
+
+
+class NoReplica(Exception):
+    """No replica of this role took the call in time."""
+
+    def __init__(self, role: str, waited_s: float) -> None:
+        super().__init__(f"no {role} replica took the request within {waited_s:.1f} s")
+        self.role = role
+        self.waited_s = waited_s
+
+
+class ServiceUnavailable(Exception):
+    """The request cannot be served now; trying again later may help.
+
+    Args:
+        retry_after_s: a hint for the client, in seconds.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

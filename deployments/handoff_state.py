@@ -1,0 +1,250 @@
+"""One request's way through prefill and decode, as a pure state machine.
+
+    start ──> prefilling ──> decoding ──> finished
+                 │  ▲            │  ▲
+                 └──┘ another    └──┘ another decode replica, same tickets (nothing sent yet)
+                   replica       └────> finished with an error event (tokens were sent)
+
+Events go in, instructions come out; :mod:`deployments.handoff` carries them out. Three things never
+happen, whatever the order of events: a ticket is left behind without being told so to its owner, a
+request ends without an answer, two prefills of one request run at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and how fast to try again.
+
+    Attributes:
+        attempts: calls per role, the first included.
+        backoff_s: pause before the second call; doubles with each further one.
+        backoff_max_s: it never gets longer than this.
+        jitter: share of the pause that is random, 0 to 1.
+    """
+
+    attempts: int = 3
+    backoff_s: float = 0.05
+    backoff_max_s: float = 2.0
+    jitter: float = 0.5
+
+    def pause_s(self, failures: int, random: Callable[[], float]) -> float:
+        """Seconds to wait after the ``failures``-th failure; ``random`` gives 0 to 1."""
+        if failures < 1:
+            return 0.0
+        full = min(self.backoff_max_s, self.backoff_s * 2.0 ** (failures - 1))
+        return full * (1.0 - self.jitter * random())
+
+
+# ---- events ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The request is there. ``bypass``: decode shall compute the prompt itself."""
+
+    bypass: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """A prefill replica answered with tickets."""
+
+    replica_id: str
+    tickets: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillLost:
+    """A prefill replica died on us; ``replica_id`` None: no replica took the call."""
+
+    replica_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A replica refused the request as such (bad input); trying elsewhere is of no use."""
+
+    error: Any
+
+
+@dataclass(frozen=True, slots=True)
+class FirstChunk:
+    """Decode has the prompt's KV and produced output."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLost:
+    """A decode replica died on us; ``replica_id`` None: no replica took the call."""
+
+    replica_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeEnded:
+    """The output is complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    """Nobody waits for the answer any more."""
+
+
+Event = (
+    Start | Prefilled | PrefillLost | Refused | FirstChunk | DecodeLost | DecodeEnded | ClientGone
+)
+
+# ---- instructions ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CallPrefill:
+    """Call a prefill replica, none of ``exclude``, after a pause."""
+
+    exclude: frozenset[str]
+    pause_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CallDecode:
+    """Call a decode replica, none of ``exclude``, after a pause; with tickets if there are any."""
+
+    tickets: tuple[dict[str, Any], ...]
+    exclude: frozenset[str]
+    pause_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Tell the owner that these hand-offs will not be read."""
+
+    replica_id: str
+    handoff_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Answer the client with an error: ``error`` as the replica gave it, or None for 503.
+
+    ``streaming``: part of the answer has been sent, so it must be an event in the stream.
+    """
+
+    error: Any
+    streaming: bool = False
+
+
+Instruction = CallPrefill | CallDecode | GiveUp | Answer
+
+
+class Stage(Enum):
+    """Where the request is."""
+
+    NEW = "new"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    STREAMING = "streaming"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class Handoff:
+    """The machine. Not thread-safe; one per request.
+
+    Args:
+        policy: retry budget.
+        random: source of jitter, 0 to 1.
+    """
+
+    policy: RetryPolicy
+    random: Callable[[], float]
+    stage: Stage = Stage.NEW
+    _tickets: tuple[dict[str, Any], ...] = ()
+    _owner: str | None = None
+    _prefill_failures: int = 0
+    _decode_failures: int = 0
+    _prefill_excluded: set[str] = field(default_factory=set)
+    _decode_excluded: set[str] = field(default_factory=set)
+
+    def on(self, event: Event) -> list[Instruction]:
+        """Takes an event and says what to do now. Late events of a finished request do nothing."""
+        if self.stage is Stage.FINISHED:
+            return self._late(event)
+        match event:
+            case Start(bypass=bypass) if self.stage is Stage.NEW:
+                return [self._decode()] if bypass else [self._prefill()]
+            case Prefilled(replica_id=replica_id, tickets=tickets) if (
+                self.stage is Stage.PREFILLING
+            ):
+                self._owner, self._tickets = replica_id, tickets
+                return [self._decode()]
+            case PrefillLost(replica_id=replica_id) if self.stage is Stage.PREFILLING:
+                return self._prefill_lost(replica_id)
+            case DecodeLost(replica_id=replica_id) if self.stage is Stage.DECODING:
+                return self._decode_lost(replica_id)
+            case DecodeLost() if self.stage is Stage.STREAMING:
+                self.stage = Stage.FINISHED
+                return [Answer(None, streaming=True)]
+            case FirstChunk() if self.stage is Stage.DECODING:
+                self.stage = Stage.STREAMING
+                self._owner, self._tickets = None, ()
+                return []
+            case Refused(error=error) if self.stage in (Stage.PREFILLING, Stage.DECODING):
+                return [*self._finish(), Answer(error)]
+            case DecodeEnded() if self.stage in (Stage.DECODING, Stage.STREAMING):
+                return self._finish()
+            case ClientGone():
+                return self._finish()
+        raise ValueError(f"{event} cannot happen while {self.stage.value}")
+
+    # ------------------------------------------------------------------------------------------
+
+    def _prefill(self) -> CallPrefill:
+        self.stage = Stage.PREFILLING
+        pause_s = self.policy.pause_s(self._prefill_failures, self.random)
+        return CallPrefill(frozenset(self._prefill_excluded), pause_s)
+
+    def _decode(self) -> CallDecode:
+        self.stage = Stage.DECODING
+        pause_s = self.policy.pause_s(self._decode_failures, self.random)
+        return CallDecode(self._tickets, frozenset(self._decode_excluded), pause_s)
+
+    def _prefill_lost(self, replica_id: str | None) -> list[Instruction]:
+        self._prefill_failures += 1
+        if replica_id is None or self._prefill_failures >= self.policy.attempts:
+            return [self._decode()]
+        self._prefill_excluded.add(replica_id)
+        return [self._prefill()]
+
+    def _decode_lost(self, replica_id: str | None) -> list[Instruction]:
+        self._decode_failures += 1
+        if self._decode_failures >= self.policy.attempts:
+            return [*self._finish(), Answer(None)]
+        if replica_id is None:
+            # Everybody left was ruled out, or nobody is there: a replacement may be.
+            self._decode_excluded.clear()
+        else:
+            self._decode_excluded.add(replica_id)
+        return [self._decode()]
+
+    def _finish(self) -> list[Instruction]:
+        self.stage = Stage.FINISHED
+        return self._give_up()
+
+    def _give_up(self) -> list[Instruction]:
+        owner, tickets = self._owner, self._tickets
+        self._owner, self._tickets = None, ()
+        if owner is None or not tickets:
+            return []
+        return [GiveUp(owner, tuple(ticket["handoff_id"] for ticket in tickets))]
+
+    def _late(self, event: Event) -> list[Instruction]:
+        if isinstance(event, Prefilled):
+            self._owner, self._tickets = event.replica_id, event.tickets
+            return self._give_up()
+        return []

@@ -1,0 +1,154 @@
+"""The one place that calls actor handles, and the one where Ray's errors become ours."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.llm._internal.serve.core.protocol import RawRequestInfo
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
+from ray.serve.handle import DeploymentHandle
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from deployments.errors import NoReplica, ReplicaLost
+from deployments.prefill import PrefillAnswer
+from deployments.replica_router import RouteHint
+
+
+@dataclass(slots=True)
+class DecodeCall:
+    """A decode call: which replica has it, and its output."""
+
+    replica_id: str
+    chunks: AsyncIterator[Any]
+
+
+class ReplicaCaller:
+    """Calls prefill and decode replicas.
+
+    Args:
+        prefill: handle of the prefill deployment.
+        decode: handle of the decode deployment.
+        pick_timeout_s: how long to wait for a replica that can take a call.
+    """
+
+    def __init__(
+        self, prefill: DeploymentHandle, decode: DeploymentHandle, *, pick_timeout_s: float
+    ) -> None:
+        self._handles = {"prefill": prefill, "decode": decode}
+        self._pick_timeout_s = pick_timeout_s
+
+    async def prefill(
+        self,
+        method: str,
+        request: Any,
+        raw_request_info: RawRequestInfo | None,
+        exclude: frozenset[str],
+    ) -> PrefillAnswer:
+        """Has one prefill replica compute the prompts.
+
+        Raises:
+            NoReplica: none took the call in time.
+            ReplicaLost: the one that took it died.
+        """
+        hint = RouteHint(exclude=exclude)
+        answer: PrefillAnswer = await self._unary(
+            "prefill", "prefill", hint, method, request, raw_request_info
+        )
+        return answer
+
+    async def abort(self, replica_id: str, handoff_ids: Sequence[str]) -> int:
+        """Tells the very replica that holds the blocks that they will not be read.
+
+        Raises:
+            NoReplica: it is gone, and its blocks with it.
+            ReplicaLost: it died on this call.
+        """
+        hint = RouteHint(only=replica_id)
+        return int(await self._unary("prefill", "abort_handoffs", hint, list(handoff_ids)))
+
+    async def ready(self, role: str, timeout_s: float) -> str:
+        """Asks one replica of ``role`` whether it can really serve; returns its id.
+
+        Raises:
+            NoReplica, ReplicaLost, TimeoutError: it cannot.
+        """
+        async with asyncio.timeout(timeout_s):
+            return str(await self._unary(role, "ready", RouteHint()))
+
+    async def decode(
+        self,
+        method: str,
+        request: Any,
+        raw_request_info: RawRequestInfo | None,
+        exclude: frozenset[str],
+        calls: list[DecodeCall],
+    ) -> AsyncIterator[Any]:
+        """Streams one decode replica's output.
+
+        Args:
+            calls: gets the call appended as soon as a replica is chosen, so that the caller knows
+                who has it.
+
+        Raises:
+            NoReplica, ReplicaLost: as :meth:`prefill`; the latter also in mid-stream.
+        """
+        handle = self._handles["decode"].options(stream=True, method_name="decode")
+        hint = RouteHint(exclude=exclude)
+        async with AsyncExitStack() as stack:
+            selection = await self._select(stack, "decode", handle, hint)
+            response = handle.dispatch(selection, hint, method, request, raw_request_info)
+            calls.append(DecodeCall(selection.replica_id, response))
+            finished = False
+            try:
+                async for chunk in response:
+                    yield chunk
+                finished = True
+            except (RayActorError, ReplicaUnavailableError, RayTaskError) as error:
+                finished = True
+                raise _translated(error, "decode", selection.replica_id) from error
+            finally:
+                if not finished:
+                    response.cancel()
+
+    async def _unary(self, role: str, method_name: str, hint: RouteHint, *args: Any) -> Any:
+        handle = self._handles[role].options(method_name=method_name)
+        async with AsyncExitStack() as stack:
+            selection = await self._select(stack, role, handle, hint)
+            response = handle.dispatch(selection, hint, *args)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except (RayActorError, ReplicaUnavailableError, RayTaskError) as error:
+                raise _translated(error, role, selection.replica_id) from error
+
+    async def _select(
+        self, stack: AsyncExitStack, role: str, handle: DeploymentHandle, hint: RouteHint
+    ) -> Any:
+        try:
+            async with asyncio.timeout(self._pick_timeout_s):
+                return await stack.enter_async_context(handle.choose_replica(hint))
+        except TimeoutError as error:
+            raise NoReplica(role, self._pick_timeout_s) from error
+        except (DeploymentUnavailableError, BackPressureError) as error:
+            raise NoReplica(role, 0.0) from error
+
+
+def _translated(error: Exception, role: str, replica_id: str) -> Exception:
+    """A dead actor and a dead engine are one thing to a caller: try another replica."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(error, RayTaskError) and not isinstance(
+        cause, EngineDeadError | RayActorError | ReplicaUnavailableError
+    ):
+        return error
+    return ReplicaLost(role, replica_id, str(cause).splitlines()[0] if str(cause) else repr(cause))

@@ -1,0 +1,48 @@
+"""What prefill and decode servers have in common."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ray import serve
+from ray.serve.llm.deployment import LLMServer
+
+from deployments.health import require_healthy
+from deployments.replica_router import RouteHint
+
+STATUS_TIMEOUT_S = 30.0
+
+
+class BatonServer(LLMServer):
+    """A replica that runs one vLLM engine with :class:`~transfer.connector.BatonConnector`."""
+
+    def _get_default_engine_class(self) -> Any:
+        from deployments.engine import BatonEngine
+
+        return BatonEngine
+
+    async def status(self, hint: RouteHint) -> list[dict[str, Any]]:
+        """Transfer status of every rank of this replica's engine; see ``WorkerControl``."""
+        statuses: list[dict[str, Any]] = await asyncio.wait_for(
+            self.engine.transfer_status(), timeout=STATUS_TIMEOUT_S
+        )
+        return [{**status, "replica_id": own_replica_id()} for status in statuses]
+
+    async def ready(self, hint: RouteHint) -> str:
+        """Answers with the replica's id if it can really serve, raises otherwise."""
+        await self.check_health()
+        return own_replica_id()
+
+    async def check_health(self) -> None:
+        """Fails when the engine is dead, or the transfer engine or its registration is."""
+        await super().check_health()
+        if self.engine is not None:
+            require_healthy(
+                await asyncio.wait_for(self.engine.transfer_status(), timeout=STATUS_TIMEOUT_S)
+            )
+
+
+def own_replica_id() -> str:
+    """Serve's id of the replica this runs in."""
+    return str(serve.get_replica_context().replica_id.unique_id)

@@ -1,0 +1,143 @@
+"""``serve run config.yaml`` starts here: settings in, Serve application out. The only wiring."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from ray import serve
+from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+from ray.serve.config import RequestRouterConfig
+from ray.serve.deployment import Application
+from ray.serve.llm import LLMConfig, ModelLoadingConfig, build_llm_deployment
+
+from deployments.decode import DecodeServer
+from deployments.handoff_state import RetryPolicy
+from deployments.prefill import PrefillServer
+from deployments.replica_router import HintedRouter
+from serve_app.config import Settings, SideSettings, parse_settings
+from serve_app.demo_model import resolve_model
+from serve_app.ingress import Ingress, ingress_app
+
+Role = Literal["prefill", "decode"]
+
+_CONNECTOR = {
+    "kv_connector": "BatonConnector",
+    "kv_connector_module_path": "transfer.connector",
+    "kv_load_failure_policy": "recompute",
+}
+_KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
+_ONE_CORE_ENGINE = {
+    # One CPU worker computes inside the engine process, on one core (deployments.engine).
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """Builds the application from the ``args`` of config.yaml.
+
+    Raises:
+        SettingsError: a setting is wrong; names it and says what would be right.
+    """
+    settings = parse_settings(args)
+    configs: dict[Role, LLMConfig] = {
+        role: llm_config(settings, role) for role in ("prefill", "decode")
+    }
+    prefill = build_llm_deployment(
+        configs["prefill"], name_prefix="Prefill:", deployment_cls=PrefillServer
+    )
+    decode = build_llm_deployment(
+        configs["decode"], name_prefix="Decode:", deployment_cls=DecodeServer
+    )
+    router = settings.router
+    ingress = serve.deployment(
+        ingress_app(max_body_bytes=router.max_body_bytes, api_keys=tuple(router.api_keys)),
+        name="Ingress",
+        num_replicas=router.replicas,
+        max_ongoing_requests=4096,
+        ray_actor_options={"num_cpus": router.cpus_per_replica},
+    )
+    return ingress.bind(
+        prefill=prefill,
+        decode=decode,
+        model_card=to_model_metadata(settings.model.id, configs["decode"]),
+        policy=RetryPolicy(
+            attempts=router.attempts,
+            backoff_s=router.backoff_s,
+            backoff_max_s=router.backoff_max_s,
+        ),
+        pick_timeout_s=router.pick_timeout_s,
+        health_timeout_s=router.health_timeout_s,
+    )
+
+
+def llm_config(settings: Settings, role: Role) -> LLMConfig:
+    """Ray's configuration of one side's replicas."""
+    side = settings.side(role)
+    on_gpu = side.resources.gpus_per_worker > 0
+    return LLMConfig(
+        model_loading_config=ModelLoadingConfig(
+            model_id=settings.model.id, model_source=resolve_model(settings.model.source)
+        ),
+        engine_kwargs=_engine_kwargs(settings, role),
+        accelerator_type=side.resources.accelerator_type,
+        accelerator_config={"kind": "gpu" if on_gpu else "cpu"},
+        placement_group_config={
+            "bundles": [_bundle(side)] * side.tensor_parallel_size,
+            "strategy": side.resources.strategy,
+        },
+        deployment_config=_deployment_config(side),
+        runtime_env={"env_vars": _environment(side, on_gpu=on_gpu)},
+        # Tokens go out as they come, none waits for others to share a message with.
+        experimental_configs={"stream_batching_interval_ms": 0},
+        log_engine_metrics=True,
+    )
+
+
+def _engine_kwargs(settings: Settings, role: Role) -> dict[str, Any]:
+    side = settings.side(role)
+    extra = {
+        "discovery": settings.discovery,
+        "transfer": settings.transfer,
+        "die_with_parent": True,
+    }
+    return {
+        **settings.engine,
+        **side.engine,
+        "tensor_parallel_size": side.tensor_parallel_size,
+        "worker_extension_cls": "transfer.connector.control.WorkerControl",
+        "kv_transfer_config": {
+            **_CONNECTOR,
+            "kv_role": _KV_ROLES[role],
+            "kv_connector_extra_config": extra,
+        },
+    }
+
+
+def _deployment_config(side: SideSettings) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "max_ongoing_requests": side.max_ongoing_requests,
+        "graceful_shutdown_timeout_s": side.drain_timeout_s,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 40,
+        "request_router_config": RequestRouterConfig(request_router_class=HintedRouter),
+        "ray_actor_options": {"num_cpus": side.resources.cpus_per_replica},
+    }
+    if side.autoscaling is not None:
+        config["autoscaling_config"] = side.autoscaling.model_dump()
+    else:
+        config["num_replicas"] = side.replicas
+    return config
+
+
+def _bundle(side: SideSettings) -> dict[str, float]:
+    resources = side.resources
+    bundle = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    return {name: amount for name, amount in bundle.items() if amount} | resources.custom
+
+
+def _environment(side: SideSettings, *, on_gpu: bool) -> dict[str, str]:
+    one_core = not on_gpu and side.tensor_parallel_size == 1
+    return {**(_ONE_CORE_ENGINE if one_core else {}), **side.env}

@@ -1,0 +1,273 @@
+"""The settings of an application: ``args`` in config.yaml. Unknown keys are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from transfer.discovery import check_discovery
+from transfer.errors import ConfigurationError
+from transfer.settings import TransferSettings
+
+IMPORT_PATH = "serve_app.app:build_app"
+
+_RESERVED_ENGINE_KEYS = {
+    "model": "set model.source",
+    "served_model_name": "set model.id",
+    "tokenizer": "put the tokenizer beside the weights",
+    "kv_transfer_config": "Baton writes it; set transfer and discovery",
+    "worker_extension_cls": "Baton sets it",
+    "distributed_executor_backend": "Ray Serve sets it",
+    "tensor_parallel_size": "set tensor_parallel_size beside engine",
+    "pipeline_parallel_size": "pipeline parallelism is not supported, use tensor_parallel_size",
+    "data_parallel_size": "set replicas",
+}
+
+
+class SettingsError(ValueError):
+    """The settings are wrong. One line per fault: where it is and what would be right."""
+
+
+class Section(BaseModel):
+    """A part of the settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Section):
+    """Which model is served, and under which name."""
+
+    id: str = Field(min_length=1, description="Name that clients use in `model`.")
+    source: str = Field(
+        min_length=1,
+        description="Hugging Face id, local folder, or `baton-demo` for the demo model.",
+    )
+
+
+class AutoscalingSettings(Section):
+    """Serve's autoscaling, by the load per replica."""
+
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    max_replicas: Annotated[int, Field(ge=1)] = 1
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 8.0
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 30.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 600.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscalingSettings:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})"
+            )
+        return self
+
+
+class ResourceSettings(Section):
+    """What Ray reserves for one replica, and for each worker of its engine."""
+
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 0.1
+    cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    accelerator_type: str | None = Field(
+        default=None, description="Ray's name of the GPU type, for example `H100`."
+    )
+    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Custom Ray resources of each worker, for example {baton_prefill: 1}.",
+    )
+    strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
+
+
+class SideSettings(Section):
+    """One side, prefill or decode."""
+
+    replicas: Annotated[int, Field(ge=1)] = 1
+    autoscaling: AutoscalingSettings | None = None
+    tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    engine: dict[str, Any] = Field(
+        default_factory=dict, description="vLLM engine arguments of this side only."
+    )
+    env: dict[str, str] = Field(
+        default_factory=dict, description="Environment of this side's replicas and engines."
+    )
+    resources: ResourceSettings = ResourceSettings()
+    max_ongoing_requests: Annotated[int, Field(ge=1)] = 1024
+    drain_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+
+    @field_validator("engine")
+    @classmethod
+    def _no_reserved(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        return _check_engine(engine)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replicas_or_autoscaling(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "replicas" in data and data.get("autoscaling") is not None:
+            raise ValueError("set either replicas or autoscaling, not both")
+        return data
+
+
+class RouterSettings(Section):
+    """The ingress and its retry budget."""
+
+    replicas: Annotated[int, Field(ge=1)] = 1
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 0.1
+    api_keys: list[Annotated[str, Field(min_length=8)]] = Field(
+        default_factory=list, description="Bearer keys; empty: anybody may ask."
+    )
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 16 << 20
+    attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    backoff_s: Annotated[float, Field(ge=0)] = 0.05
+    backoff_max_s: Annotated[float, Field(ge=0)] = 2.0
+    pick_timeout_s: Annotated[float, Field(gt=0)] = 5.0
+    health_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+
+
+class Settings(Section):
+    """All settings of one application."""
+
+    model: ModelSettings
+    engine: dict[str, Any] = Field(
+        default_factory=dict, description="vLLM engine arguments of both sides."
+    )
+    prefill: SideSettings = SideSettings()
+    decode: SideSettings = SideSettings()
+    transfer: dict[str, Any] = Field(
+        default_factory=dict, description="See transfer.settings.TransferSettings."
+    )
+    discovery: dict[str, Any] = Field(
+        description="How workers find each other: kind `etcd` or `static`."
+    )
+    router: RouterSettings = RouterSettings()
+
+    @field_validator("engine")
+    @classmethod
+    def _no_reserved(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        return _check_engine(engine)
+
+    @field_validator("transfer")
+    @classmethod
+    def _known_transfer(cls, transfer: dict[str, Any]) -> dict[str, Any]:
+        known = sorted(item.name for item in dataclasses.fields(TransferSettings))
+        for name in transfer:
+            if name not in known:
+                raise ValueError(f"{name} is unknown; known are {', '.join(known)}")
+        try:
+            TransferSettings(**transfer)
+        except ConfigurationError as error:
+            raise ValueError(error.message) from error
+        return transfer
+
+    @field_validator("discovery")
+    @classmethod
+    def _known_discovery(cls, discovery: dict[str, Any]) -> dict[str, Any]:
+        try:
+            check_discovery(discovery)
+        except ConfigurationError as error:
+            raise ValueError(error.message) from error
+        return discovery
+
+    @model_validator(mode="after")
+    def _sides_agree(self) -> Settings:
+        if self.prefill.tensor_parallel_size != self.decode.tensor_parallel_size:
+            raise ValueError(
+                f"prefill.tensor_parallel_size ({self.prefill.tensor_parallel_size}) and "
+                f"decode.tensor_parallel_size ({self.decode.tensor_parallel_size}) must be equal"
+            )
+        for name in ("dtype", "block_size", "kv_cache_dtype", "quantization", "max_model_len"):
+            values = [
+                {**self.engine, **side.engine}.get(name) for side in (self.prefill, self.decode)
+            ]
+            if values[0] != values[1]:
+                raise ValueError(
+                    f"{name} is {values[0]} for prefill and {values[1]} for decode; KV blocks mean "
+                    "the same on both sides only if it is equal, so set it in engine"
+                )
+        return self
+
+    def side(self, role: Literal["prefill", "decode"]) -> SideSettings:
+        """The settings of one side."""
+        return self.prefill if role == "prefill" else self.decode
+
+
+def parse_settings(args: Any) -> Settings:
+    """Checks ``args`` as they come from YAML.
+
+    Raises:
+        SettingsError: lists every fault with its key's path.
+    """
+    try:
+        return Settings.model_validate(args)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            path = ".".join(str(part) for part in fault["loc"]) or "args"
+            message = fault["msg"].removeprefix("Value error, ")
+            if fault["type"] == "extra_forbidden":
+                message = f"unknown key; {_known_keys(fault['loc'])}"
+            lines.append(f"{path}: {message}")
+        raise SettingsError("\n".join(lines)) from error
+
+
+def load_document(path: Path | str) -> dict[str, Any]:
+    """Reads a Serve config file.
+
+    Raises:
+        SettingsError: not there, not YAML, or not a Serve config with Baton in it.
+    """
+    file = Path(path)
+    try:
+        document = yaml.safe_load(file.read_text())
+    except FileNotFoundError as error:
+        raise SettingsError(f"{file}: there is no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{file}: is not YAML: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
+        raise SettingsError(f"{file}: a Serve config with a list `applications` is expected")
+    if _application(document) is None:
+        raise SettingsError(f"{file}: no application has import_path: {IMPORT_PATH}")
+    return document
+
+
+def load_settings(path: Path | str) -> Settings:
+    """The settings in a Serve config file.
+
+    Raises:
+        SettingsError: as :func:`load_document` and :func:`parse_settings`.
+    """
+    application = _application(load_document(path))
+    return parse_settings((application or {}).get("args"))
+
+
+def _application(document: dict[str, Any]) -> dict[str, Any] | None:
+    for application in document["applications"]:
+        if isinstance(application, dict) and application.get("import_path") == IMPORT_PATH:
+            return application
+    return None
+
+
+def _check_engine(engine: dict[str, Any]) -> dict[str, Any]:
+    for name, advice in _RESERVED_ENGINE_KEYS.items():
+        if name in engine:
+            raise ValueError(f"{name} cannot be set here: {advice}")
+    return engine
+
+
+def _known_keys(location: tuple[int | str, ...]) -> str:
+    section: Any = Settings
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(
+            (item for item in options if isinstance(item, type) and issubclass(item, Section)),
+            None,
+        )
+        if section is None:
+            return "remove it"
+    return f"known here are {', '.join(section.model_fields)}"

@@ -1,0 +1,124 @@
+"""Errors as OpenAI's API gives them: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from deployments.errors import ServiceUnavailable
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+}
+
+
+def error_body(
+    status: int, message: str, *, kind: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """The JSON body of an error answer.
+
+    Args:
+        status: HTTP status, repeated as ``code``.
+        kind: OpenAI's error type; by default the usual one for the status.
+        param: the field of the request that is wrong.
+    """
+    return {
+        "error": {
+            "message": message,
+            "type": kind or _TYPES.get(status, "server_error"),
+            "param": param,
+            "code": status,
+        }
+    }
+
+
+def error_response(
+    status: int,
+    message: str,
+    *,
+    kind: str | None = None,
+    param: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> JSONResponse:
+    """An error answer; see :func:`error_body`."""
+    return JSONResponse(
+        error_body(status, message, kind=kind, param=param), status_code=status, headers=headers
+    )
+
+
+def describe_faults(faults: list[Any]) -> tuple[str, str]:
+    """The field and the message of the first of pydantic's faults that has a field."""
+    fault = next((item for item in faults if _field(item)), faults[0] if faults else {})
+    field = _field(fault)
+    message = str(fault.get("msg", "the request is malformed")).removeprefix("Value error, ")
+    if fault.get("type") == "json_invalid":
+        where = fault.get("ctx", {}).get("error", "")
+        return "body", f"the body is not valid JSON: {where}".rstrip(": ")
+    return field or "body", f"{field}: {message}" if field else message
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Has every error that leaves ``app`` take OpenAI's form."""
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        faults = (
+            error.errors() if isinstance(error, RequestValidationError | ValidationError) else []
+        )
+        field, message = describe_faults(list(faults))
+        return error_response(400, message, param=field)
+
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        if not isinstance(error, OpenAIHTTPException):
+            raise error
+        status = int(error.status_code)
+        return error_response(status, error.message, kind=_kind(status, error.type))
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        if not isinstance(error, HTTPException):
+            raise error
+        return error_response(
+            error.status_code,
+            str(error.detail),
+            headers=dict(error.headers) if error.headers else None,
+        )
+
+    async def unavailable(request: Request, error: Exception) -> JSONResponse:
+        seconds = error.retry_after_s if isinstance(error, ServiceUnavailable) else 1.0
+        return error_response(503, str(error), headers={"Retry-After": str(max(1, round(seconds)))})
+
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        logger.error("unexpected error at %s", request.url.path, exc_info=error)
+        return error_response(500, "an unexpected error occurred; the server's log has it")
+
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(ValidationError, invalid)
+    app.add_exception_handler(OpenAIHTTPException, refused)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ServiceUnavailable, unavailable)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _field(fault: Any) -> str:
+    parts = [str(part) for part in fault.get("loc", ()) if part not in ("body", "query", "path")]
+    return ".".join(parts)
+
+
+def _kind(status: int, given: str | None) -> str:
+    """Ray and vLLM name some types after exception classes; OpenAI has a fixed set."""
+    known = set(_TYPES.values())
+    return given if given in known else _TYPES.get(status, "server_error")

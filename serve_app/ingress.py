@@ -1,0 +1,199 @@
+"""The HTTP side: OpenAI's routes, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    ErrorResponse,
+    ModelCard,
+)
+from ray.llm._internal.serve.core.ingress.ingress import (
+    DEFAULT_ENDPOINTS,
+    OpenAiIngress,
+    make_fastapi_ingress,
+)
+from ray.llm._internal.serve.core.ingress.middleware import SetRequestIdMiddleware
+from ray.llm._internal.serve.core.ingress.utils import (
+    NON_STREAMING_RESPONSE_TYPES,
+    _sanitize_chat_completion_request,
+)
+from ray.llm._internal.serve.core.protocol import RawRequestInfo
+from ray.llm._internal.serve.observability.metrics.fast_api_metrics import (
+    add_http_metrics_middleware,
+    metrics_lifespan,
+)
+from ray.serve.handle import DeploymentHandle
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+
+from deployments.errors import NoReplica, ReplicaLost
+from deployments.handoff import Coordinator
+from deployments.handoff_state import RetryPolicy
+from deployments.replica import ReplicaCaller
+from serve_app.guard import Guard
+from serve_app.http_errors import add_error_handlers, error_body, error_response
+from serve_app.metrics import scrape
+from serve_app.router import bypass_reason
+from serve_app.sse import as_events
+
+logger = logging.getLogger(__name__)
+
+Body = ChatCompletionRequest | CompletionRequest
+
+
+class Ingress(OpenAiIngress):
+    """OpenAI's API over one prefill and one decode deployment.
+
+    Chat and completions go through the hand-off; the other endpoints that Ray's ingress has
+    (tokenize, embeddings, score) go to decode replicas as Ray sends them.
+
+    Args:
+        prefill: handle of the prefill deployment.
+        decode: handle of the decode deployment.
+        model_card: what ``/v1/models`` says.
+        policy: retry budget of a request.
+        pick_timeout_s: how long a request waits for a replica that can take it.
+        health_timeout_s: how long ``/health`` waits for a side's answer.
+    """
+
+    def __init__(
+        self,
+        prefill: DeploymentHandle,
+        decode: DeploymentHandle,
+        *,
+        model_card: ModelCard,
+        policy: RetryPolicy,
+        pick_timeout_s: float,
+        health_timeout_s: float,
+    ) -> None:
+        super().__init__({model_card.id: decode}, {model_card.id: model_card})
+        self._caller = ReplicaCaller(prefill, decode, pick_timeout_s=pick_timeout_s)
+        self._coordinator = Coordinator(self._caller, policy)
+        self._health_timeout_s = health_timeout_s
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        """OpenAI's completions."""
+        return await self._generate("completions", body, request)
+
+    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+        """OpenAI's chat completions."""
+        return await self._generate("chat", _sanitize_chat_completion_request(body), request)
+
+    async def health(self) -> Response:
+        """200 only if a prefill and a decode replica can really serve, else 503 saying which."""
+        roles = ("prefill", "decode")
+        results = await asyncio.gather(*(self._ready(role) for role in roles))
+        sides = dict(zip(roles, results, strict=True))
+        healthy = all(state == "ok" for state in sides.values())
+        return JSONResponse(
+            {"status": "ok" if healthy else "unavailable", **sides},
+            status_code=200 if healthy else 503,
+        )
+
+    async def metrics(self) -> Response:
+        """Prometheus text: Baton's, vLLM's and Serve's metrics of all nodes."""
+        return PlainTextResponse(
+            await scrape(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+    # ------------------------------------------------------------------------------------------
+
+    async def _ready(self, role: str) -> str:
+        try:
+            await self._caller.ready(role, self._health_timeout_s)
+        except (NoReplica, ReplicaLost) as error:
+            return str(error)
+        except TimeoutError:
+            return f"no {role} replica answered within {self._health_timeout_s:.0f} s"
+        return "ok"
+
+    async def _generate(self, method: str, body: Body, request: Request) -> Response:
+        if refusal := self._refusal(body):
+            return refusal
+        body.request_id = request.state.request_id
+        reason = bypass_reason(body)
+        chunks = self._coordinator.run(
+            method,
+            body,
+            RawRequestInfo.from_starlette_request(request),
+            bypass=reason is not None,
+        )
+        first = await anext(aiter(chunks))
+        item = first[0] if isinstance(first, list) else first
+        if isinstance(item, (ErrorResponse, *NON_STREAMING_RESPONSE_TYPES)):
+            async for _ in chunks:
+                logger.error("a complete answer was followed by more: %r", _)
+            return (
+                _error(item) if isinstance(item, ErrorResponse) else JSONResponse(item.model_dump())
+            )
+        return StreamingResponse(as_events(_closing(first, chunks)), media_type="text/event-stream")
+
+    def _refusal(self, body: Body) -> JSONResponse | None:
+        """Faults that need no engine to be seen."""
+        if body.model is not None and body.model not in self._model_cards:
+            known = ", ".join(self._model_cards)
+            return error_response(
+                404,
+                f"model: there is no model {body.model!r} here, only {known}",
+                param="model",
+            )
+        if body.kv_transfer_params is not None:
+            return error_response(
+                400,
+                "kv_transfer_params: only Baton itself may set it",
+                param="kv_transfer_params",
+            )
+        if isinstance(body, ChatCompletionRequest) and not body.messages:
+            return error_response(400, "messages: at least one message is needed", param="messages")
+        if isinstance(body, CompletionRequest) and body.prompt in ("", [], [[]], [""]):
+            return error_response(400, "prompt: it must not be empty", param="prompt")
+        return None
+
+
+def ingress_app(*, max_body_bytes: int, api_keys: tuple[str, ...]) -> Any:
+    """The ingress class with its routes, for ``serve.deployment``.
+
+    Args:
+        max_body_bytes: longer bodies are refused.
+        api_keys: accepted bearer keys; empty: no key is asked for.
+    """
+    app = FastAPI(lifespan=metrics_lifespan)
+    add_error_handlers(app)
+    add_http_metrics_middleware(app)
+    app.add_middleware(SetRequestIdMiddleware)
+    app.add_middleware(Guard, api_keys=api_keys, max_body_bytes=max_body_bytes)
+    endpoints = {
+        "health": lambda app: app.get("/health"),
+        "metrics": lambda app: app.get("/metrics"),
+        **DEFAULT_ENDPOINTS,
+    }
+    return make_fastapi_ingress(Ingress, endpoint_map=endpoints, app=app)
+
+
+def _error(error: ErrorResponse) -> JSONResponse:
+    """An engine's refusal, as the client gets it."""
+    info = error.error
+    status = int(info.code or 400)
+    return JSONResponse(error_body(status, info.message, param=info.param), status_code=status)
+
+
+async def _closing(first: Any, chunks: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+    """``first`` and the rest; closes ``chunks`` when the client goes away."""
+    try:
+        yield first
+        async for chunk in chunks:
+            yield chunk
+    finally:
+        await _close(chunks)
+
+
+async def _close(chunks: Any) -> None:
+    async with aclosing(chunks):
+        pass

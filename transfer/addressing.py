@@ -1,0 +1,83 @@
+"""Addresses of transports: ``scheme://host:port``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from transfer.errors import Phase, ProtocolError
+
+SCHEMES_BEST_FIRST = ("shm", "rdma", "tcp")
+"""Every scheme that a worker may advertise, the best one first."""
+
+MAX_ADDRESS_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """One parsed address; ``str()`` gives the text back."""
+
+    scheme: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """Parse ``scheme://host:port``; an IPv6 host stands in brackets.
+
+    Raises:
+        ProtocolError: for anything else, as addresses come from other processes.
+    """
+    scheme = _scheme(text)
+    host, colon, port_text = text[len(scheme) + 3 :].rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise _malformed(text)
+    if not (colon and host and host.isascii() and host.isprintable()) or set(host) & set("/@[] "):
+        raise _malformed(text)
+    if not (port_text.isascii() and port_text.isdigit() and 1 <= len(port_text) <= 5):
+        raise _malformed(text)
+    port = int(port_text)
+    if not 0 < port < 65536:
+        raise _malformed(text)
+    return Address(scheme, host, port)
+
+
+def usable_addresses(addresses: Iterable[str], schemes: Collection[str]) -> list[str]:
+    """Those of ``addresses`` whose scheme is in ``schemes``, the best scheme first.
+
+    Addresses of other schemes are left out unparsed: a newer peer may advertise what this
+    version does not know.
+    """
+    ranked = [
+        (SCHEMES_BEST_FIRST.index(scheme), address)
+        for address in addresses
+        if (scheme := address[:MAX_ADDRESS_CHARS].partition("://")[0]) in schemes
+        and scheme in SCHEMES_BEST_FIRST
+    ]
+    return [address for _, address in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _scheme(text: str) -> str:
+    if len(text) > MAX_ADDRESS_CHARS:
+        raise ProtocolError(
+            f"address of {len(text)} characters, at most {MAX_ADDRESS_CHARS} are read",
+            phase=Phase.CONNECT,
+        )
+    scheme, separator, _ = text.partition("://")
+    if not separator or scheme not in SCHEMES_BEST_FIRST:
+        raise _malformed(text)
+    return scheme
+
+
+def _malformed(text: str) -> ProtocolError:
+    known = ", ".join(SCHEMES_BEST_FIRST)
+    return ProtocolError(
+        f"address {text[:MAX_ADDRESS_CHARS]!r} is not scheme://host:port with a scheme of {known}",
+        phase=Phase.CONNECT,
+    )

@@ -1,0 +1,210 @@
+"""The facade that vLLM talks to: one class, two roles, each delegated to its own object."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+
+from transfer.connector.metadata import BatonMetadata, WorkerHandshake
+from transfer.connector.scheduler import BatonScheduler
+from transfer.connector.settings import ConnectorSettings
+from transfer.connector.stats import TransferPromMetrics, TransferStats
+from transfer.connector.worker import BatonWorker
+from transfer.errors import ConfigurationError, Phase
+from transfer.lifeline import die_with_parent
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+class BatonConnector(KVConnectorBase_V1):
+    """Hands a prompt's KV blocks from the engine that prefilled it to the one that decodes it.
+
+    vLLM makes one in the scheduler (role ``SCHEDULER``) and one in every worker (``WORKER``); all
+    calls come from that process's model thread. Settings are in
+    :class:`~transfer.connector.settings.ConnectorSettings`.
+
+    Raises:
+        ConfigurationError: settings, or a model that cannot be handed over; says which.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        _refuse_unsupported(vllm_config, kv_cache_config)
+        transfer = self._kv_transfer_config
+        settings = ConnectorSettings.from_extra_config(transfer.kv_connector_extra_config)
+        if settings.die_with_parent:
+            die_with_parent()
+        self._scheduler: BatonScheduler | None = None
+        self._worker: BatonWorker | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler = BatonScheduler(
+                engine_id=str(transfer.engine_id),
+                tp_size=vllm_config.parallel_config.tensor_parallel_size,
+                block_size=vllm_config.cache_config.block_size,
+                ttl_s=settings.transfer.ticket_ttl_s,
+                producer=transfer.is_kv_producer,
+                consumer=transfer.is_kv_consumer,
+            )
+        else:
+            self._worker = BatonWorker(vllm_config, kv_cache_config, settings)
+
+    # ---- scheduler side ----------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata(
+        self, metadata: dict[int, KVConnectorHandshakeMetadata]
+    ) -> None:
+        first = metadata[0]
+        if not isinstance(first, WorkerHandshake):
+            raise ConfigurationError(
+                f"the workers' connector is {type(first).__name__}, not BatonConnector",
+                phase=Phase.REGISTER,
+            )
+        self._scheduler_side.set_handshake(first)
+
+    def on_new_request(self, request: Request) -> None:
+        self._scheduler_side.on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self._scheduler_side.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        self._scheduler_side.after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        return self._scheduler_side.take_metadata()
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self._scheduler_side.on_loaded(connector_output.finished_recving or set())
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._scheduler_side.request_finished(request, block_ids)
+
+    def has_pending_push_work(self) -> bool:
+        """Instructions still have to reach the worker; keeps an idle engine stepping till then."""
+        return self._scheduler is not None and self._scheduler.has_pending
+
+    # ---- worker side -------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._worker_side.register(kv_caches)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self._worker_side.handshake
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Carries out this step's instructions before the model runs, not after it.
+
+        vLLM starts asynchronous loads only after the forward pass; on a busy engine that delays
+        a hand-over by a whole step, and an offer's readers likewise.
+        """
+        super().bind_connector_metadata(connector_metadata)
+        if isinstance(connector_metadata, BatonMetadata):
+            self._worker_side.carry_out(connector_metadata)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Nothing left to do: see :meth:`bind_connector_metadata`."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are asynchronous and whole; a request runs only after its load."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        """Nothing is saved: readers read the paged cache itself."""
+
+    def wait_for_save(self) -> None:
+        """Nothing is saved."""
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return self._worker_side.take_finished()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker_side.take_failed_blocks()
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
+    # ---- metrics -----------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        return None if self._worker is None else self._worker.stats.take()
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        return TransferStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> TransferPromMetrics:
+        return TransferPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    # ------------------------------------------------------------------------------------------
+
+    @property
+    def worker(self) -> BatonWorker:
+        """The worker side, for control calls that reach the worker process."""
+        return self._worker_side
+
+    @property
+    def _scheduler_side(self) -> BatonScheduler:
+        if self._scheduler is None:
+            raise RuntimeError("a scheduler call reached the worker's connector")
+        return self._scheduler
+
+    @property
+    def _worker_side(self) -> BatonWorker:
+        if self._worker is None:
+            raise RuntimeError("a worker call reached the scheduler's connector")
+        return self._worker
+
+
+def _refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    groups = len(kv_cache_config.kv_cache_groups)
+    parallel = vllm_config.parallel_config
+    reason = None
+    if groups > 1:
+        reason = f"models with {groups} KV cache groups (sliding window, Mamba)"
+    elif vllm_config.model_config.use_mla:
+        reason = "multi-head latent attention (MLA)"
+    elif parallel.pipeline_parallel_size > 1:
+        reason = f"pipeline_parallel_size={parallel.pipeline_parallel_size}, only 1"
+    elif parallel.decode_context_parallel_size > 1:
+        reason = f"decode_context_parallel_size={parallel.decode_context_parallel_size}, only 1"
+    if reason is not None:
+        raise ConfigurationError(f"BatonConnector does not support {reason}", phase=Phase.REGISTER)

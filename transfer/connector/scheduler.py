@@ -1,0 +1,256 @@
+"""The connector inside vLLM's scheduler: decides what to offer, to read, to give up.
+
+Everything here runs on the scheduler's thread. It holds no connection and touches no memory; it
+writes instructions that the worker side carries out (:mod:`transfer.connector.worker`).
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.request import RequestStatus
+
+from transfer.connector.metadata import (
+    BatonMetadata,
+    Holding,
+    NewOffer,
+    NewRead,
+    WorkerHandshake,
+)
+from transfer.connector.ticket import (
+    MAX_READERS,
+    Ticket,
+    prompt_hash,
+    tickets_from_params,
+)
+from transfer.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+_OFFERED_STATES = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+
+
+@dataclass(slots=True)
+class _Inbound:
+    """A decode request's ticket and how far it got."""
+
+    ticket: Ticket
+    local_tokens: int = 0
+    loading: bool = False
+
+
+class BatonScheduler:
+    """Scheduler side of the connector.
+
+    Args:
+        engine_id: of this engine, fresh for every replica.
+        block_size: tokens per block.
+        ttl_s: how long an offer lives unless renewed, in seconds.
+        clock: Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine_id: str,
+        tp_size: int,
+        block_size: int,
+        ttl_s: float,
+        producer: bool,
+        consumer: bool,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._engine_id = engine_id
+        self._tp_size = tp_size
+        self._block_size = block_size
+        self._ttl_s = ttl_s
+        self._producer = producer
+        self._consumer = consumer
+        self._clock = clock
+        self._handshake: WorkerHandshake | None = None
+        self._fence = 0
+        self._inbound: dict[str, _Inbound] = {}
+        self._pending = BatonMetadata()
+        self._last_renewal_s = 0.0
+
+    def set_handshake(self, handshake: WorkerHandshake) -> None:
+        """The workers are up; from now on tickets can be written."""
+        self._handshake = handshake
+
+    # ---- decode side -------------------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        """Reads the request's ticket, if it brought one."""
+        params = request.kv_transfer_params
+        if not self._consumer or not params or not params.get("do_remote_prefill"):
+            return
+        try:
+            tickets = tickets_from_params(params)
+        except ProtocolError as error:
+            logger.warning("ticket of request %s refused: %s", request.request_id, error.message)
+            self._refuse(request)
+            return
+        ticket = self._matching(request, tickets)
+        if ticket is not None:
+            self._inbound[request.request_id] = _Inbound(ticket)
+
+    def matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        """How many prompt tokens beyond ``num_computed_tokens`` the owner has for us."""
+        inbound = self._inbound.get(request.request_id)
+        if inbound is None or inbound.loading or request.skip_reading_prefix_cache:
+            return 0, False
+        inbound.local_tokens = num_computed_tokens
+        count = inbound.ticket.num_tokens - num_computed_tokens
+        # The last prompt token is always computed here (its logits are needed), so a single
+        # missing token is not worth a read.
+        return (count, True) if count > 1 else (0, False)
+
+    def after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
+        """Blocks are there: read into those that the local prefix cache did not have."""
+        inbound = self._inbound.get(request.request_id)
+        if inbound is None or inbound.loading:
+            return
+        ticket = inbound.ticket
+        if num_external == 0:
+            del self._inbound[request.request_id]
+            self._pending.forfeits.append(Holding(request.request_id, ticket))
+            missing = ticket.num_tokens - inbound.local_tokens
+            self._pending.recomputed_tokens += max(0, missing - 1)
+            return
+        first = (ticket.num_tokens - num_external) // self._block_size
+        (local_ids,) = blocks.get_block_ids()
+        remote_ids = ticket.block_ids[first:]
+        inbound.loading = True
+        self._pending.reads.append(
+            NewRead(
+                request_id=request.request_id,
+                ticket=ticket,
+                local_block_ids=tuple(local_ids[first : first + len(remote_ids)]),
+                remote_block_ids=remote_ids,
+                num_tokens=num_external,
+            )
+        )
+
+    def on_loaded(self, request_ids: set[str]) -> None:
+        """The worker side is through with these reads, for better or worse."""
+        for request_id in request_ids:
+            self._inbound.pop(request_id, None)
+
+    # ---- prefill side ------------------------------------------------------------------------
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Offers a finished prefill, or lets go of a ticket that will not be used.
+
+        Returns:
+            whether the blocks stay pinned until the worker reports them sent, and the ticket.
+        """
+        inbound = self._inbound.pop(request.request_id, None)
+        if inbound is not None:
+            if inbound.loading:
+                self._pending.cancels.append(request.request_id)
+            else:
+                self._pending.forfeits.append(Holding(request.request_id, inbound.ticket))
+            return False, None
+        params = request.kv_transfer_params
+        if (
+            not self._producer
+            or not params
+            or not params.get("do_remote_decode")
+            or request.status not in _OFFERED_STATES
+            or not block_ids
+            or self._handshake is None
+        ):
+            return False, None
+        ticket = self._write_ticket(request, block_ids, params, self._handshake)
+        self._pending.offers.append(NewOffer(request.request_id, ticket, self._ttl_s))
+        return True, ticket.to_params()
+
+    def take_metadata(self) -> BatonMetadata:
+        """This step's instructions; the list starts anew."""
+        self._renew_waiting()
+        metadata, self._pending = self._pending, BatonMetadata()
+        return metadata
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether a step is needed to hand instructions to the worker side."""
+        pending = self._pending
+        return bool(pending.offers or pending.cancels or pending.forfeits or pending.reads)
+
+    # ------------------------------------------------------------------------------------------
+
+    def _matching(self, request: Request, tickets: tuple[Ticket, ...]) -> Ticket | None:
+        """The ticket of this very prompt; others are refused, for their bytes mean other text."""
+        wanted = _prompt_hash(request)
+        for ticket in tickets:
+            if ticket.prompt_hash == wanted and ticket.num_tokens == request.num_prompt_tokens:
+                return ticket
+        if len(tickets) == 1 or request.abort_immediately:
+            self._pending.forfeits += [Holding(request.request_id, item) for item in tickets]
+        if not request.abort_immediately:
+            logger.warning("request %s brought a ticket of another prompt", request.request_id)
+            self._refuse(request)
+        return None
+
+    def _refuse(self, request: Request) -> None:
+        self._pending.refused += 1
+        self._pending.recomputed_tokens += max(0, request.num_prompt_tokens - 1)
+
+    def _write_ticket(
+        self,
+        request: Request,
+        block_ids: list[int],
+        params: Mapping[str, Any],
+        handshake: WorkerHandshake,
+    ) -> Ticket:
+        readers = params.get("readers", 1)
+        if type(readers) is not int or not 1 <= readers <= MAX_READERS:
+            readers = 1
+        num_tokens = min(request.num_prompt_tokens, request.num_computed_tokens)
+        self._fence += 1
+        return Ticket(
+            handoff_id=uuid.uuid4().hex,
+            engine_id=self._engine_id,
+            incarnation=handshake.incarnation,
+            fence=self._fence,
+            token=secrets.token_hex(16),
+            request_id=request.request_id,
+            block_ids=tuple(block_ids[: -(-num_tokens // self._block_size)]),
+            num_tokens=num_tokens,
+            block_size=self._block_size,
+            tp_size=self._tp_size,
+            layout_hash=handshake.layout_hash,
+            prompt_hash=_prompt_hash(request),
+            readers=readers,
+            expires_at_s=self._clock() + self._ttl_s,
+        )
+
+    def _renew_waiting(self) -> None:
+        now = self._clock()
+        if now - self._last_renewal_s < self._ttl_s / 4:
+            return
+        self._last_renewal_s = now
+        self._pending.renewals += [
+            Holding(request_id, inbound.ticket) for request_id, inbound in self._inbound.items()
+        ]
+
+
+def _prompt_hash(request: Request) -> str:
+    return prompt_hash(
+        request.prompt_token_ids or [],
+        mm_identifiers=[feature.identifier for feature in request.mm_features],
+        lora_name=request.lora_request.lora_name if request.lora_request is not None else "",
+        cache_salt=request.cache_salt or "",
+    )

@@ -1,0 +1,60 @@
+"""The connector's settings: ``kv_connector_extra_config`` of vLLM's ``kv_transfer_config``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from transfer.errors import ConfigurationError, Phase
+from transfer.settings import TransferSettings
+
+_KEYS = ("discovery", "transfer", "die_with_parent")
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectorSettings:
+    """Settings of one connector.
+
+    Attributes:
+        discovery: for :func:`transfer.discovery.make_discovery`.
+        transfer: for the transfer engine.
+        die_with_parent: whether the engine's processes end with the one that started them.
+    """
+
+    discovery: Mapping[str, Any] = field(default_factory=dict)
+    transfer: TransferSettings = field(default_factory=TransferSettings)
+    die_with_parent: bool = False
+
+    @classmethod
+    def from_extra_config(cls, extra: Mapping[str, Any]) -> Self:
+        """Reads ``{"discovery": {...}, "transfer": {...}}``.
+
+        Raises:
+            ConfigurationError: an unknown key, or no ``discovery``.
+        """
+        unknown = sorted(set(extra) - set(_KEYS))
+        if unknown:
+            raise _bad(f"kv_connector_extra_config.{unknown[0]} is unknown; known: {_KEYS}")
+        if not extra.get("discovery"):
+            raise _bad(
+                "kv_connector_extra_config.discovery is missing; it should say how peers are "
+                'found, for example {"kind": "etcd", "endpoints": ["127.0.0.1:2379"]}'
+            )
+        transfer = dict(extra.get("transfer") or {})
+        known = {item.name for item in fields(TransferSettings)}
+        for name in transfer:
+            if name not in known:
+                raise _bad(
+                    f"kv_connector_extra_config.transfer.{name} is unknown; "
+                    f"known: {', '.join(sorted(known))}"
+                )
+        return cls(
+            discovery=dict(extra["discovery"]),
+            transfer=TransferSettings(**transfer),
+            die_with_parent=bool(extra.get("die_with_parent", False)),
+        )
+
+
+def _bad(message: str) -> ConfigurationError:
+    return ConfigurationError(message, phase=Phase.REGISTER)

@@ -1,0 +1,205 @@
+"""The ticket: what a prefill answer tells the decode request about its KV blocks.
+
+It travels as ``kv_transfer_params``, plain JSON, through whatever orchestrates the two sides. Names
+that the field already has are kept; the rest is Baton's. Everything in it is checked when it comes
+in, because it crossed a network and another program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from transfer.errors import Phase, ProtocolError
+from transfer.params import TICKET_VERSION
+
+MAX_BLOCKS = 1 << 20
+MAX_TICKETS = 1024
+MAX_READERS = 1024
+
+_HEX32 = re.compile(r"[0-9a-f]{32}\Z")
+_HEX64 = re.compile(r"[0-9a-f]{64}\Z")
+
+
+def prompt_hash(
+    token_ids: Sequence[int],
+    *,
+    mm_identifiers: Iterable[str] = (),
+    lora_name: str = "",
+    cache_salt: str = "",
+) -> str:
+    """Names what a KV cache was computed from; 64 hex digits (BLAKE2b-256).
+
+    Equal token ids are not enough: images hide behind equal placeholder ids, an adapter changes
+    every layer, and a cache salt asks for separation. Decode compares this with its own prompt, so
+    that a ticket that was attached to the wrong request is refused instead of answered wrongly.
+    """
+    digest = hashlib.blake2b(digest_size=32, person=b"baton-prompt-1")
+    digest.update(len(token_ids).to_bytes(8, "little"))
+    digest.update(b"".join(token.to_bytes(8, "little", signed=True) for token in token_ids))
+    for part in (*mm_identifiers, "\0lora", lora_name, "\0salt", cache_salt):
+        raw = part.encode()
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One offered hand-off, as its owner described it.
+
+    Attributes:
+        handoff_id: uuid, 32 hex digits.
+        engine_id: the owner's engine; its workers are ``engine_id/0 .. engine_id/tp_size-1``.
+        incarnation: uuid of the owner's start.
+        fence: number never reused within that incarnation.
+        token: secret, 32 hex digits: whoever shows it may read these blocks.
+        request_id: the request as the owner calls it, for logs.
+        block_ids: the owner's blocks, in token order; the last may be partly filled.
+        num_tokens: prompt tokens whose KV the blocks hold.
+        block_size: tokens per block at the owner.
+        prompt_hash: see :func:`prompt_hash`.
+        readers: how many requests read it (``n`` samples of one prompt).
+        expires_at_s: Unix time at the owner when it gives up, unless renewed.
+    """
+
+    handoff_id: str
+    engine_id: str
+    incarnation: str
+    fence: int
+    token: str
+    request_id: str
+    block_ids: tuple[int, ...]
+    num_tokens: int
+    block_size: int
+    tp_size: int
+    layout_hash: str
+    prompt_hash: str
+    readers: int
+    expires_at_s: float
+
+    def to_params(self) -> dict[str, Any]:
+        """The ticket as the ``kv_transfer_params`` of the decode request."""
+        return {
+            "version": TICKET_VERSION,
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_engine_id": self.engine_id,
+            "remote_request_id": self.request_id,
+            "remote_block_ids": list(self.block_ids),
+            "tp_size": self.tp_size,
+            "handoff_id": self.handoff_id,
+            "incarnation": self.incarnation,
+            "fence": self.fence,
+            "num_tokens": self.num_tokens,
+            "block_size": self.block_size,
+            "layout_hash": self.layout_hash,
+            "prompt_hash": self.prompt_hash,
+            "token": self.token,
+            "readers": self.readers,
+            "digests": None,
+            "expires_at": self.expires_at_s,
+        }
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any]) -> Self:
+        """Checks and reads what :meth:`to_params` wrote.
+
+        Raises:
+            ProtocolError: unknown version, or a field missing, of the wrong type or out of range;
+                the message names the field.
+        """
+        fields = _Fields(params)
+        version = fields.integer("version", 0, 1 << 31)
+        if version != TICKET_VERSION:
+            raise _bad(f"ticket version {version} is not supported, only {TICKET_VERSION}")
+        num_tokens = fields.integer("num_tokens", 1, 1 << 40)
+        block_size = fields.integer("block_size", 1, 1 << 20)
+        block_ids = fields.block_ids("remote_block_ids")
+        if len(block_ids) != -(-num_tokens // block_size):
+            raise _bad(
+                f"remote_block_ids has {len(block_ids)} blocks, but {num_tokens} tokens in blocks "
+                f"of {block_size} need {-(-num_tokens // block_size)}"
+            )
+        return cls(
+            handoff_id=fields.hex("handoff_id", _HEX32),
+            engine_id=fields.text("remote_engine_id"),
+            incarnation=fields.hex("incarnation", _HEX32),
+            fence=fields.integer("fence", 1, (1 << 63) - 1),
+            token=fields.hex("token", _HEX32),
+            request_id=fields.text("remote_request_id"),
+            block_ids=block_ids,
+            num_tokens=num_tokens,
+            block_size=block_size,
+            tp_size=fields.integer("tp_size", 1, 1 << 12),
+            layout_hash=fields.hex("layout_hash", _HEX64),
+            prompt_hash=fields.hex("prompt_hash", _HEX64),
+            readers=fields.integer("readers", 1, MAX_READERS),
+            expires_at_s=fields.number("expires_at"),
+        )
+
+
+def tickets_from_params(params: Mapping[str, Any]) -> tuple[Ticket, ...]:
+    """The tickets in ``params``; several when one request carries several prompts.
+
+    Raises:
+        ProtocolError: as :meth:`Ticket.from_params`.
+    """
+    bundle = params.get("tickets")
+    if bundle is None:
+        return (Ticket.from_params(params),)
+    if not isinstance(bundle, list) or not 1 <= len(bundle) <= MAX_TICKETS:
+        raise _bad(f"tickets must be a list of 1 to {MAX_TICKETS} tickets")
+    for item in bundle:
+        if not isinstance(item, Mapping):
+            raise _bad("tickets must hold JSON objects")
+    return tuple(Ticket.from_params(item) for item in bundle)
+
+
+class _Fields:
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self._params = params
+
+    def _get(self, name: str) -> Any:
+        if name not in self._params:
+            raise _bad(f"the ticket has no {name}")
+        return self._params[name]
+
+    def integer(self, name: str, low: int, high: int) -> int:
+        value = self._get(name)
+        if type(value) is not int or not low <= value <= high:
+            raise _bad(f"{name} must be a whole number from {low} to {high}")
+        return value
+
+    def number(self, name: str) -> float:
+        value = self._get(name)
+        if type(value) not in (int, float):
+            raise _bad(f"{name} must be a number")
+        return float(value)
+
+    def text(self, name: str) -> str:
+        value = self._get(name)
+        if not isinstance(value, str) or not 0 < len(value) <= 512:
+            raise _bad(f"{name} must be a text of 1 to 512 characters")
+        return value
+
+    def hex(self, name: str, pattern: re.Pattern[str]) -> str:
+        value = self._get(name)
+        if not isinstance(value, str) or not pattern.match(value):
+            raise _bad(f"{name} must match {pattern.pattern}")
+        return value
+
+    def block_ids(self, name: str) -> tuple[int, ...]:
+        value = self._get(name)
+        if not isinstance(value, list) or not 0 < len(value) <= MAX_BLOCKS:
+            raise _bad(f"{name} must be a list of 1 to {MAX_BLOCKS} block ids")
+        if not all(type(item) is int and 0 <= item < 1 << 40 for item in value):
+            raise _bad(f"{name} must hold whole numbers, none negative")
+        return tuple(value)
+
+
+def _bad(message: str) -> ProtocolError:
+    return ProtocolError(message, phase=Phase.DISCOVER)

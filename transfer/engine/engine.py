@@ -1,0 +1,380 @@
+"""The transfer engine: offers this worker's memory, and reads that of others."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from types import TracebackType
+from typing import Self
+
+from transfer.engine.budget import ByteBudget
+from transfer.engine.handle import TransferHandle
+from transfer.engine.handoffs import EndedHandoff, HandoffTable, Offer, OfferSnapshot
+from transfer.engine.links import Link, PeerLinks
+from transfer.engine.memory import MemoryRegion, MemoryTable
+from transfer.engine.owner import Owner
+from transfer.engine.peers import Discovery, PeerEvent
+from transfer.engine.reader import Notice, PeerReader
+from transfer.engine.timer import DeadlineTimer
+from transfer.errors import (
+    ConfigurationError,
+    DeadlineExceeded,
+    PeerUnreachable,
+    Phase,
+    TransferCancelled,
+    TransferError,
+)
+from transfer.settings import TransferSettings
+from transfer.transports.base import Caller, Listener
+from transfer.transports.registry import Transports
+from transfer.types import Credentials, PeerId, PeerInfo, Planner, WorkerRecord
+
+logger = logging.getLogger(__name__)
+
+_MAX_LAYOUT_BYTES = 1 << 20
+_RENEWALS_AT_ONCE = 256
+_LAST_NOTICES_S = 1.0
+
+
+class EngineState(StrEnum):
+    NEW = "new"
+    RUNNING = "running"
+    CLOSED = "closed"
+
+
+class TransferEngine:
+    """Owner of hand-offs and reader of those of other engines.
+
+    Every method may be called from any thread. None but ``start`` and ``close`` blocks; bytes
+    move on the engine's own threads. Make and start it after a fork, not before.
+
+    Args:
+        peer: who this worker is.
+        incarnation: uuid of this start of the engine.
+        role: published, for people.
+        tp_size: published.
+        layout_hash: what must agree for bytes to mean the same on both sides; never empty.
+        layout: told to readers in the handshake, opaque here; at most 1 MiB.
+        discovery: stays open when the engine is closed.
+
+    Raises:
+        ConfigurationError: an argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        peer: PeerId,
+        incarnation: str,
+        role: str,
+        tp_size: int,
+        layout_hash: str,
+        layout: bytes,
+        discovery: Discovery,
+        settings: TransferSettings,
+    ) -> None:
+        if not incarnation or not layout_hash or not peer.engine_id:
+            raise _misconfigured("incarnation, layout_hash and engine_id must not be empty")
+        if len(layout) > _MAX_LAYOUT_BYTES:
+            raise _misconfigured(f"layout has {len(layout)} bytes, at most {_MAX_LAYOUT_BYTES}")
+        self._info = PeerInfo(peer, incarnation, layout_hash, layout)
+        self._role = role
+        self._tp_size = tp_size
+        self._discovery = discovery
+        self._settings = settings
+        self._memory = MemoryTable()
+        self._table = HandoffTable(incarnation, time.monotonic)
+        self._budget = ByteBudget(settings.max_inflight_bytes)
+        self._transports = Transports(settings)
+        self._timer = DeadlineTimer(f"baton-timer-{peer}")
+        self._lock = threading.Lock()
+        self._closing = threading.Lock()
+        self._state = EngineState.NEW
+        self._listeners: list[Listener] = []
+        self._readers: dict[PeerId, PeerReader] = {}
+        self._unsubscribe = _nothing
+
+    def __repr__(self) -> str:
+        with self._lock:
+            where = ", ".join(listener.address for listener in self._listeners)
+            readers = len(self._readers)
+        return (
+            f"<TransferEngine {self._info.peer} {self._state.value} {where or 'not listening'}, "
+            f"{self._table!r}, reads from {readers} peers>"
+        )
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it is started and not closed."""
+        return self._state is EngineState.RUNNING
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where readers reach it; empty unless it runs."""
+        with self._lock:
+            return tuple(listener.address for listener in self._listeners)
+
+    def start(self) -> None:
+        """Listen, watch the peers and publish this worker's record.
+
+        Raises:
+            ConfigurationError: the address cannot be listened on, or it was started before.
+            TransferCancelled: it is closed.
+        """
+        with self._closing:
+            self._check_open()
+            if self._state is EngineState.RUNNING:
+                raise _misconfigured("the engine was started before")
+            owner = Owner(self._info, self._table, self._memory)
+            listeners = [transport.listen(owner) for transport in self._transports.all()]
+            self._timer.start()
+            with self._lock:
+                self._listeners = listeners
+                self._state = EngineState.RUNNING
+            self._unsubscribe = self._discovery.subscribe(self._on_peer_event)
+            self._discovery.publish(
+                WorkerRecord(
+                    peer=self._info.peer,
+                    incarnation=self._info.incarnation,
+                    role=self._role,
+                    tp_size=self._tp_size,
+                    addresses=tuple(listener.address for listener in listeners),
+                    layout_hash=self._info.layout_hash,
+                    started_at_s=time.time(),
+                )
+            )
+
+    def close(self) -> None:
+        """Withdraw the record, fail reads with ``TransferCancelled``, end offers, join threads.
+
+        Takes a few seconds at most. Afterwards no memory is read or written any more. Idempotent.
+        """
+        with self._closing:
+            with self._lock:
+                was_running = self._state is EngineState.RUNNING
+                self._state = EngineState.CLOSED
+                readers = list(self._readers.values())
+            if not was_running:
+                return
+            self._unsubscribe()
+            self._discovery.withdraw(self._info.peer)
+            for reader in readers:
+                reader.shut(self._closed_error)
+            notices_until = time.monotonic() + _LAST_NOTICES_S
+            for reader in readers:
+                reader.join(max(0.0, notices_until - time.monotonic()))
+            self._table.abort_all("the engine is closed")
+            for listener in self._listeners:
+                listener.close()
+            self._timer.close()
+            with self._lock:
+                self._listeners = []
+                self._readers = {}
+
+    def register(self, address: int, length: int) -> MemoryRegion:
+        """Allow ``length`` bytes at ``address`` to be offered and read into.
+
+        Raises:
+            RegistrationError: that is no range of memory.
+        """
+        return self._memory.register(address, length)
+
+    # Owner
+
+    def offer(self, offer: Offer) -> None:
+        """Let readers with the right credentials read ``offer.grant`` until the hand-off ends.
+
+        The blocks must stay as they are until :meth:`take_ended` names the hand-off.
+
+        Raises:
+            RegistrationError: the grant is malformed or not in registered memory.
+            HandoffRefused: its id was offered before, or a number makes no sense.
+            TransferCancelled: the engine does not run.
+        """
+        self._check_running()
+        self._memory.check(offer.grant, what="the offered spans", phase=Phase.REGISTER)
+        self._table.offer(offer)
+        self._expire_later(offer.handoff_id, time.monotonic() + offer.ttl_s)
+
+    def abort(self, handoff_id: str, reason: str) -> bool:
+        """End an own offer; False if it is over or unknown."""
+        return self._table.abort(handoff_id, reason)
+
+    def take_ended(self) -> list[EndedHandoff]:
+        """Own hand-offs that ended since the last call, each exactly once; their blocks may be
+        freed."""
+        return self._table.take_ended()
+
+    def offers(self) -> list[OfferSnapshot]:
+        """Own hand-offs that are alive, oldest first."""
+        return self._table.snapshot()
+
+    # Reader
+
+    def submit_read(
+        self,
+        owner: PeerId,
+        credentials: Credentials,
+        planner: Planner,
+        deadline_s: float,
+    ) -> TransferHandle:
+        """Read from ``owner`` what ``planner`` says, then release the hand-off.
+
+        Never raises for what concerns the transfer: that is in the handle.
+
+        Args:
+            planner: called on an engine thread once the owner's layout is known; local spans
+                must be registered and must not overlap.
+            deadline_s: seconds from now until the read fails at the latest.
+
+        Raises:
+            TransferCancelled: the engine does not run.
+        """
+        handle = TransferHandle(owner, credentials.handoff_id, deadline_s)
+        with self._lock:
+            if not self._reader(owner).submit(handle, credentials, planner):
+                raise self._closed_error()
+        entry = self._timer.schedule(
+            handle.deadline,
+            lambda: handle.stop(
+                DeadlineExceeded(
+                    f"not done within {deadline_s} s",
+                    phase=Phase.READ,
+                    peer=str(owner),
+                    handoff_id=credentials.handoff_id,
+                )
+            ),
+        )
+        handle.when_final(lambda _: self._timer.cancel(entry))
+        return handle
+
+    def submit_release(self, owner: PeerId, credentials: Credentials, used: bool) -> None:
+        """Tell the owner that this reader is done (``used``) or will not read (not ``used``).
+
+        Sent in the background, again until it arrives or the offer must have expired. A read
+        that became ``DONE`` has released already.
+
+        Raises:
+            TransferCancelled: the engine does not run.
+        """
+        self._notify(
+            owner,
+            credentials,
+            "release",
+            lambda link, timeout_s: link.control.release(
+                credentials, used=used, timeout_s=timeout_s
+            ),
+        )
+
+    def submit_abort(
+        self, owner: PeerId, credentials: Credentials, reason: str = "aborted by a reader"
+    ) -> None:
+        """Tell the owner to end the hand-off for all its readers; as :meth:`submit_release`."""
+        self._notify(
+            owner,
+            credentials,
+            "abort",
+            lambda link, timeout_s: link.control.abort(credentials, reason, timeout_s),
+        )
+
+    def submit_renew(self, owner: PeerId, credentials: Sequence[Credentials]) -> None:
+        """Tell the owner that its hand-offs are still wanted; as :meth:`submit_release`."""
+        by_start = sorted(credentials, key=lambda one: one.incarnation)
+        for _, same in itertools.groupby(by_start, key=lambda one: one.incarnation):
+            of_one_start = list(same)
+            for at in range(0, len(of_one_start), _RENEWALS_AT_ONCE):
+                batch = of_one_start[at : at + _RENEWALS_AT_ONCE]
+                self._notify(owner, batch[0], "renewal", functools.partial(_renew, batch))
+
+    def _notify(
+        self,
+        owner: PeerId,
+        credentials: Credentials,
+        what: str,
+        send: functools.partial[None] | _Send,
+    ) -> None:
+        notice = Notice(
+            what=f"{what} of {credentials.handoff_id}",
+            incarnation=credentials.incarnation,
+            send=send,
+            expires_at=time.monotonic() + self._settings.ticket_ttl_s,
+        )
+        with self._lock:
+            if not self._reader(owner).notify(notice):
+                raise self._closed_error()
+
+    def _reader(self, owner: PeerId) -> PeerReader:
+        """The reader of ``owner``. Holds the lock, which keeps it from being dropped."""
+        if self._state is not EngineState.RUNNING:
+            raise self._not_running()
+        reader = self._readers.get(owner)
+        if reader is None:
+            links = PeerLinks(
+                owner,
+                Caller(self._info.peer, self._info.incarnation),
+                self._info.layout_hash,
+                self._discovery,
+                self._transports,
+                self._settings,
+            )
+            reader = PeerReader(owner, links, self._memory, self._budget, self._settings)
+            self._readers[owner] = reader
+        return reader
+
+    def _on_peer_event(self, event: PeerEvent) -> None:
+        record = event.record
+        left = event.kind == "left"
+        if not left and not record.incarnation:
+            return
+        self._table.reader_left(record.peer, alive="" if left else record.incarnation)
+        if not left:
+            return
+        with self._lock:
+            reader = self._readers.get(record.peer)
+        if reader is not None:
+            reader.fail(
+                lambda: PeerUnreachable(
+                    "it left", phase=Phase.DISCOVER, peer=str(record.peer)
+                )
+            )
+
+    def _expire_later(self, handoff_id: str, at_s: float) -> None:
+        self._timer.schedule(at_s, lambda: self._expire(handoff_id))
+
+    def _expire(self, handoff_id: str) -> None:
+        deadline = self._table.expire(handoff_id)
+        if deadline is not None:
+            self._expire_later(handoff_id, deadline)
+
+    def _check_open(self) -> None:
+        if self._state is EngineState.CLOSED:
+            raise self._closed_error()
+
+    def _check_running(self) -> None:
+        if self._state is not EngineState.RUNNING:
+            raise self._not_running()
+
+    def _not_running(self) -> TransferError:
+        return TransferCancelled(
+            f"the engine is {self._state.value}, not running", phase=Phase.REGISTER
+        )
+
+    def _closed_error(self) -> TransferError:
+        return TransferCancelled("the engine is closed", phase=Phase.READ)

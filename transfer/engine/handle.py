@@ -1,0 +1,197 @@
+"""One read as its submitter sees it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from transfer.errors import Phase, TransferCancelled, TransferError
+from transfer.transports.base import Interrupt, ReadSession
+from transfer.types import PeerId
+
+
+class TransferState(StrEnum):
+    QUEUED = "queued"
+    CONNECTING = "connecting"
+    READING = "reading"
+    CONFIRMING = "confirming"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it never changes any more."""
+        return self in _FINAL
+
+
+_FINAL = frozenset({TransferState.DONE, TransferState.FAILED, TransferState.CANCELLED})
+
+
+@dataclass(frozen=True, slots=True)
+class TransferTimings:
+    """Seconds spent in each state of a read; 0 for states not reached."""
+
+    queued_s: float = 0.0
+    connect_s: float = 0.0
+    read_s: float = 0.0
+    confirm_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """From submission to the end, or until now."""
+        return self.queued_s + self.connect_s + self.read_s + self.confirm_s
+
+
+class TransferHandle:
+    """Poll ``state`` until it is final. Every member may be used from any thread.
+
+    ``DONE`` means that every byte is there and that the owner confirmed that its blocks stayed
+    pinned throughout. Once the state is final, whichever it is, local memory is not written to
+    any more.
+    """
+
+    def __init__(self, owner: PeerId, handoff_id: str, deadline_s: float) -> None:
+        self.owner = owner
+        self.handoff_id = handoff_id
+        self.deadline = time.monotonic() + deadline_s
+        """When the read fails at the latest, on the monotonic clock."""
+        self.interrupt = Interrupt()
+        """For the engine."""
+        self._lock = threading.Lock()
+        self._final = threading.Event()
+        self._state = TransferState.QUEUED
+        self._error: TransferError | None = None
+        self._cancelled = False
+        self._session: ReadSession | None = None
+        self._bytes_before = 0
+        self._since = time.monotonic()
+        self._spent: dict[TransferState, float] = {}
+        self._on_final: list[Callable[[TransferHandle], None]] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"<TransferHandle {self.handoff_id} from {self.owner} {self._state.value}, "
+            f"{self.bytes_moved} bytes>"
+        )
+
+    @property
+    def state(self) -> TransferState:
+        return self._state
+
+    @property
+    def error(self) -> TransferError | None:
+        """Why it failed or was cancelled; None otherwise."""
+        return self._error
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes written to local memory so far, those of a broken first try included."""
+        with self._lock:
+            session = self._session
+            return self._bytes_before + (session.bytes_moved if session else 0)
+
+    @property
+    def timings(self) -> TransferTimings:
+        with self._lock:
+            spent = dict(self._spent)
+            if not self._state.is_final:
+                spent[self._state] = (
+                    spent.get(self._state, 0.0) + time.monotonic() - self._since
+                )
+        return TransferTimings(
+            queued_s=spent.get(TransferState.QUEUED, 0.0),
+            connect_s=spent.get(TransferState.CONNECTING, 0.0),
+            read_s=spent.get(TransferState.READING, 0.0),
+            confirm_s=spent.get(TransferState.CONFIRMING, 0.0),
+        )
+
+    def cancel(self) -> None:
+        """Stop the read. Does not block; the state becomes ``CANCELLED`` at once unless bytes
+        are on their way, then as soon as they are stopped. The hand-off is neither released nor
+        aborted by this. No effect on a final state."""
+        error = TransferCancelled(
+            "cancelled", phase=Phase.READ, peer=str(self.owner), handoff_id=self.handoff_id
+        )
+        self.stop(error, cancelled=True)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until the state is final; False if it is not within ``timeout_s``."""
+        return self._final.wait(timeout_s)
+
+    # For the engine.
+
+    def stop(self, error: TransferError, *, cancelled: bool = False) -> None:
+        """Make the read end with ``error``. Any thread; does not block.
+
+        Outside of ``READING`` no thread can write to local memory, so the state is final at once
+        even if a thread of the engine has yet to notice.
+        """
+        with self._lock:
+            if self._state.is_final or self.interrupt.error is not None:
+                return
+            self._cancelled = cancelled
+            # Its watchers only shut sockets down and wake waiters.
+            self.interrupt.set(error)
+            ended = self._state is not TransferState.READING and self._end(error)
+        if ended:
+            self._announce()
+
+    def advance(self, state: TransferState) -> None:
+        """Go on to a state that is not final.
+
+        Raises:
+            TransferError: the read was stopped meanwhile.
+        """
+        with self._lock:
+            self.interrupt.check()
+            self._switch(state)
+
+    def attach(self, session: ReadSession) -> None:
+        """Count the bytes of ``session`` from now on."""
+        with self._lock:
+            if self._session is not None:
+                self._bytes_before += self._session.bytes_moved
+            self._session = session
+
+    def finish(self, error: TransferError | None) -> None:
+        """The engine is through with it; an error from :meth:`stop` wins over ``error``."""
+        with self._lock:
+            ended = self._end(self.interrupt.error or error)
+        if ended:
+            self._announce()
+
+    def when_final(self, callback: Callable[[TransferHandle], None]) -> None:
+        """Call ``callback`` once the state is final, on the thread that made it so."""
+        with self._lock:
+            if not self._state.is_final:
+                self._on_final.append(callback)
+                return
+        callback(self)
+
+    def _end(self, error: TransferError | None) -> bool:
+        if self._state.is_final:
+            return False
+        self._error = error
+        if error is None:
+            self._switch(TransferState.DONE)
+        elif self._cancelled:
+            self._switch(TransferState.CANCELLED)
+        else:
+            self._switch(TransferState.FAILED)
+        return True
+
+    def _announce(self) -> None:
+        self._final.set()
+        callbacks, self._on_final = self._on_final, []
+        for callback in callbacks:
+            callback(self)
+
+    def _switch(self, state: TransferState) -> None:
+        now = time.monotonic()
+        self._spent[self._state] = self._spent.get(self._state, 0.0) + now - self._since
+        self._since = now
+        self._state = state

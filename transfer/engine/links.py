@@ -1,0 +1,226 @@
+"""Connections to one owner: made on demand, shared by its reads, dropped when they fail."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transfer.engine.peers import Discovery
+from transfer.errors import (
+    DeadlineExceeded,
+    HandoffRefused,
+    LayoutMismatch,
+    PeerUnreachable,
+    Phase,
+    ProtocolError,
+    TransferCancelled,
+)
+from transfer.settings import TransferSettings
+from transfer.transports.base import Caller, ControlChannel, DataChannel
+from transfer.transports.registry import Transports
+from transfer.types import PeerId, PeerInfo, WorkerRecord
+
+_DISCOVERY_WAIT_S = 2.0
+
+
+class Link:
+    """Control and data channel to one start of an owner."""
+
+    def __init__(self, control: ControlChannel, data: DataChannel) -> None:
+        self.control = control
+        self.data = data
+        self.users = 0
+        self.retired = False
+
+    @property
+    def info(self) -> PeerInfo:
+        return self.control.info
+
+    def close(self) -> None:
+        self.data.close()
+        self.control.close()
+
+
+class PeerLinks:
+    """The link to one owner. Thread-safe."""
+
+    def __init__(
+        self,
+        owner: PeerId,
+        caller: Caller,
+        layout_hash: str,
+        discovery: Discovery,
+        transports: Transports,
+        settings: TransferSettings,
+    ) -> None:
+        self._owner = owner
+        self._caller = caller
+        self._layout_hash = layout_hash
+        self._discovery = discovery
+        self._transports = transports
+        self._settings = settings
+        # One at a time connects; the lock is never held while a link is used.
+        self._connecting = threading.Lock()
+        self._lock = threading.Lock()
+        self._current: Link | None = None
+        self._in_use: set[Link] = set()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        with self._lock:
+            state = "connected" if self._current else "closed" if self._closed else "idle"
+        return f"<PeerLinks {self._owner} {state}>"
+
+    @contextmanager
+    def use(self, incarnation: str, deadline: float) -> Iterator[Link]:
+        """A link to the owner's start ``incarnation``; connects if there is none.
+
+        A link that breaks within the block is not used again.
+
+        Args:
+            deadline: monotonic time.
+
+        Raises:
+            PeerUnknown: discovery does not know the owner.
+            PeerUnreachable: cannot be connected.
+            DeadlineExceeded: not within the deadline.
+            HandoffRefused: the owner is another start than ``incarnation``.
+            LayoutMismatch: the owner's layout hash differs from ours.
+        """
+        link = self._acquire(incarnation, deadline)
+        try:
+            yield link
+        except (PeerUnreachable, DeadlineExceeded, ProtocolError):
+            self._retire(link)
+            raise
+        finally:
+            self._let_go(link)
+
+    def cut(self) -> None:
+        """Fail everything that uses a link now. Does not block."""
+        with self._lock:
+            for link in self._in_use:
+                link.control.shutdown()
+            idle, self._current = self._current, None
+        if idle is not None:
+            self._retire(idle)
+
+    def close(self) -> None:
+        """Cut, and connect no more. Idempotent."""
+        with self._lock:
+            self._closed = True
+        self.cut()
+
+    def _acquire(self, incarnation: str, deadline: float) -> Link:
+        if not self._connecting.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise DeadlineExceeded(
+                "waited for another connection attempt",
+                phase=Phase.CONNECT,
+                peer=str(self._owner),
+            )
+        try:
+            link = self._reusable(incarnation)
+            return link if link is not None else self._connect(incarnation, deadline)
+        finally:
+            self._connecting.release()
+
+    def _reusable(self, incarnation: str) -> Link | None:
+        with self._lock:
+            link = self._current
+            if link is not None and not link.control.broken:
+                if link.info.incarnation == incarnation:
+                    self._occupy(link)
+                    return link
+        if link is None:
+            return None
+        record = self._discovery.lookup(self._owner)
+        if (
+            not link.control.broken
+            and record is not None
+            and record.incarnation == link.info.incarnation
+        ):
+            # Discovery agrees with the link: it is the ticket that is of another start.
+            raise self._wrong_start(link.info.incarnation, incarnation)
+        self._retire(link)
+        return None
+
+    def _connect(self, incarnation: str, deadline: float) -> Link:
+        left_s = deadline - time.monotonic()
+        record = self._discovery.wait_for(self._owner, max(0.0, min(_DISCOVERY_WAIT_S, left_s)))
+        self._check_layout(record)
+        control = self._transports.control.open_control(
+            self._transports.control_address(record.addresses),
+            self._caller,
+            deadline - time.monotonic(),
+        )
+        link = None
+        try:
+            self._check_info(control.info, incarnation)
+            transport, address = self._transports.data_routes(record.addresses)[0]
+            data = transport.open_data(address, self._caller, control)
+            link = self._adopt(Link(control, data))
+            return link
+        finally:
+            if link is None:
+                control.close()
+
+    def _adopt(self, link: Link) -> Link:
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._current = link
+                self._occupy(link)
+        if closed:
+            link.data.close()
+            raise TransferCancelled(
+                "the engine is closed", phase=Phase.CONNECT, peer=str(self._owner)
+            )
+        return link
+
+    def _check_layout(self, said: WorkerRecord | PeerInfo) -> None:
+        if said.layout_hash and said.layout_hash != self._layout_hash:
+            raise LayoutMismatch(
+                f"its layout hash is {said.layout_hash[:64]}, ours {self._layout_hash}",
+                phase=Phase.CONNECT,
+                peer=str(self._owner),
+            )
+
+    def _check_info(self, info: PeerInfo, incarnation: str) -> None:
+        if info.peer != self._owner:
+            raise PeerUnreachable(
+                f"{info.peer} answers at its address", phase=Phase.CONNECT, peer=str(self._owner)
+            )
+        if info.incarnation != incarnation:
+            raise self._wrong_start(info.incarnation, incarnation)
+        self._check_layout(info)
+
+    def _wrong_start(self, found: str, wanted: str) -> HandoffRefused:
+        return HandoffRefused(
+            f"offered by start {wanted} of the owner, which is now {found}",
+            phase=Phase.CONNECT,
+            peer=str(self._owner),
+        )
+
+    def _occupy(self, link: Link) -> None:
+        link.users += 1
+        self._in_use.add(link)
+
+    def _retire(self, link: Link) -> None:
+        with self._lock:
+            link.retired = True
+            if self._current is link:
+                self._current = None
+            free = link.users == 0
+        if free:
+            link.close()
+
+    def _let_go(self, link: Link) -> None:
+        with self._lock:
+            link.users -= 1
+            free = link.users == 0
+            if free:
+                self._in_use.discard(link)
+        if free and link.retired:
+            link.close()

@@ -1,0 +1,98 @@
+"""Memory that the engine may read from or write to."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from transfer.errors import Phase, RegistrationError
+from transfer.spans import coverage, empty_spans, lies_within
+from transfer.types import SpanArray
+
+_ADDRESS_LIMIT = 1 << 63
+
+
+class MemoryRegion:
+    """A registered range of memory; ``close()`` unregisters it.
+
+    The memory must stay mapped until the region is closed, and the region open until no read
+    into it and no offer of it goes on any more: the engine cannot take back a system call that
+    is under way.
+    """
+
+    def __init__(self, table: MemoryTable, address: int, length: int) -> None:
+        self._table = table
+        self.address = address
+        self.length = length
+
+    def __repr__(self) -> str:
+        state = "open" if self in self._table else "closed"
+        return f"<MemoryRegion {self.address:#x}+{self.length} {state}>"
+
+    def close(self) -> None:
+        """Unregister. Idempotent; any thread."""
+        self._table.discard(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class MemoryTable:
+    """All registered regions of one engine. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._regions: list[MemoryRegion] = []
+        self._cover: SpanArray = empty_spans()
+
+    def __contains__(self, region: MemoryRegion) -> bool:
+        with self._lock:
+            return region in self._regions
+
+    def register(self, address: int, length: int) -> MemoryRegion:
+        """Add ``length`` bytes at ``address``.
+
+        Raises:
+            RegistrationError: that is no range of memory.
+        """
+        if address <= 0 or length <= 0 or address + length > _ADDRESS_LIMIT:
+            raise RegistrationError(
+                f"{length} bytes at {address:#x} are not a range of memory", phase=Phase.REGISTER
+            )
+        region = MemoryRegion(self, address, length)
+        with self._lock:
+            self._regions.append(region)
+            self._recompute()
+        return region
+
+    def discard(self, region: MemoryRegion) -> None:
+        """Remove ``region`` if it is there."""
+        with self._lock:
+            if region in self._regions:
+                self._regions.remove(region)
+                self._recompute()
+
+    def check(self, spans: SpanArray, *, what: str, phase: Phase) -> None:
+        """See that all spans lie in registered memory.
+
+        Raises:
+            RegistrationError: one does not.
+        """
+        # The array is replaced, never changed: it can be read without the lock.
+        if not lies_within(spans, self._cover):
+            raise RegistrationError(f"{what} are not all in registered memory", phase=phase)
+
+    def _recompute(self) -> None:
+        rows = [(region.address, region.length) for region in self._regions]
+        self._cover = coverage(np.array(rows, dtype=np.uint64).reshape(-1, 2))

@@ -1,0 +1,28 @@
+"""``kv_transfer_params`` for a decode request, from the tickets of its prompts.
+
+Kept apart from the ticket's own module so that a router can use it without importing vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TICKET_VERSION = 1
+
+
+def tickets_to_params(tickets: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """One ticket as it is, several as a bundle, none as None.
+
+    The decode connector picks from a bundle by the hash of the prompt, so order does not matter.
+    """
+    if not tickets:
+        return None
+    if len(tickets) == 1:
+        return dict(tickets[0])
+    return {
+        "version": TICKET_VERSION,
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "tickets": [dict(ticket) for ticket in tickets],
+    }

@@ -1,0 +1,65 @@
+"""What an operator may tune about transfers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transfer.errors import ConfigurationError, Phase
+
+MAX_SLICE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSettings:
+    """Settings of one transfer engine; checked when made.
+
+    Attributes:
+        host: address to listen on and to advertise to peers.
+        port: port to listen on; 0 takes a free one, which is then published.
+        streams_per_peer: data streams that one read may use at once.
+        max_reads_per_peer: reads from one peer that run at once; more wait in a queue.
+        slice_bytes: most bytes asked for by one request.
+        max_inflight_bytes: bytes of all reads that may be on their way at once; a read bigger
+            than that runs alone.
+        ticket_ttl_s: how long an offer lives without renewal.
+        connect_timeout_s: for one connection, handshake included.
+        read_deadline_s: default for a whole read, from submission to confirmation.
+        stall_timeout_s: a peer that moves nothing for so long in the middle of a message is cut.
+        max_connections: connections that a listener keeps; more are turned away.
+        socket_buffer_bytes: of every socket; 0 leaves it to the kernel, which tunes it.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    streams_per_peer: int = 2
+    max_reads_per_peer: int = 4
+    slice_bytes: int = 8 << 20
+    max_inflight_bytes: int = 1 << 30
+    ticket_ttl_s: float = 30.0
+    connect_timeout_s: float = 2.0
+    read_deadline_s: float = 30.0
+    stall_timeout_s: float = 10.0
+    max_connections: int = 512
+    socket_buffer_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.host or len(self.host) > 255:
+            raise _wrong("host", self.host, "a host name or an IP address")
+        _check_range("port", self.port, 0, 65535)
+        _check_range("streams_per_peer", self.streams_per_peer, 1, 64)
+        _check_range("max_reads_per_peer", self.max_reads_per_peer, 1, 256)
+        _check_range("slice_bytes", self.slice_bytes, 4096, MAX_SLICE_BYTES)
+        _check_range("max_inflight_bytes", self.max_inflight_bytes, 4096, 1 << 50)
+        _check_range("max_connections", self.max_connections, 1, 65535)
+        _check_range("socket_buffer_bytes", self.socket_buffer_bytes, 0, 1 << 30)
+        for name in ("ticket_ttl_s", "connect_timeout_s", "read_deadline_s", "stall_timeout_s"):
+            _check_range(name, getattr(self, name), 0.001, 86400.0)
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise _wrong(name, value, f"from {low} to {high}")
+
+
+def _wrong(name: str, value: object, right: str) -> ConfigurationError:
+    return ConfigurationError(f"{name} is {value!r}, must be {right}", phase=Phase.REGISTER)

@@ -1,0 +1,197 @@
+"""Arithmetic on spans of memory. Pure numpy; no Python loop per block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from transfer.errors import Phase, RegistrationError
+from transfer.types import ReadPlan, SpanArray
+
+_ADDRESS_LIMIT = 1 << 63
+
+
+def block_spans(base: int, block_stride: int, block_length: int, block_ids: ArrayLike) -> SpanArray:
+    """Spans of blocks that lie at equal distances.
+
+    Args:
+        base: address of block 0.
+        block_stride: bytes from the start of one block to the start of the next.
+        block_length: bytes of one block that are meant; at least 1.
+        block_ids: integers, shape ``[n]``, none negative.
+
+    Returns:
+        Shape ``[n, 2]``, row i is block ``block_ids[i]``.
+
+    Raises:
+        RegistrationError: when that cannot be memory.
+    """
+    ids = np.asarray(block_ids)
+    if ids.size == 0:
+        return empty_spans()
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise _bad(f"block_ids must be integers of shape [n], not {ids.dtype} {ids.shape}")
+    low, high = int(ids.min()), int(ids.max())
+    if base < 0 or block_stride < 0 or block_length < 1 or low < 0:
+        raise _bad(
+            f"base {base}, block_stride {block_stride}, block_length {block_length} or the "
+            f"lowest block id {low} is too small"
+        )
+    if base + high * block_stride + block_length > _ADDRESS_LIMIT:
+        raise _bad(f"block {high} ends beyond the address space")
+    spans = np.empty((ids.size, 2), dtype=np.uint64)
+    spans[:, 0] = ids.astype(np.uint64) * np.uint64(block_stride) + np.uint64(base)
+    spans[:, 1] = block_length
+    return spans
+
+
+def empty_spans() -> SpanArray:
+    """No span at all, shape ``[0, 2]``."""
+    return np.empty((0, 2), dtype=np.uint64)
+
+
+def concat(parts: Sequence[SpanArray]) -> SpanArray:
+    """All rows of ``parts``, in order."""
+    return np.concatenate(parts) if parts else empty_spans()
+
+
+def total_bytes(spans: SpanArray) -> int:
+    """Sum of the lengths, for spans that passed :func:`check_spans`."""
+    return int(spans[:, 1].sum())
+
+
+def check_spans(spans: SpanArray) -> SpanArray:
+    """``spans`` as a C-contiguous array, if it can be one of memory.
+
+    Raises:
+        RegistrationError: wrong shape or type, an empty row, an address out of range, or more
+            than 2**63 bytes together.
+    """
+    if spans.ndim != 2 or spans.shape[1] != 2 or spans.dtype != np.uint64:
+        raise _bad(f"spans must be uint64 of shape [n, 2], not {spans.dtype} {spans.shape}")
+    spans = np.ascontiguousarray(spans)
+    if spans.shape[0]:
+        if int(spans.max()) >= _ADDRESS_LIMIT:
+            raise _bad("a span begins or ends beyond the address space")
+        if not spans[:, 1].all():
+            raise _bad("a span has no bytes")
+        # Float keeps the order of magnitude where 64 bits would wrap around.
+        if float(spans[:, 1].sum(dtype=np.float64)) >= _ADDRESS_LIMIT:
+            raise _bad("the spans have more bytes than there can be")
+    return spans
+
+
+def coverage(spans: SpanArray) -> SpanArray:
+    """The same bytes as ``spans``, sorted, with touching and overlapping rows joined."""
+    if spans.shape[0] == 0:
+        return spans
+    starts, ends = _bounds(spans)
+    reach = np.maximum.accumulate(ends)
+    first = np.concatenate(([True], starts[1:] > reach[:-1]))
+    begins = np.flatnonzero(first)
+    lasts = np.concatenate((begins[1:] - 1, [starts.size - 1]))
+    joined = np.empty((begins.size, 2), dtype=np.uint64)
+    joined[:, 0] = starts[begins]
+    joined[:, 1] = reach[lasts] - starts[begins]
+    return joined
+
+
+def lies_within(spans: SpanArray, cover: SpanArray) -> bool:
+    """Whether every row of ``spans`` lies inside one row of ``cover``.
+
+    Args:
+        cover: a result of :func:`coverage`.
+    """
+    if spans.shape[0] == 0:
+        return True
+    if cover.shape[0] == 0:
+        return False
+    starts = cover[:, 0]
+    ends = starts + cover[:, 1]
+    row = np.searchsorted(starts, spans[:, 0], side="right") - 1
+    if int(row.min()) < 0:
+        return False
+    end = ends[row]
+    inside = spans[:, 0] <= end
+    # Compare lengths, not ends: a hostile address plus a length may wrap around.
+    return bool((inside & (spans[:, 1] <= end - np.minimum(spans[:, 0], end))).all())
+
+
+def overlaps_itself(spans: SpanArray) -> bool:
+    """Whether two rows share a byte."""
+    starts, ends = _bounds(spans)
+    return bool((starts[1:] < ends[:-1]).any())
+
+
+def merge_adjacent(plan: ReadPlan) -> ReadPlan:
+    """The same reads with rows joined that follow each other on both sides.
+
+    Raises:
+        RegistrationError: when the two sides do not fit each other row by row.
+    """
+    local, remote = plan.local, plan.remote
+    if local.shape != remote.shape or not np.array_equal(local[:, 1], remote[:, 1]):
+        raise _bad("local and remote spans of a plan differ in number or length of rows")
+    if local.shape[0] < 2:
+        return plan
+    follows = (local[1:, 0] == local[:-1, 0] + local[:-1, 1]) & (
+        remote[1:, 0] == remote[:-1, 0] + remote[:-1, 1]
+    )
+    if not follows.any():
+        return plan
+    begins = np.flatnonzero(np.concatenate(([True], ~follows)))
+    lengths = np.add.reduceat(local[:, 1], begins)
+    return ReadPlan(
+        local=np.column_stack((local[begins, 0], lengths)),
+        remote=np.column_stack((remote[begins, 0], lengths)),
+    )
+
+
+def slice_plan(plan: ReadPlan, max_bytes: int, max_rows: int) -> Iterator[ReadPlan]:
+    """Cut a plan into pieces of at most ``max_bytes`` bytes and ``max_rows`` rows.
+
+    Pieces come in order; all but the last hold ``max_bytes`` bytes unless ``max_rows`` cuts them
+    short. A row is cut where a piece ends.
+    """
+    if max_bytes < 1 or max_rows < 1:
+        raise _bad(f"max_bytes {max_bytes} and max_rows {max_rows} must be at least 1")
+    lengths = plan.local[:, 1]
+    total = int(lengths.sum())
+    if total <= max_bytes and lengths.size <= max_rows:
+        if total:
+            yield plan
+        return
+    # Positions count the bytes of the plan from its start:
+    #   row ends       |---r0---|----r1----|--r2--|
+    #   piece ends     |-------p0------|-------p1-------|
+    #   cuts           |--------|------|---|------|     one new row between two cuts
+    row_ends = np.cumsum(lengths)
+    piece_ends = np.arange(max_bytes, total, max_bytes, dtype=np.uint64)
+    cuts = np.union1d(row_ends, piece_ends)
+    starts = np.concatenate((np.zeros(1, dtype=np.uint64), cuts[:-1]))
+    row = np.searchsorted(row_ends, starts, side="right")
+    offset = starts - (row_ends - lengths)[row]
+    new_lengths = cuts - starts
+    local = np.column_stack((plan.local[row, 0] + offset, new_lengths))
+    remote = np.column_stack((plan.remote[row, 0] + offset, new_lengths))
+    edges = np.searchsorted(starts, piece_ends).tolist()
+    for begin, end in zip([0, *edges], [*edges, starts.size], strict=True):
+        for at in range(begin, end, max_rows):
+            upto = min(at + max_rows, end)
+            yield ReadPlan(local=local[at:upto], remote=remote[at:upto])
+
+
+def _bounds(spans: SpanArray) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Sorted starts and the ends that go with them."""
+    starts = spans[:, 0]
+    ends = starts + spans[:, 1]
+    if starts.size > 1 and not (starts[1:] >= starts[:-1]).all():
+        order = np.argsort(starts, kind="stable")
+        return starts[order], ends[order]
+    return starts, ends
+
+
+def _bad(message: str) -> RegistrationError:
+    return RegistrationError(message, phase=Phase.REGISTER)

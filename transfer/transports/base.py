@@ -1,0 +1,268 @@
+"""What the engine knows of a transport.
+
+Control messages (handshake, release, renew, abort) and the reading of data are apart, because
+control always goes over a connection while data may go by any means. A transport that only moves
+data implements :class:`Transport`; one that can also carry control implements
+:class:`ControlTransport`.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from transfer.errors import TransferError
+from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan, SpanArray
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a transport can do.
+
+    Attributes:
+        same_host: only reaches peers on the same host.
+        one_sided: the owner's processor takes no part in a read and so cannot refuse one.
+        encrypted: bytes cannot be read on the way.
+    """
+
+    same_host: bool
+    one_sided: bool
+    encrypted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who opens a connection, as it says itself in the handshake."""
+
+    peer: PeerId
+    incarnation: str
+
+
+class ReadPermit(Protocol):
+    """Leave to read some spans, until it is revoked."""
+
+    @property
+    def valid(self) -> bool:
+        """False once the blocks may be reused; nothing may be sent any more."""
+        ...
+
+
+class OwnerService(Protocol):
+    """What a listener asks of the engine it serves. Callable from any thread.
+
+    Every method but ``info`` and ``end_read`` raises ``HandoffRefused`` when the hand-off is not
+    as the credentials say.
+    """
+
+    def info(self) -> PeerInfo: ...
+
+    def begin_read(
+        self,
+        caller: Caller,
+        credentials: Credentials,
+        spans: SpanArray,
+        revoke: Callable[[], None],
+    ) -> ReadPermit:
+        """Check and admit one read of ``spans``.
+
+        Args:
+            revoke: called at most once, from any thread, if the hand-off ends otherwise than by
+                release while the read goes on; must not block.
+        """
+        ...
+
+    def end_read(self, permit: ReadPermit) -> None:
+        """The spans of ``permit`` are not touched any more."""
+        ...
+
+    def release(self, credentials: Credentials, *, used: bool) -> None:
+        """Count the reader off; returning means that the blocks were pinned until now."""
+        ...
+
+    def renew(self, credentials: Credentials) -> None: ...
+
+    def abort_by_reader(self, credentials: Credentials, reason: str) -> None: ...
+
+
+class Interrupt:
+    """Stops one read from outside. Thread-safe; the first error wins."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._error: TransferError | None = None
+        self._callbacks: list[Callable[[], None]] = []
+
+    def __repr__(self) -> str:
+        return f"<Interrupt {'set' if self._error else 'clear'}>"
+
+    @property
+    def error(self) -> TransferError | None:
+        return self._error
+
+    def set(self, error: TransferError) -> None:
+        """Stop the read with ``error``: calls every watcher, none of which may block."""
+        with self._lock:
+            if self._error is not None:
+                return
+            self._error = error
+            for callback in self._callbacks:
+                callback()
+
+    def check(self) -> None:
+        """Raise the error if there is one."""
+        if self._error is not None:
+            raise self._error
+
+    @contextmanager
+    def watched_by(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Call ``callback`` if the interrupt is set within the block.
+
+        Raises:
+            TransferError: the interrupt's error, when it is set already.
+        """
+        with self._lock:
+            self.check()
+            self._callbacks.append(callback)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._callbacks.remove(callback)
+
+
+class ReadSession(ABC):
+    """One read that has what it needs to begin. Used by one thread, then closed."""
+
+    @property
+    @abstractmethod
+    def bytes_moved(self) -> int:
+        """Bytes written to local memory so far. From any thread."""
+
+    @abstractmethod
+    def run(self, interrupt: Interrupt) -> None:
+        """Read everything; blocks. Once it returned or raised, local memory is not written to.
+
+        Raises:
+            HandoffRefused: the owner does not allow it.
+            PeerUnreachable: the connection broke; a fresh one may do.
+            TransferError: the interrupt's own error, soon after it was set.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the session holds. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class DataChannel(ABC):
+    """Reads from one address of one owner. Thread-safe."""
+
+    @abstractmethod
+    def open_read(
+        self, credentials: Credentials, plan: ReadPlan, timeout_s: float
+    ) -> ReadSession:
+        """Prepare a read; no byte of local memory is written yet.
+
+        Raises:
+            PeerUnreachable: the owner cannot be reached.
+            DeadlineExceeded: not within ``timeout_s``.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close what is idle now, and what is in use when it is given back. Idempotent."""
+
+
+class ControlChannel(ABC):
+    """Control connection to one owner, after the handshake. Thread-safe; calls take turns.
+
+    Calls raise ``HandoffRefused`` when the owner says so, ``PeerUnreachable`` when the connection
+    broke and ``DeadlineExceeded`` when no answer came within ``timeout_s``; after the latter two
+    the channel is of no more use.
+    """
+
+    info: PeerInfo
+
+    @property
+    @abstractmethod
+    def broken(self) -> bool:
+        """Whether the channel is known to be of no more use."""
+
+    @abstractmethod
+    def release(self, credentials: Credentials, *, used: bool, timeout_s: float) -> None: ...
+
+    @abstractmethod
+    def renew(self, credentials: Sequence[Credentials], timeout_s: float) -> list[bool]:
+        """Renew hand-offs; says for each whether the owner still offers it."""
+
+    @abstractmethod
+    def abort(self, credentials: Credentials, reason: str, timeout_s: float) -> None: ...
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Fail calls under way and later ones. Does not block; from any thread."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Shut down and free the connection. Idempotent."""
+
+
+class Listener(ABC):
+    """Serves an owner's memory to its readers on threads of its own."""
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """Where peers reach it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Cut every connection and join every thread. Idempotent."""
+
+
+class Transport(ABC):
+    """A way to move bytes, named by the scheme of its addresses. Thread-safe."""
+
+    scheme: str
+    capabilities: Capabilities
+
+    @abstractmethod
+    def listen(self, service: OwnerService) -> Listener:
+        """Begin to serve.
+
+        Raises:
+            ConfigurationError: the configured address cannot be listened on.
+        """
+
+    @abstractmethod
+    def open_data(self, address: str, caller: Caller, control: ControlChannel) -> DataChannel:
+        """A channel for reads. May, but need not, connect already."""
+
+
+class ControlTransport(Transport):
+    """A transport that carries control too."""
+
+    @abstractmethod
+    def open_control(self, address: str, caller: Caller, timeout_s: float) -> ControlChannel:
+        """Connect and shake hands.
+
+        Raises:
+            PeerUnreachable: nobody listens there, or the connection broke.
+            DeadlineExceeded: not within ``timeout_s``.
+            ProtocolError: what answers does not speak this protocol.
+        """

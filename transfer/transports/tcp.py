@@ -1,0 +1,375 @@
+"""The reader's side of TCP: one control connection and several data streams per peer.
+
+A read takes streams for itself alone, so that stopping it cannot disturb another one. Requests
+for the slices of a read come from one queue that its streams share, and each stream asks for its
+next slice before it takes in the one before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from transfer.addressing import parse_address
+from transfer.errors import (
+    DeadlineExceeded,
+    PeerUnreachable,
+    Phase,
+    ProtocolError,
+    TransferError,
+)
+from transfer.settings import TransferSettings
+from transfer.spans import slice_plan, total_bytes
+from transfer.transports import tcp_wire as wire
+from transfer.transports.base import (
+    Caller,
+    Capabilities,
+    ControlChannel,
+    ControlTransport,
+    DataChannel,
+    Interrupt,
+    Listener,
+    OwnerService,
+    ReadSession,
+)
+from transfer.transports.tcp_listener import TcpListener
+from transfer.transports.tcp_stream import SpanCursor, TcpStream, translated
+from transfer.transports.tcp_wire import Header, MessageType
+from transfer.types import Credentials, PeerInfo, ReadPlan
+
+_PIPELINED_REQUESTS = 2
+# A request must fit the sockets' buffers: the owner does not take it in while it sends.
+_MAX_REQUEST_ROWS = 2048
+_MIN_SLICE_BYTES = 1 << 20
+
+
+class TcpTransport(ControlTransport):
+    """TCP by the settings of the engine."""
+
+    scheme = "tcp"
+    capabilities = Capabilities(same_host=False, one_sided=False, encrypted=False)
+
+    def __init__(self, settings: TransferSettings) -> None:
+        self._settings = settings
+
+    def listen(self, service: OwnerService) -> Listener:
+        return TcpListener(service, self._settings)
+
+    def open_control(self, address: str, caller: Caller, timeout_s: float) -> TcpControl:
+        stream, info = _connect(address, caller, timeout_s, self._settings)
+        return TcpControl(stream, info)
+
+    def open_data(self, address: str, caller: Caller, control: ControlChannel) -> TcpData:
+        return TcpData(address, caller, control.info, self._settings)
+
+
+class TcpControl(ControlChannel):
+    """See :class:`~transfer.transports.base.ControlChannel`."""
+
+    def __init__(self, stream: TcpStream, info: PeerInfo) -> None:
+        self.info = info
+        self._stream = stream
+        self._peer = str(info.peer)
+        self._turn = threading.Lock()
+        self._request_ids = itertools.count(1)
+        self._broken = False
+
+    def __repr__(self) -> str:
+        return f"<TcpControl {self._peer} {'broken' if self._broken else 'open'}>"
+
+    @property
+    def broken(self) -> bool:
+        return self._broken
+
+    def release(self, credentials: Credentials, *, used: bool, timeout_s: float) -> None:
+        body = wire.encode_release(credentials, used=used)
+        self._call(
+            MessageType.RELEASE, body, MessageType.OK, timeout_s, Phase.CONFIRM, credentials
+        )
+
+    def renew(self, credentials: Sequence[Credentials], timeout_s: float) -> list[bool]:
+        body = wire.encode_renew(credentials)
+        answer = self._call(MessageType.RENEW, body, MessageType.RENEWED, timeout_s, Phase.READ)
+        return wire.decode_renewed(answer, len(credentials))
+
+    def abort(self, credentials: Credentials, reason: str, timeout_s: float) -> None:
+        body = wire.encode_abort(credentials, reason)
+        self._call(MessageType.ABORT, body, MessageType.OK, timeout_s, Phase.READ, credentials)
+
+    def shutdown(self) -> None:
+        self._broken = True
+        self._stream.shutdown()
+
+    def close(self) -> None:
+        self.shutdown()
+        with self._turn:
+            self._stream.close()
+
+    def _call(
+        self,
+        request: MessageType,
+        body: bytes,
+        expected: MessageType,
+        timeout_s: float,
+        phase: Phase,
+        credentials: Credentials | None = None,
+    ) -> bytearray:
+        handoff_id = credentials.handoff_id if credentials else ""
+        deadline = time.monotonic() + timeout_s
+        if not self._turn.acquire(timeout=max(0.0, timeout_s)):
+            raise DeadlineExceeded(
+                "other calls to the owner took too long",
+                phase=phase,
+                peer=self._peer,
+                handoff_id=handoff_id,
+            )
+        whole = False
+        try:
+            with translated(phase, self._peer, handoff_id):
+                header, answer = self._exchange(request, body, deadline)
+            if header.type is MessageType.ERROR:
+                whole = True
+                raise wire.decode_error(answer, phase, self._peer, handoff_id)
+            if header.type is not expected:
+                raise _unexpected(header, self._peer)
+            whole = True
+            return answer
+        finally:
+            if not whole:  # what comes next on this connection is unknown
+                self._broken = True
+            self._turn.release()
+
+    def _exchange(
+        self, request: MessageType, body: bytes, deadline: float
+    ) -> tuple[Header, bytearray]:
+        if self._broken:
+            raise ConnectionAbortedError("the connection was shut down")
+        left_s = max(0.001, deadline - time.monotonic())
+        self._stream.set_timeouts(receive_s=left_s, send_s=left_s)
+        request_id = next(self._request_ids)
+        self._stream.send(wire.message(request, request_id, body))
+        return _receive_answer(self._stream, request_id, left_s, self._peer)
+
+
+class TcpData(DataChannel):
+    """A pool of data streams to one owner."""
+
+    def __init__(
+        self, address: str, caller: Caller, info: PeerInfo, settings: TransferSettings
+    ) -> None:
+        self._address = address
+        self._caller = caller
+        self._info = info
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._idle: list[TcpStream] = []
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._idle)} idle"
+        return f"<TcpData {self._info.peer} {state}>"
+
+    def open_read(
+        self, credentials: Credentials, plan: ReadPlan, timeout_s: float
+    ) -> TcpReadSession:
+        streams_wanted = self._settings.streams_per_peer
+        size = total_bytes(plan.local)
+        even_share = -(-size // (streams_wanted * 2))
+        slice_bytes = min(self._settings.slice_bytes, max(_MIN_SLICE_BYTES, even_share))
+        slices = deque(slice_plan(plan, slice_bytes, _MAX_REQUEST_ROWS))
+        session = TcpReadSession(self, str(self._info.peer), credentials, slices)
+        deadline = time.monotonic() + timeout_s
+        try:
+            for _ in range(min(streams_wanted, len(slices))):
+                session.streams.append(self._take(deadline))
+        except TransferError:
+            session.close()
+            raise
+        return session
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for stream in idle:
+            stream.close()
+
+    def give_back(self, stream: TcpStream) -> None:
+        """A stream without requests under way is free for the next read."""
+        with self._lock:
+            kept = not self._closed
+            if kept:
+                self._idle.append(stream)
+        if not kept:
+            stream.close()
+
+    def _take(self, deadline: float) -> TcpStream:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        left_s = deadline - time.monotonic()
+        stream, info = _connect(self._address, self._caller, left_s, self._settings)
+        if (info.peer, info.incarnation) != (self._info.peer, self._info.incarnation):
+            stream.close()
+            raise PeerUnreachable(
+                f"now {info.peer} {info.incarnation} answers at {self._address}",
+                phase=Phase.CONNECT,
+                peer=str(self._info.peer),
+            )
+        stream.set_timeouts(receive_s=0, send_s=0)
+        return stream
+
+
+class TcpReadSession(ReadSession):
+    """One read over streams that are its own until it ends."""
+
+    def __init__(
+        self,
+        channel: TcpData,
+        peer: str,
+        credentials: Credentials,
+        slices: deque[ReadPlan],
+    ) -> None:
+        self.streams: list[TcpStream] = []
+        self._channel = channel
+        self._peer = peer
+        self._credentials = credentials
+        self._credential_bytes = wire.encode_credentials(credentials)
+        self._slices = slices
+        self._lock = threading.Lock()
+        self._moved = 0
+        self._error: TransferError | None = None
+        self._whole = True
+
+    @property
+    def bytes_moved(self) -> int:
+        return self._moved
+
+    def run(self, interrupt: Interrupt) -> None:
+        self._whole = False
+        with interrupt.watched_by(self._shut_down):
+            helpers = [
+                threading.Thread(target=self._drive, args=(stream,), name="baton-read", daemon=True)
+                for stream in self.streams[1:]
+            ]
+            for helper in helpers:
+                helper.start()
+            if self.streams:
+                self._drive(self.streams[0])
+            # A helper can only be in a call on its stream, which any error shuts down.
+            for helper in helpers:
+                helper.join()
+        interrupt.check()
+        if self._error is not None:
+            raise self._error
+        self._whole = True
+
+    def close(self) -> None:
+        streams, self.streams = self.streams, []
+        for stream in streams:
+            if self._whole:
+                self._channel.give_back(stream)
+            else:
+                stream.close()
+
+    def _shut_down(self) -> None:
+        for stream in self.streams:
+            stream.shutdown()
+
+    def _drive(self, stream: TcpStream) -> None:
+        try:
+            with translated(Phase.READ, self._peer, self._credentials.handoff_id):
+                self._transfer(stream)
+        except TransferError as error:
+            with self._lock:
+                if self._error is None:
+                    self._error = error
+            self._shut_down()
+
+    def _transfer(self, stream: TcpStream) -> None:
+        asked: deque[tuple[int, SpanCursor]] = deque()
+        request_ids = itertools.count(1)
+        while True:
+            while len(asked) < _PIPELINED_REQUESTS and (piece := self._next_slice()) is not None:
+                request_id = next(request_ids)
+                body = self._credential_bytes + piece.remote.tobytes()
+                stream.send(wire.message(MessageType.READ, request_id, body))
+                asked.append((request_id, SpanCursor(piece.local)))
+            if not asked:
+                return
+            self._receive_slice(stream, *asked.popleft())
+
+    def _next_slice(self) -> ReadPlan | None:
+        try:
+            return self._slices.popleft()
+        except IndexError:
+            return None
+
+    def _receive_slice(self, stream: TcpStream, request_id: int, cursor: SpanCursor) -> None:
+        header = wire.decode_header(stream.receive(wire.HEADER.size))
+        if header.request_id != request_id:
+            raise _unexpected(header, self._peer)
+        if header.type is MessageType.ERROR:
+            body = stream.receive(header.body_bytes)
+            raise wire.decode_error(
+                body, Phase.READ, self._peer, self._credentials.handoff_id
+            )
+        if header.type is not MessageType.DATA or header.body_bytes != cursor.total_bytes:
+            raise _unexpected(header, self._peer)
+        stream.receive_spans(cursor, self._count)
+
+    def _count(self, moved: int) -> None:
+        with self._lock:
+            self._moved += moved
+
+
+def _connect(
+    address: str, caller: Caller, timeout_s: float, settings: TransferSettings
+) -> tuple[TcpStream, PeerInfo]:
+    """Connect and shake hands within ``timeout_s``."""
+    target = parse_address(address)
+    timeout_s = min(timeout_s, settings.connect_timeout_s)
+    deadline = time.monotonic() + timeout_s
+    if timeout_s <= 0:
+        raise DeadlineExceeded("no time left to connect", phase=Phase.CONNECT, peer=address)
+    with translated(Phase.CONNECT, address):
+        stream = TcpStream.connect(
+            target.host, target.port, timeout_s, settings.socket_buffer_bytes
+        )
+        shaken = False
+        try:
+            left_s = max(0.001, deadline - time.monotonic())
+            stream.set_timeouts(receive_s=left_s, send_s=left_s)
+            stream.send(wire.message(MessageType.HELLO, 0, wire.encode_hello(caller)))
+            header, body = _receive_answer(stream, 0, left_s, address)
+            if header.type is MessageType.ERROR:
+                raise wire.decode_error(body, Phase.CONNECT, address)
+            if header.type is not MessageType.WELCOME:
+                raise _unexpected(header, address)
+            info = wire.decode_welcome(body)
+            shaken = True
+            return stream, info
+        finally:
+            if not shaken:
+                stream.close()
+
+
+def _receive_answer(
+    stream: TcpStream, request_id: int, timeout_s: float, peer: str
+) -> tuple[Header, bytearray]:
+    header = wire.decode_header(stream.receive(wire.HEADER.size, timeout_s))
+    if header.request_id != request_id or header.type is MessageType.DATA:
+        raise _unexpected(header, peer)
+    return header, stream.receive(header.body_bytes, timeout_s)
+
+
+def _unexpected(header: Header, peer: str) -> ProtocolError:
+    return ProtocolError(
+        f"unexpected {header.type.name} of {header.body_bytes} bytes in answer to request "
+        f"{header.request_id}",
+        phase=Phase.READ,
+        peer=peer,
+    )

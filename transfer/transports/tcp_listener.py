@@ -1,0 +1,241 @@
+"""The owner's side of TCP: accepts readers and sends them what they may read."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+
+import numpy as np
+
+from transfer.addressing import Address
+from transfer.errors import (
+    ConfigurationError,
+    HandoffRefused,
+    PeerUnreachable,
+    Phase,
+    ProtocolError,
+    TransferError,
+)
+from transfer.settings import TransferSettings
+from transfer.spans import total_bytes
+from transfer.transports import tcp_wire as wire
+from transfer.transports.base import Caller, Listener, OwnerService
+from transfer.transports.tcp_stream import SpanCursor, TcpStream
+from transfer.transports.tcp_wire import Header, MessageType
+from transfer.types import SpanArray
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 128
+
+
+class TcpListener(Listener):
+    """Listens on one port, with one thread per connection that sleeps in ``recv``.
+
+    Raises:
+        ConfigurationError: the address cannot be listened on.
+    """
+
+    def __init__(self, service: OwnerService, settings: TransferSettings) -> None:
+        self._service = service
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._closed = False
+        self._connections: dict[TcpStream, threading.Thread] = {}
+        try:
+            self._socket = socket.create_server(
+                (settings.host, settings.port),
+                family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET,
+                backlog=_BACKLOG,
+            )
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot listen on {settings.host} port {settings.port}: {error}",
+                phase=Phase.CONNECT,
+            ) from error
+        self._address = str(Address("tcp", settings.host, self._socket.getsockname()[1]))
+        self._thread = threading.Thread(target=self._accept, name="baton-accept", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._connections)} connections"
+        return f"<TcpListener {self._address} {state}>"
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread in accept
+        except OSError:
+            pass  # closed before
+        self._thread.join()
+        self._socket.close()
+        with self._lock:
+            connections = dict(self._connections)
+        for stream in connections:
+            stream.shutdown()
+        for thread in connections.values():
+            thread.join()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                accepted, (host, port, *_) = self._socket.accept()
+            except OSError as error:
+                with self._lock:
+                    closed = self._closed
+                if closed:
+                    return
+                # Out of descriptors, or a client that was gone before it was accepted.
+                logger.warning("cannot accept a connection: %s", error)
+                threading.Event().wait(1.0)
+                continue
+            try:
+                stream = TcpStream(accepted, f"{host}:{port}", self._settings.socket_buffer_bytes)
+            except OSError as error:
+                accepted.close()
+                logger.info("connection from %s:%s broke at once: %s", host, port, error)
+                continue
+            self._admit(stream)
+
+    def _admit(self, stream: TcpStream) -> None:
+        thread = threading.Thread(
+            target=self._serve, args=(stream,), name=f"baton-serve-{stream.peer}", daemon=True
+        )
+        with self._lock:
+            admitted = not self._closed and len(self._connections) < self._settings.max_connections
+            if admitted:
+                self._connections[stream] = thread
+                # Under the lock, so that close() finds only threads that can be joined.
+                thread.start()
+        if not admitted:
+            self._turn_away(stream)
+
+    def _turn_away(self, stream: TcpStream) -> None:
+        limit = self._settings.max_connections
+        logger.warning("connection from %s turned away: there are %s", stream.peer, limit)
+        busy = PeerUnreachable(f"the owner has its {limit} connections", phase=Phase.CONNECT)
+        try:
+            # Fits the socket's empty buffer and so does not block.
+            stream.send(wire.message(MessageType.ERROR, 0, wire.encode_error(busy)))
+        except OSError:
+            pass  # it is gone: nobody to tell
+        finally:
+            stream.close()
+
+    def _serve(self, stream: TcpStream) -> None:
+        try:
+            _Conversation(stream, self._service, self._settings).run()
+        except ProtocolError as error:
+            logger.warning("connection from %s closed: %s", stream.peer, error.message)
+        except OSError as error:
+            logger.debug("connection from %s ended: %s", stream.peer, error)
+        finally:
+            with self._lock:
+                self._connections.pop(stream, None)
+            stream.close()
+
+
+class _Conversation:
+    """Requests and answers of one connection, one after the other."""
+
+    def __init__(
+        self, stream: TcpStream, service: OwnerService, settings: TransferSettings
+    ) -> None:
+        self._stream = stream
+        self._service = service
+        self._stall_s = settings.stall_timeout_s
+        self._header = bytearray(wire.HEADER.size)
+
+    def run(self) -> None:
+        """Serve until the stream ends.
+
+        Raises:
+            OSError: the stream ended or broke.
+            ProtocolError: the peer sent something else than this protocol.
+        """
+        stall_s = self._stall_s
+        self._stream.set_timeouts(receive_s=stall_s, send_s=stall_s)
+        header = self._receive_header()
+        if header.type is not MessageType.HELLO:
+            raise ProtocolError(f"begins with {header.type.name}", phase=Phase.CONNECT)
+        caller = wire.decode_hello(self._receive_body(header))
+        welcome = wire.encode_welcome(self._service.info())
+        self._stream.send(wire.message(MessageType.WELCOME, header.request_id, welcome))
+        self._stream.set_timeouts(receive_s=0, send_s=stall_s)
+        while True:
+            header = self._receive_header()
+            body = self._receive_body(header)
+            try:
+                self._answer(caller, header, body)
+            except TransferError as error:
+                answer = wire.encode_error(error)
+                self._stream.send(wire.message(MessageType.ERROR, header.request_id, answer))
+                if isinstance(error, ProtocolError):
+                    raise
+                logger.info("refused %s of %s: %s", header.type.name, caller.peer, error)
+
+    def _receive_header(self) -> Header:
+        self._stream.receive_into(memoryview(self._header), self._stall_s)
+        return wire.decode_header(self._header)
+
+    def _receive_body(self, header: Header) -> bytearray:
+        return self._stream.receive(header.body_bytes, self._stall_s)
+
+    def _answer(self, caller: Caller, header: Header, body: bytearray) -> None:
+        match header.type:
+            case MessageType.READ:
+                self._read(caller, header.request_id, body)
+                return
+            case MessageType.RELEASE:
+                credentials, used = wire.decode_release(body)
+                self._service.release(credentials, used=used)
+                answer = wire.message(MessageType.OK, header.request_id)
+            case MessageType.RENEW:
+                renewed = wire.encode_renewed(list(map(self._renew, wire.decode_renew(body))))
+                answer = wire.message(MessageType.RENEWED, header.request_id, renewed)
+            case MessageType.ABORT:
+                credentials, reason = wire.decode_abort(body)
+                self._service.abort_by_reader(credentials, reason)
+                answer = wire.message(MessageType.OK, header.request_id)
+            case _:
+                raise ProtocolError(f"{header.type.name} is no request", phase=Phase.READ)
+        self._stream.send(answer)
+
+    def _renew(self, credentials: wire.Credentials) -> bool:
+        try:
+            self._service.renew(credentials)
+        except HandoffRefused:
+            return False
+        return True
+
+    def _read(self, caller: Caller, request_id: int, body: bytearray) -> None:
+        credentials, spans = wire.decode_read(body)
+        permit = self._service.begin_read(caller, credentials, spans, self._stream.shutdown)
+        try:
+            head, rows = _with_header(request_id, spans)
+            whole = self._stream.send_spans(SpanCursor(rows), lambda: permit.valid)
+            del head
+        finally:
+            self._service.end_read(permit)
+        if not whole:
+            raise ConnectionAbortedError("the hand-off ended while it was read")
+
+
+def _with_header(request_id: int, spans: SpanArray) -> tuple[np.ndarray[tuple[int], np.dtype[np.uint8]], SpanArray]:
+    """Rows that begin with a DATA header, and the buffer of the header, which must outlive them."""
+    size = total_bytes(spans)
+    if size > wire.MAX_SLICE_BYTES:
+        raise ProtocolError(
+            f"READ of {size} bytes, at most {wire.MAX_SLICE_BYTES} go at once", phase=Phase.READ
+        )
+    head = np.frombuffer(bytearray(wire.encode_header(MessageType.DATA, request_id, size)), np.uint8)
+    rows = np.empty((spans.shape[0] + 1, 2), dtype=np.uint64)
+    rows[0] = (head.ctypes.data, head.size)
+    rows[1:] = spans
+    return head, rows

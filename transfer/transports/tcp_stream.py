@@ -1,0 +1,248 @@
+"""One TCP socket: exact sends and receives, vectored and without copies in user space.
+
+``sendmsg`` and ``recvmsg`` of libc take rows of a span array as their ``struct iovec`` array. They
+are ``writev`` and ``readv`` with flags: no signal for a broken pipe, and wait for everything, so
+that a thread comes back for the interpreter's lock once per batch and not once per packet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from transfer.errors import DeadlineExceeded, PeerUnreachable, Phase
+from transfer.types import SpanArray
+
+IOV_MAX = 1024
+"""Rows that one call takes; Linux refuses more."""
+
+_KEEPALIVE_IDLE_S = 30
+_KEEPALIVE_INTERVAL_S = 10
+_KEEPALIVE_PROBES = 3
+
+
+class _MessageHeader(ctypes.Structure):
+    """``struct msghdr`` of 64-bit Linux."""
+
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_length", ctypes.c_uint32),
+        ("iov", ctypes.c_void_p),
+        ("iov_length", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_length", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+_Call = Callable[[int, "ctypes._Pointer[_MessageHeader]", int], int]
+
+
+def _libc_call(name: str) -> _Call:
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    function.argtypes = (ctypes.c_int, ctypes.POINTER(_MessageHeader), ctypes.c_int)
+    function.restype = ctypes.c_ssize_t
+    return function  # type: ignore[no-any-return]  # ctypes functions are untyped
+
+
+_sendmsg = _libc_call("sendmsg")
+_recvmsg = _libc_call("recvmsg")
+
+
+class SpanCursor:
+    """Where in some spans the next byte goes or comes from.
+
+    Args:
+        spans: rows of memory that stays valid while the cursor is used; copied, as a row that was
+            moved in part is changed.
+    """
+
+    def __init__(self, spans: SpanArray) -> None:
+        self._rows = np.array(spans, dtype=np.uint64, order="C")
+        self._ends = np.cumsum(self._rows[:, 1])
+        self._row = 0
+        self._header = _MessageHeader()
+        self._pointer = ctypes.pointer(self._header)
+        self._base = self._rows.ctypes.data
+        self.total_bytes = int(self._ends[-1]) if self._ends.size else 0
+        self.done_bytes = 0
+        self._aim()
+
+    def move(self, call: _Call, fd: int, flags: int) -> int:
+        """One system call; the bytes it moved, 0 at end of stream.
+
+        Raises:
+            OSError: as the call failed; ``EINTR`` is handled.
+        """
+        while True:
+            count = call(fd, self._pointer, flags)
+            if count >= 0:
+                break
+            code = ctypes.get_errno()
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+        if count:
+            self.done_bytes += count
+            self._aim()
+        return count
+
+    def _aim(self) -> None:
+        row = int(np.searchsorted(self._ends, self.done_bytes, side="right"))
+        rows = self._rows.shape[0]
+        if row < rows:
+            left = int(self._ends[row]) - self.done_bytes
+            address, length = self._rows[row].tolist()
+            if left != length:
+                self._rows[row] = (address + length - left, left)
+        self._header.iov = self._base + row * 16
+        self._header.iov_length = min(rows - row, IOV_MAX)
+
+
+class TcpStream:
+    """A connected socket.
+
+    One thread at a time sends and one receives; ``shutdown`` may come from any thread. The file
+    descriptor is closed by the thread that uses it, never under it, because its number would be
+    given to another file at once.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str, buffer_bytes: int) -> None:
+        self._socket = sock
+        self._lock = threading.Lock()
+        self._closed = False
+        self.peer = peer
+        sock.setblocking(True)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+        if buffer_bytes:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+
+    def __repr__(self) -> str:
+        return f"<TcpStream {self.peer} {'closed' if self._closed else 'open'}>"
+
+    @classmethod
+    def connect(cls, host: str, port: int, timeout_s: float, buffer_bytes: int) -> TcpStream:
+        """Connect.
+
+        Raises:
+            OSError: nobody answers there, or not within ``timeout_s`` (``TimeoutError``).
+        """
+        sock = socket.create_connection((host, port), timeout=timeout_s)
+        try:
+            return cls(sock, f"{host}:{port}", buffer_bytes)
+        except OSError:
+            sock.close()
+            raise
+
+    def set_timeouts(self, receive_s: float, send_s: float) -> None:
+        """Bound the time that a call waits for the next byte; 0 is for ever."""
+        for option, timeout_s in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
+            # A timeout of less than a microsecond would read as none.
+            micros = max(1, round(timeout_s * 1e6)) if timeout_s else 0
+            value = struct.pack("@ll", *divmod(micros, 1_000_000))
+            self._socket.setsockopt(socket.SOL_SOCKET, option, value)
+
+    def send(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def receive_into(self, view: memoryview, stall_s: float | None = None) -> None:
+        """Fill ``view``.
+
+        Args:
+            stall_s: how long the rest may take once the first bytes are there; the first are
+                waited for as :meth:`set_timeouts` says.
+
+        Raises:
+            OSError: the stream broke or ended (``ConnectionResetError``) or stalled
+                (``TimeoutError``).
+        """
+        filled = self._first_bytes(view)
+        deadline = None if stall_s is None else time.monotonic() + stall_s
+        while filled < len(view):
+            if deadline is not None:
+                self._wait_readable(deadline)
+            filled += self._first_bytes(view[filled:])
+
+    def receive(self, count: int, stall_s: float | None = None) -> bytearray:
+        """The next ``count`` bytes; ``count`` was bounded by the caller."""
+        data = bytearray(count)
+        if count:
+            self.receive_into(memoryview(data), stall_s)
+        return data
+
+    def receive_spans(self, cursor: SpanCursor, moved: Callable[[int], None]) -> None:
+        """Fill the cursor's spans from the stream."""
+        while cursor.done_bytes < cursor.total_bytes:
+            count = cursor.move(_recvmsg, self._socket.fileno(), socket.MSG_WAITALL)
+            if not count:
+                raise _ended()
+            moved(count)
+
+    def send_spans(self, cursor: SpanCursor, allowed: Callable[[], bool]) -> bool:
+        """Send the cursor's spans; False when ``allowed`` said no before all was sent."""
+        while cursor.done_bytes < cursor.total_bytes:
+            if not allowed():
+                return False
+            cursor.move(_sendmsg, self._socket.fileno(), socket.MSG_NOSIGNAL)
+        return True
+
+    def shutdown(self) -> None:
+        """End both directions: calls under way and later ones fail. Any thread; idempotent."""
+        with self._lock:
+            if not self._closed:
+                try:
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTCONN, errno.EINVAL):
+                        raise
+
+    def close(self) -> None:
+        """Free the descriptor. Only when no other thread is in a call. Idempotent."""
+        with self._lock:
+            self._closed = True
+            self._socket.close()
+
+    def _first_bytes(self, view: memoryview) -> int:
+        count = self._socket.recv_into(view)
+        if not count:
+            raise _ended()
+        return count
+
+    def _wait_readable(self, deadline: float) -> None:
+        poller = select.poll()
+        poller.register(self._socket.fileno(), select.POLLIN)
+        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise TimeoutError(errno.ETIMEDOUT, "the peer stopped within a message")
+
+
+@contextmanager
+def translated(phase: Phase, peer: str, handoff_id: str = "") -> Iterator[None]:
+    """Turn operating system errors of a stream into ours."""
+    try:
+        yield
+    except (TimeoutError, BlockingIOError) as error:
+        raise DeadlineExceeded(
+            f"no answer in time: {error}", phase=phase, peer=peer, handoff_id=handoff_id
+        ) from error
+    except OSError as error:
+        raise PeerUnreachable(
+            f"connection failed: {error}", phase=phase, peer=peer, handoff_id=handoff_id
+        ) from error
+
+
+def _ended() -> ConnectionResetError:
+    return ConnectionResetError(errno.ECONNRESET, "closed by the peer")

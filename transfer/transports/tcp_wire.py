@@ -1,0 +1,344 @@
+"""The bytes of the TCP protocol, version 1. Pure: bytes in, values or ``ProtocolError`` out.
+
+Every message is a header and a body. Numbers are little-endian.
+
+======  =====  ===========================================================
+offset  bytes  header field
+======  =====  ===========================================================
+0       4      magic ``BATN``
+4       1      version
+5       1      :class:`MessageType`
+6       2      flags, 0
+8       8      request id, repeated in the answer
+16      8      body length
+======  =====  ===========================================================
+
+Text is a 16-bit length and UTF-8. Credentials are handoff_id, incarnation, token and reader as
+text, and the fence in 64 bits. Rows of spans are raw: address and length, 64 bits each.
+
+A READ is answered by DATA, whose body is the bytes of the spans in the order of the request, or
+by ERROR. Answers come in the order of the requests.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from transfer.errors import (
+    HandoffRefused,
+    LayoutMismatch,
+    PeerUnreachable,
+    Phase,
+    ProtocolError,
+    TransferError,
+)
+from transfer.settings import MAX_SLICE_BYTES
+from transfer.transports.base import Caller
+from transfer.types import Credentials, PeerId, PeerInfo, SpanArray
+
+MAGIC = b"BATN"
+VERSION = 1
+HEADER = struct.Struct("<4sBBHQQ")
+
+MAX_LAYOUT_BYTES = 1 << 20
+MAX_READ_ROWS = 262_144
+MAX_RENEWALS = 512
+MAX_TEXT_BYTES = 512
+
+_ROW_BYTES = 16
+_U16 = struct.Struct("<H")
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+
+
+class MessageType(IntEnum):
+    HELLO = 1
+    WELCOME = 2
+    READ = 3
+    DATA = 4
+    RELEASE = 5
+    RENEW = 6
+    RENEWED = 7
+    ABORT = 8
+    OK = 9
+    ERROR = 10
+
+
+_CONTROL_BODY_BYTES = 1 << 20
+_MAX_BODY_BYTES = dict.fromkeys(MessageType, _CONTROL_BODY_BYTES) | {
+    MessageType.HELLO: 4096,
+    MessageType.WELCOME: MAX_LAYOUT_BYTES + 4096,
+    MessageType.READ: MAX_READ_ROWS * _ROW_BYTES + 4096,
+    MessageType.DATA: MAX_SLICE_BYTES,
+    MessageType.RELEASE: 4096,
+    MessageType.ABORT: 4096,
+    MessageType.OK: 0,
+    MessageType.ERROR: 4096,
+}
+
+
+class ErrorCode(IntEnum):
+    """Why an owner did not do what was asked."""
+
+    REFUSED = 1
+    PROTOCOL = 2
+    BUSY = 3
+    LAYOUT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    type: MessageType
+    request_id: int
+    body_bytes: int
+
+
+def encode_header(type_: MessageType, request_id: int, body_bytes: int) -> bytes:
+    return HEADER.pack(MAGIC, VERSION, type_, 0, request_id, body_bytes)
+
+
+def message(type_: MessageType, request_id: int, body: bytes = b"") -> bytes:
+    """Header and body."""
+    return encode_header(type_, request_id, len(body)) + body
+
+
+def decode_header(data: bytes | bytearray | memoryview) -> Header:
+    """Read a header of exactly ``HEADER.size`` bytes; its body length is bounded by its type."""
+    if len(data) != HEADER.size:
+        raise _malformed(f"header of {len(data)} bytes")
+    magic, version, type_, flags, request_id, body_bytes = HEADER.unpack(data)
+    if magic != MAGIC:
+        raise _malformed(f"begins with {magic!r}, not {MAGIC!r}")
+    if version != VERSION:
+        raise _malformed(f"version {version}, this is version {VERSION}")
+    try:
+        known = MessageType(type_)
+    except ValueError:
+        raise _malformed(f"unknown message type {type_}") from None
+    if flags:
+        raise _malformed(f"unknown flags {flags:#x}")
+    if body_bytes > _MAX_BODY_BYTES[known]:
+        raise _malformed(
+            f"{known.name} of {body_bytes} bytes, at most {_MAX_BODY_BYTES[known]} are read"
+        )
+    return Header(known, request_id, body_bytes)
+
+
+def encode_hello(caller: Caller) -> bytes:
+    return (
+        _text(caller.peer.engine_id) + _U32.pack(caller.peer.rank) + _text(caller.incarnation)
+    )
+
+
+def decode_hello(body: bytes | bytearray) -> Caller:
+    fields = _Fields(body)
+    caller = Caller(PeerId(fields.text(), fields.u32()), fields.text())
+    fields.end()
+    return caller
+
+
+def encode_welcome(info: PeerInfo) -> bytes:
+    if len(info.layout) > MAX_LAYOUT_BYTES:
+        raise _malformed(f"layout of {len(info.layout)} bytes, at most {MAX_LAYOUT_BYTES}")
+    return b"".join(
+        (
+            _text(info.peer.engine_id),
+            _U32.pack(info.peer.rank),
+            _text(info.incarnation),
+            _text(info.layout_hash),
+            info.layout,
+        )
+    )
+
+
+def decode_welcome(body: bytes | bytearray) -> PeerInfo:
+    fields = _Fields(body)
+    peer = PeerId(fields.text(), fields.u32())
+    incarnation, layout_hash = fields.text(), fields.text()
+    layout = fields.rest()
+    if len(layout) > MAX_LAYOUT_BYTES:
+        raise _malformed(f"layout of {len(layout)} bytes, at most {MAX_LAYOUT_BYTES} are read")
+    return PeerInfo(peer, incarnation, layout_hash, layout)
+
+
+def encode_credentials(credentials: Credentials) -> bytes:
+    if not 0 <= credentials.fence < 1 << 64:
+        raise _malformed(f"fence {credentials.fence} does not fit 64 bits")
+    return b"".join(
+        (
+            _text(credentials.handoff_id),
+            _text(credentials.incarnation),
+            _text(credentials.token),
+            _text(credentials.reader),
+            _U64.pack(credentials.fence),
+        )
+    )
+
+
+def decode_read(body: bytes | bytearray) -> tuple[Credentials, SpanArray]:
+    """Credentials and remote spans; the spans are a copy and not checked against anything."""
+    fields = _Fields(body)
+    credentials = fields.credentials()
+    rows = fields.rest()
+    count, odd = divmod(len(rows), _ROW_BYTES)
+    if odd or not 0 < count <= MAX_READ_ROWS:
+        raise _malformed(f"spans of {len(rows)} bytes are not 1 to {MAX_READ_ROWS} rows")
+    return credentials, np.frombuffer(rows, dtype="<u8").reshape(count, 2)
+
+
+def encode_release(credentials: Credentials, *, used: bool) -> bytes:
+    return encode_credentials(credentials) + bytes([used])
+
+
+def decode_release(body: bytes | bytearray) -> tuple[Credentials, bool]:
+    fields = _Fields(body)
+    credentials, used = fields.credentials(), fields.flag()
+    fields.end()
+    return credentials, used
+
+
+def encode_abort(credentials: Credentials, reason: str) -> bytes:
+    return encode_credentials(credentials) + _text(_shortened(reason))
+
+
+def decode_abort(body: bytes | bytearray) -> tuple[Credentials, str]:
+    fields = _Fields(body)
+    credentials, reason = fields.credentials(), fields.text()
+    fields.end()
+    return credentials, reason
+
+
+def encode_renew(credentials: Sequence[Credentials]) -> bytes:
+    if len(credentials) > MAX_RENEWALS:
+        raise _malformed(f"{len(credentials)} renewals, at most {MAX_RENEWALS} go together")
+    return _U16.pack(len(credentials)) + b"".join(map(encode_credentials, credentials))
+
+
+def decode_renew(body: bytes | bytearray) -> list[Credentials]:
+    fields = _Fields(body)
+    count = fields.u16()
+    if count > MAX_RENEWALS:
+        raise _malformed(f"{count} renewals, at most {MAX_RENEWALS} are read")
+    credentials = [fields.credentials() for _ in range(count)]
+    fields.end()
+    return credentials
+
+
+def encode_renewed(renewed: Sequence[bool]) -> bytes:
+    return bytes(renewed)
+
+
+def decode_renewed(body: bytes | bytearray, count: int) -> list[bool]:
+    if len(body) != count or not set(body) <= {0, 1}:
+        raise _malformed(f"{len(body)} answers to {count} renewals, or not of 0 and 1")
+    return [flag == 1 for flag in body]
+
+
+def encode_error(error: TransferError) -> bytes:
+    """Code and message; peer and hand-off are known to the other side."""
+    if isinstance(error, LayoutMismatch):
+        code = ErrorCode.LAYOUT
+    elif isinstance(error, ProtocolError):
+        code = ErrorCode.PROTOCOL
+    elif isinstance(error, PeerUnreachable):
+        code = ErrorCode.BUSY
+    else:
+        code = ErrorCode.REFUSED
+    return bytes([code]) + _text(_shortened(error.message))
+
+
+def decode_error(
+    body: bytes | bytearray, phase: Phase, peer: str, handoff_id: str = ""
+) -> TransferError:
+    """The owner's error as one of ours."""
+    fields = _Fields(body)
+    code, text = fields.u8(), fields.text()
+    fields.end()
+    kinds: dict[int, type[TransferError]] = {
+        ErrorCode.REFUSED: HandoffRefused,
+        ErrorCode.PROTOCOL: ProtocolError,
+        ErrorCode.BUSY: PeerUnreachable,
+        ErrorCode.LAYOUT: LayoutMismatch,
+    }
+    if code not in kinds:
+        raise _malformed(f"unknown error code {code}")
+    return kinds[code](text, phase=phase, peer=peer, handoff_id=handoff_id)
+
+
+class _Fields:
+    """Takes a body apart from front to back."""
+
+    def __init__(self, body: bytes | bytearray) -> None:
+        self._view = memoryview(body)
+        self._at = 0
+
+    def _take(self, count: int) -> memoryview:
+        upto = self._at + count
+        if upto > len(self._view):
+            raise _malformed(f"body of {len(self._view)} bytes ends within a field")
+        taken = self._view[self._at : upto]
+        self._at = upto
+        return taken
+
+    def u8(self) -> int:
+        return self._take(1)[0]
+
+    def u16(self) -> int:
+        return int(_U16.unpack(self._take(2))[0])
+
+    def u32(self) -> int:
+        return int(_U32.unpack(self._take(4))[0])
+
+    def u64(self) -> int:
+        return int(_U64.unpack(self._take(8))[0])
+
+    def flag(self) -> bool:
+        value = self.u8()
+        if value > 1:
+            raise _malformed(f"flag of value {value}")
+        return value == 1
+
+    def text(self) -> str:
+        length = self.u16()
+        if length > MAX_TEXT_BYTES:
+            raise _malformed(f"text of {length} bytes, at most {MAX_TEXT_BYTES} are read")
+        try:
+            return str(self._take(length), "utf-8")
+        except UnicodeDecodeError:
+            raise _malformed("text is not UTF-8") from None
+
+    def credentials(self) -> Credentials:
+        handoff_id, incarnation, token, reader = (self.text() for _ in range(4))
+        return Credentials(handoff_id, incarnation, self.u64(), token, reader)
+
+    def rest(self) -> bytes:
+        return bytes(self._take(len(self._view) - self._at))
+
+    def end(self) -> None:
+        if self._at != len(self._view):
+            raise _malformed(f"{len(self._view) - self._at} bytes too many in the body")
+
+
+def _text(value: str) -> bytes:
+    try:
+        data = value.encode()
+    except UnicodeEncodeError:
+        raise _malformed(f"{value!r} is not Unicode text") from None
+    if len(data) > MAX_TEXT_BYTES:
+        raise _malformed(f"text of {len(data)} bytes, at most {MAX_TEXT_BYTES}")
+    return _U16.pack(len(data)) + data
+
+
+def _shortened(text: str) -> str:
+    """At most a few hundred characters, safe to encode."""
+    clean = text.encode("utf-8", "replace")[:MAX_TEXT_BYTES]
+    return clean.decode("utf-8", "ignore")
+
+
+def _malformed(message: str) -> ProtocolError:
+    return ProtocolError(message, phase=Phase.READ)
