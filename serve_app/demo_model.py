@@ -201,7 +201,7 @@ def _write_tokenizer(reader: GGUFReader, config: dict[str, Any], folder: Path) -
 
     tokens: list[str] = _field(reader, "tokenizer.ggml.tokens")
     kinds: list[int] = _field(reader, "tokenizer.ggml.token_type")
-    merges = [tuple(pair.split(" ")) for pair in _field(reader, "tokenizer.ggml.merges")]
+    merges = [_pair(merge) for merge in _field(reader, "tokenizer.ggml.merges")]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -218,7 +218,7 @@ def _write_tokenizer(reader: GGUFReader, config: dict[str, Any], folder: Path) -
             if kind == _GGUF_CONTROL_TOKEN
         ]
     )
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers' own
         tokenizer_object=tokenizer,
         bos_token=tokens[config["bos_token_id"]],
         eos_token=tokens[config["eos_token_id"]],
@@ -229,6 +229,11 @@ def _write_tokenizer(reader: GGUFReader, config: dict[str, Any], folder: Path) -
     )
     fast.chat_template = _field(reader, "tokenizer.chat_template")
     fast.save_pretrained(folder)
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    left, right = merge.split(" ")
+    return left, right
 
 
 _OUTER_NAMES: Final = {

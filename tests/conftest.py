@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import pytest
 
+from tests.support.tiny_model import make_tiny_model
+
 TESTS = Path(__file__).resolve().parent
 
 TIMEOUT_S = {"unit": 20, "conformance": 60, "integration": 120, "e2e": 300, "chaos": 180}
@@ -16,6 +18,9 @@ TIMEOUT_S = {"unit": 20, "conformance": 60, "integration": 120, "e2e": 300, "cha
 
 # Models come from disk; a test that reaches for a hub should fail at once, not after retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# vLLM compiles parts of its sampler (logprobs) the first time they are used, even when told to run
+# eagerly: that takes 17 s on CPU, and a C++ compiler, without which the engine dies.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def _folder(item: pytest.Item) -> str | None:
@@ -49,3 +54,9 @@ def _no_sockets_in_unit_tests(
 
     for name in ("connect", "connect_ex", "bind"):
         monkeypatch.setattr(socket.socket, name, refuse)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny random model; made once a run."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-model"))
