@@ -7,7 +7,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from types import TracebackType
 from typing import Self
@@ -97,6 +97,7 @@ class TransferEngine:
         self._state = EngineState.NEW
         self._listeners: list[Listener] = []
         self._readers: dict[PeerId, PeerReader] = {}
+        self._dismissed: list[PeerReader] = []
         self._unsubscribe = _nothing
 
     def __repr__(self) -> str:
@@ -148,45 +149,23 @@ class TransferEngine:
             with self._lock:
                 self._listeners = listeners
                 self._state = EngineState.RUNNING
-            self._unsubscribe = self._discovery.subscribe(self._on_peer_event)
-            self._discovery.publish(
-                WorkerRecord(
-                    peer=self._info.peer,
-                    incarnation=self._info.incarnation,
-                    role=self._role,
-                    tp_size=self._tp_size,
-                    addresses=tuple(listener.address for listener in listeners),
-                    layout_hash=self._info.layout_hash,
-                    started_at_s=time.time(),
-                )
-            )
+            published = False
+            try:
+                self._publish(tuple(listener.address for listener in listeners))
+                self._unsubscribe = self._discovery.subscribe(self._on_peer_event)
+                published = True
+            finally:
+                if not published:
+                    self._shut_down()
 
     def close(self) -> None:
         """Withdraw the record, fail reads with ``TransferCancelled``, end offers, join threads.
 
-        Takes a few seconds at most. Afterwards no memory is read or written any more. Idempotent.
+        Takes a few seconds at most. Afterwards no memory is read or written any more. Idempotent;
+        not from a planner.
         """
         with self._closing:
-            with self._lock:
-                was_running = self._state is EngineState.RUNNING
-                self._state = EngineState.CLOSED
-                readers = list(self._readers.values())
-            if not was_running:
-                return
-            self._unsubscribe()
-            self._discovery.withdraw(self._info.peer)
-            for reader in readers:
-                reader.shut(self._closed_error)
-            notices_until = time.monotonic() + _LAST_NOTICES_S
-            for reader in readers:
-                reader.join(max(0.0, notices_until - time.monotonic()))
-            self._table.abort_all("the engine is closed")
-            for listener in self._listeners:
-                listener.close()
-            self._timer.close()
-            with self._lock:
-                self._listeners = []
-                self._readers = {}
+            self._shut_down()
 
     def register(self, address: int, length: int) -> MemoryRegion:
         """Allow ``length`` bytes at ``address`` to be offered and read into.
@@ -303,12 +282,48 @@ class TransferEngine:
                 batch = of_one_start[at : at + _RENEWALS_AT_ONCE]
                 self._notify(owner, batch[0], "renewal", functools.partial(_renew, batch))
 
+    def _publish(self, addresses: tuple[str, ...]) -> None:
+        self._discovery.publish(
+            WorkerRecord(
+                peer=self._info.peer,
+                incarnation=self._info.incarnation,
+                role=self._role,
+                tp_size=self._tp_size,
+                addresses=addresses,
+                layout_hash=self._info.layout_hash,
+                started_at_s=time.time(),
+            )
+        )
+
+    def _shut_down(self) -> None:
+        with self._lock:
+            was_running = self._state is EngineState.RUNNING
+            self._state = EngineState.CLOSED
+            readers = [*self._readers.values(), *self._dismissed]
+        if not was_running:
+            return
+        self._unsubscribe()
+        self._discovery.withdraw(self._info.peer)
+        for reader in readers:
+            reader.shut(self._closed_error)
+        notices_until = time.monotonic() + _LAST_NOTICES_S
+        for reader in readers:
+            reader.join(max(0.0, notices_until - time.monotonic()))
+        self._table.abort_all("the engine is closed")
+        for listener in self._listeners:
+            listener.close()
+        self._timer.close()
+        with self._lock:
+            self._listeners = []
+            self._readers = {}
+            self._dismissed = []
+
     def _notify(
         self,
         owner: PeerId,
         credentials: Credentials,
         what: str,
-        send: functools.partial[None] | _Send,
+        send: Callable[[Link, float], None],
     ) -> None:
         notice = Notice(
             what=f"{what} of {credentials.handoff_id}",
@@ -343,17 +358,31 @@ class TransferEngine:
         left = event.kind == "left"
         if not left and not record.incarnation:
             return
-        self._table.reader_left(record.peer, alive="" if left else record.incarnation)
-        if not left:
-            return
+        alive = "" if left else record.incarnation
+        self._table.reader_left(record.peer, alive)
         with self._lock:
             reader = self._readers.get(record.peer)
         if reader is not None:
-            reader.fail(
+            reader.fail_starts_but(
+                alive,
                 lambda: PeerUnreachable(
-                    "it left", phase=Phase.DISCOVER, peer=str(record.peer)
-                )
+                    "it left" if left else "it started anew",
+                    phase=Phase.DISCOVER,
+                    peer=str(record.peer),
+                ),
             )
+        if left:
+            self._dismiss_readers_of_departed()
+
+    def _dismiss_readers_of_departed(self) -> None:
+        """Peers come and go under new names: keep nothing of those that are gone."""
+        with self._lock:
+            for peer, reader in list(self._readers.items()):
+                if reader.quiet and self._discovery.lookup(peer) is None:
+                    del self._readers[peer]
+                    reader.shut(self._closed_error)
+                    self._dismissed.append(reader)
+            self._dismissed = [reader for reader in self._dismissed if reader.alive]
 
     def _expire_later(self, handoff_id: str, at_s: float) -> None:
         self._timer.schedule(at_s, lambda: self._expire(handoff_id))
@@ -378,3 +407,18 @@ class TransferEngine:
 
     def _closed_error(self) -> TransferError:
         return TransferCancelled("the engine is closed", phase=Phase.READ)
+
+
+def _renew(credentials: list[Credentials], link: Link, timeout_s: float) -> None:
+    renewed = link.control.renew(credentials, timeout_s)
+    for one, still_offered in zip(credentials, renewed, strict=True):
+        if not still_offered:
+            logger.debug("renewal of %s came too late", one.handoff_id)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _misconfigured(message: str) -> ConfigurationError:
+    return ConfigurationError(message, phase=Phase.REGISTER)

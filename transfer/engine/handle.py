@@ -99,9 +99,7 @@ class TransferHandle:
         with self._lock:
             spent = dict(self._spent)
             if not self._state.is_final:
-                spent[self._state] = (
-                    spent.get(self._state, 0.0) + time.monotonic() - self._since
-                )
+                spent[self._state] = spent.get(self._state, 0.0) + time.monotonic() - self._since
         return TransferTimings(
             queued_s=spent.get(TransferState.QUEUED, 0.0),
             connect_s=spent.get(TransferState.CONNECTING, 0.0),

@@ -388,9 +388,7 @@ class HandoffTable:
 
     @staticmethod
     def _is_over(handoff: _Handoff, phase: Phase) -> HandoffRefused:
-        return _refused(
-            f"{handoff.state.value}: {handoff.reason}", handoff.offer.handoff_id, phase
-        )
+        return _refused(f"{handoff.state.value}: {handoff.reason}", handoff.offer.handoff_id, phase)
 
 
 def _revoke(permits: list[Permit]) -> None:

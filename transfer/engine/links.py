@@ -98,14 +98,14 @@ class PeerLinks:
         finally:
             self._let_go(link)
 
-    def cut(self) -> None:
-        """Fail everything that uses a link now. Does not block."""
+    def cut(self, alive: str = "") -> None:
+        """Fail what uses a link to another start of the owner than ``alive``. Does not block."""
         with self._lock:
-            for link in self._in_use:
-                link.control.shutdown()
-            idle, self._current = self._current, None
-        if idle is not None:
-            self._retire(idle)
+            links = {*self._in_use, self._current} if self._current else set(self._in_use)
+            cut = [link for link in links if not alive or link.info.incarnation != alive]
+        for link in cut:
+            link.control.shutdown()
+            self._retire(link)
 
     def close(self) -> None:
         """Cut, and connect no more. Idempotent."""
@@ -129,12 +129,11 @@ class PeerLinks:
     def _reusable(self, incarnation: str) -> Link | None:
         with self._lock:
             link = self._current
-            if link is not None and not link.control.broken:
-                if link.info.incarnation == incarnation:
-                    self._occupy(link)
-                    return link
-        if link is None:
-            return None
+            if link is None:
+                return None
+            if not link.control.broken and link.info.incarnation == incarnation:
+                self._occupy(link)
+                return link
         record = self._discovery.lookup(self._owner)
         if (
             not link.control.broken

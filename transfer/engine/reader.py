@@ -71,7 +71,8 @@ class PeerReader:
         self._memory = memory
         self._budget = budget
         self._lock = threading.Lock()
-        self._handles: set[TransferHandle] = set()
+        # Each with the owner's incarnation that it reads from.
+        self._handles: dict[TransferHandle, str] = {}
         self._reads = Workers(f"baton-reads-{owner}", settings.max_reads_per_peer)
         self._notices = Workers(f"baton-notices-{owner}", 1)
         self._closing = threading.Event()
@@ -87,7 +88,7 @@ class PeerReader:
     def submit(self, handle: TransferHandle, credentials: Credentials, planner: Planner) -> bool:
         """Begin a read soon; False when closed."""
         with self._lock:
-            self._handles.add(handle)
+            self._handles[handle] = credentials.incarnation
         handle.when_final(self._forget)
         return self._reads.submit(lambda: self._read(handle, credentials, planner))
 
@@ -95,10 +96,16 @@ class PeerReader:
         """Send a notice soon, again and again until it arrives or expires; False when closed."""
         return self._notices.submit(lambda: self._deliver(notice))
 
-    def fail(self, error: Callable[[], TransferError]) -> None:
-        """Stop every read and drop the connections; later reads connect anew."""
-        self._stop(error)
-        self._links.cut()
+    @property
+    def alive(self) -> bool:
+        """Whether it has threads."""
+        return self._reads.alive or self._notices.alive
+
+    def fail_starts_but(self, alive: str, error: Callable[[], TransferError]) -> None:
+        """Stop every read from, and cut every connection to, other starts of the owner than
+        ``alive``, which is empty if none is. Later reads connect anew."""
+        self._stop(error, alive)
+        self._links.cut(alive)
 
     def shut(self, error: Callable[[], TransferError]) -> None:
         """Take nothing more and stop every read. Does not block."""
@@ -106,6 +113,8 @@ class PeerReader:
         self._stop(error)
         self._closing.set()
         self._notices.shut()
+        if not self.alive:
+            self._links.close()
 
     def join(self, notices_s: float) -> None:
         """After :meth:`shut`: wait for the threads, at most so long for notices under way."""
@@ -119,13 +128,14 @@ class PeerReader:
 
     def _forget(self, handle: TransferHandle) -> None:
         with self._lock:
-            self._handles.discard(handle)
+            self._handles.pop(handle, None)
 
-    def _stop(self, error: Callable[[], TransferError]) -> None:
+    def _stop(self, error: Callable[[], TransferError], alive: str = "") -> None:
         with self._lock:
-            handles = list(self._handles)
-        for handle in handles:
-            handle.stop(error())
+            handles = list(self._handles.items())
+        for handle, incarnation in handles:
+            if not alive or incarnation != alive:
+                handle.stop(error())
 
     def _read(self, handle: TransferHandle, credentials: Credentials, planner: Planner) -> None:
         unforeseen = True

@@ -33,6 +33,11 @@ class Workers:
         with self._wake:
             return not self._tasks and self._idle == len(self._threads)
 
+    @property
+    def alive(self) -> bool:
+        """Whether any thread is there."""
+        return bool(self._threads)
+
     def submit(self, task: Callable[[], None]) -> bool:
         """Run ``task`` soon; False when closed."""
         with self._wake:

@@ -173,9 +173,7 @@ class DataChannel(ABC):
     """Reads from one address of one owner. Thread-safe."""
 
     @abstractmethod
-    def open_read(
-        self, credentials: Credentials, plan: ReadPlan, timeout_s: float
-    ) -> ReadSession:
+    def open_read(self, credentials: Credentials, plan: ReadPlan, timeout_s: float) -> ReadSession:
         """Prepare a read; no byte of local memory is written yet.
 
         Raises:

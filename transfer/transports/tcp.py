@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from transfer.addressing import parse_address
 from transfer.errors import (
     DeadlineExceeded,
+    FatalError,
     PeerUnreachable,
     Phase,
     ProtocolError,
@@ -86,9 +87,7 @@ class TcpControl(ControlChannel):
 
     def release(self, credentials: Credentials, *, used: bool, timeout_s: float) -> None:
         body = wire.encode_release(credentials, used=used)
-        self._call(
-            MessageType.RELEASE, body, MessageType.OK, timeout_s, Phase.CONFIRM, credentials
-        )
+        self._call(MessageType.RELEASE, body, MessageType.OK, timeout_s, Phase.CONFIRM, credentials)
 
     def renew(self, credentials: Sequence[Credentials], timeout_s: float) -> list[bool]:
         body = wire.encode_renew(credentials)
@@ -239,6 +238,7 @@ class TcpReadSession(ReadSession):
         self._credentials = credentials
         self._credential_bytes = wire.encode_credentials(credentials)
         self._slices = slices
+        self._total_bytes = sum(total_bytes(piece.local) for piece in slices)
         self._lock = threading.Lock()
         self._moved = 0
         self._error: TransferError | None = None
@@ -251,20 +251,16 @@ class TcpReadSession(ReadSession):
     def run(self, interrupt: Interrupt) -> None:
         self._whole = False
         with interrupt.watched_by(self._shut_down):
-            helpers = [
-                threading.Thread(target=self._drive, args=(stream,), name="baton-read", daemon=True)
-                for stream in self.streams[1:]
-            ]
-            for helper in helpers:
-                helper.start()
-            if self.streams:
-                self._drive(self.streams[0])
-            # A helper can only be in a call on its stream, which any error shuts down.
-            for helper in helpers:
-                helper.join()
+            self._drive_all()
         interrupt.check()
         if self._error is not None:
             raise self._error
+        if self._moved != self._total_bytes:
+            raise FatalError(
+                f"{self._moved} of {self._total_bytes} bytes came",
+                phase=Phase.READ,
+                peer=self._peer,
+            )
         self._whole = True
 
     def close(self) -> None:
@@ -274,6 +270,26 @@ class TcpReadSession(ReadSession):
                 self._channel.give_back(stream)
             else:
                 stream.close()
+
+    def _drive_all(self) -> None:
+        helpers: list[threading.Thread] = []
+        through = False
+        try:
+            for stream in self.streams[1:]:
+                helper = threading.Thread(
+                    target=self._drive, args=(stream,), name="baton-read", daemon=True
+                )
+                helper.start()
+                helpers.append(helper)
+            if self.streams:
+                self._drive(self.streams[0])
+            through = True
+        finally:
+            if not through:
+                self._shut_down()
+            # A helper can only be in a call on its stream, which any error shuts down.
+            for helper in helpers:
+                helper.join()
 
     def _shut_down(self) -> None:
         for stream in self.streams:
@@ -314,9 +330,7 @@ class TcpReadSession(ReadSession):
             raise _unexpected(header, self._peer)
         if header.type is MessageType.ERROR:
             body = stream.receive(header.body_bytes)
-            raise wire.decode_error(
-                body, Phase.READ, self._peer, self._credentials.handoff_id
-            )
+            raise wire.decode_error(body, Phase.READ, self._peer, self._credentials.handoff_id)
         if header.type is not MessageType.DATA or header.body_bytes != cursor.total_bytes:
             raise _unexpected(header, self._peer)
         stream.receive_spans(cursor, self._count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -17,13 +18,13 @@ from transfer.errors import (
     ProtocolError,
     TransferError,
 )
-from transfer.settings import TransferSettings
+from transfer.settings import MAX_SLICE_BYTES, TransferSettings
 from transfer.spans import total_bytes
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Caller, Listener, OwnerService
 from transfer.transports.tcp_stream import SpanCursor, TcpStream
 from transfer.transports.tcp_wire import Header, MessageType
-from transfer.types import SpanArray
+from transfer.types import Credentials, SpanArray
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,8 @@ class TcpListener(Listener):
     def close(self) -> None:
         with self._lock:
             self._closed = True
-        try:
+        with contextlib.suppress(OSError):  # closed before
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread in accept
-        except OSError:
-            pass  # closed before
         self._thread.join()
         self._socket.close()
         with self._lock:
@@ -207,7 +206,7 @@ class _Conversation:
                 raise ProtocolError(f"{header.type.name} is no request", phase=Phase.READ)
         self._stream.send(answer)
 
-    def _renew(self, credentials: wire.Credentials) -> bool:
+    def _renew(self, credentials: Credentials) -> bool:
         try:
             self._service.renew(credentials)
         except HandoffRefused:
@@ -227,14 +226,18 @@ class _Conversation:
             raise ConnectionAbortedError("the hand-off ended while it was read")
 
 
-def _with_header(request_id: int, spans: SpanArray) -> tuple[np.ndarray[tuple[int], np.dtype[np.uint8]], SpanArray]:
+def _with_header(
+    request_id: int, spans: SpanArray
+) -> tuple[np.ndarray[tuple[int], np.dtype[np.uint8]], SpanArray]:
     """Rows that begin with a DATA header, and the buffer of the header, which must outlive them."""
     size = total_bytes(spans)
-    if size > wire.MAX_SLICE_BYTES:
+    if size > MAX_SLICE_BYTES:
         raise ProtocolError(
-            f"READ of {size} bytes, at most {wire.MAX_SLICE_BYTES} go at once", phase=Phase.READ
+            f"READ of {size} bytes, at most {MAX_SLICE_BYTES} go at once", phase=Phase.READ
         )
-    head = np.frombuffer(bytearray(wire.encode_header(MessageType.DATA, request_id, size)), np.uint8)
+    head = np.frombuffer(
+        bytearray(wire.encode_header(MessageType.DATA, request_id, size)), np.uint8
+    )
     rows = np.empty((spans.shape[0] + 1, 2), dtype=np.uint64)
     rows[0] = (head.ctypes.data, head.size)
     rows[1:] = spans

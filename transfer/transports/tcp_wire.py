@@ -130,9 +130,7 @@ def decode_header(data: bytes | bytearray | memoryview) -> Header:
 
 
 def encode_hello(caller: Caller) -> bytes:
-    return (
-        _text(caller.peer.engine_id) + _U32.pack(caller.peer.rank) + _text(caller.incarnation)
-    )
+    return _text(caller.peer.engine_id) + _U32.pack(caller.peer.rank) + _text(caller.incarnation)
 
 
 def decode_hello(body: bytes | bytearray) -> Caller:
