@@ -120,12 +120,8 @@ class PrefixMirror:
                 entry is None or entry.mod_revision != item.mod_revision
             ):
                 return False
-        present = {item.key for item in listing.items}
-        to_come = any(item.mod_revision > self._revision for item in listing.items) or any(
-            key not in present for key in self._entries
-        )
-        # With nothing to come the listing is the whole truth, and can be taken at once.
-        return to_come and listing.revision > self._revision
+        # At the same revision there is nothing to resume; the listing is the whole truth.
+        return listing.revision > self._revision
 
     def _install(self, listing: Listing, now_s: float) -> None:
         self._expected = None

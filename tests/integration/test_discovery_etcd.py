@@ -1,0 +1,446 @@
+"""EtcdDiscovery against a real etcd, with etcd and workers treated badly."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyetcd
+import pytest
+
+from tests.support.etcd_server import EtcdServer
+from tests.support.records import worker_record
+from transfer.discovery import Discovery, PeerEvent, PeerEventKind, make_discovery
+from transfer.discovery.etcd_client import EtcdClient, Listing
+from transfer.discovery.record import encode_record, record_key
+from transfer.errors import ConfigurationError, PeerUnknown, PeerUnreachable, TransferCancelled
+from transfer.types import PeerId, WorkerRecord
+
+ROOT = Path(__file__).resolve().parents[2]
+TTL_S = 2
+JOINED, UPDATED, LEFT = PeerEventKind.JOINED, PeerEventKind.UPDATED, PeerEventKind.LEFT
+
+A, B, C = worker_record("a"), worker_record("b"), worker_record("c")
+
+
+class Heard:
+    """The events of one session, in order."""
+
+    def __init__(self, discovery: Discovery) -> None:
+        self.events: list[PeerEvent] = []
+        discovery.subscribe(self.events.append)
+
+    def of(self, record: WorkerRecord) -> list[PeerEventKind]:
+        return [event.kind for event in self.events if event.record.peer == record.peer]
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> float:
+    """Wait until it holds; returns the seconds it took."""
+    start_s = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start_s < timeout_s, "it did not happen in time"
+        time.sleep(0.02)
+    return time.monotonic() - start_s
+
+
+@pytest.fixture(scope="module")
+def shared_etcd() -> Iterator[EtcdServer]:
+    with EtcdServer() as server:
+        yield server
+
+
+@pytest.fixture
+def etcd(shared_etcd: EtcdServer) -> Iterator[EtcdServer]:
+    """The module's etcd, emptied and running again after each test."""
+    yield shared_etcd
+    shared_etcd.resume()
+    with admin(shared_etcd) as client:
+        client.delete_prefix("/baton/")
+
+
+def admin(server: EtcdServer, **arguments: Any) -> Any:
+    """A bare client, to do from outside what discovery would not do."""
+    host, port = server.endpoint.split(":")
+    return pyetcd.client(host=host, port=int(port), timeout=5, **arguments)
+
+
+@pytest.fixture
+def session() -> Iterator[Callable[..., Discovery]]:
+    opened: list[Discovery] = []
+
+    def make(server: EtcdServer, **more: Any) -> Discovery:
+        config = {"kind": "etcd", "endpoints": [server.endpoint], "lease_ttl_s": TTL_S, **more}
+        opened.append(make_discovery(config))
+        return opened[-1]
+
+    yield make
+    for discovery in opened:
+        discovery.close()
+
+
+Session = Callable[..., Discovery]
+
+
+def test_two_sessions_see_each_other_until_one_closes(etcd: EtcdServer, session: Session) -> None:
+    one, two = session(etcd), session(etcd)
+    heard = Heard(two)
+    one.publish(A)
+    one.publish(A)
+    two.publish(B)
+    one.ready(5)
+    two.ready(5)
+    assert one.wait_for(B.peer, 5) == B
+    assert two.wait_for(A.peer, 5) == A
+    assert two.peers() == (A, B)
+    assert one.healthy
+    assert two.healthy
+    start_s = time.monotonic()
+    one.close()
+    eventually(lambda: two.lookup(A.peer) is None, 1.0)
+    assert time.monotonic() - start_s < 1.0
+    eventually(lambda: heard.of(A) == [JOINED, LEFT])
+    with pytest.raises(TransferCancelled):
+        one.publish(A)
+
+
+def test_clusters_do_not_see_each_other(etcd: EtcdServer, session: Session) -> None:
+    one, two = session(etcd, cluster="blue"), session(etcd, cluster="blue-2")
+    one.publish(A)
+    one.ready(5)
+    two.ready(5)
+    with pytest.raises(PeerUnknown, match="etcd at 127"):
+        two.wait_for(A.peer, 0.3)
+
+
+def test_withdrawing_takes_back_one_record(etcd: EtcdServer, session: Session) -> None:
+    one, two = session(etcd), session(etcd)
+    one.publish(A)
+    one.publish(B)
+    two.wait_for(A.peer, 5)
+    two.wait_for(B.peer, 5)
+    one.withdraw(A.peer)
+    eventually(lambda: two.peers() == (B,), 2.0)
+    one.withdraw(B.peer)
+    eventually(lambda: two.peers() == (), 2.0)
+    one.publish(A)
+    assert two.wait_for(A.peer, 5) == A
+
+
+def test_a_restarted_worker_overwrites_its_record_and_is_not_taken_back(
+    etcd: EtcdServer, session: Session
+) -> None:
+    old, new, other = session(etcd), session(etcd), session(etcd)
+    heard = Heard(other)
+    again = worker_record("a", incarnation="second", port=7001)
+    old.publish(A)
+    other.wait_for(A.peer, 5)
+    with admin(etcd) as client:
+        _, meta = client.get(record_key("default", A.peer))
+        new.publish(again)
+        eventually(lambda: other.lookup(A.peer) == again)
+        # The old one loses its lease and finds the place taken; later it ends.
+        client.revoke_lease(meta.lease_id)
+    time.sleep(TTL_S)
+    old.close()
+    time.sleep(0.3)
+    assert other.lookup(A.peer) == again
+    eventually(lambda: heard.of(A) == [JOINED, UPDATED])
+
+
+def test_a_killed_worker_is_gone_within_its_lease(etcd: EtcdServer, session: Session) -> None:
+    program = f"""
+        import time
+        from tests.support.records import worker_record
+        from transfer.discovery import make_discovery
+        d = make_discovery(
+            {{"kind": "etcd", "endpoints": ["{etcd.endpoint}"], "lease_ttl_s": {TTL_S}}})
+        d.publish(worker_record("a"))
+        d.ready(10)
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    observer = session(etcd)
+    observer.ready(5)
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, stdout=subprocess.PIPE
+    ) as worker:
+        try:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == b"ready\n"
+            observer.wait_for(A.peer, 5)
+            time.sleep(TTL_S + 0.5)
+            assert observer.lookup(A.peer) == A, "it was not kept alive"
+        finally:
+            worker.kill()
+    # etcd looks for expired leases twice a second.
+    assert eventually(lambda: observer.lookup(A.peer) is None) < TTL_S + 1.5
+
+
+def test_a_lost_lease_is_replaced_with_the_same_incarnation(
+    etcd: EtcdServer, session: Session
+) -> None:
+    one, two = session(etcd), session(etcd)
+    heard = Heard(two)
+    one.publish(A)
+    two.wait_for(A.peer, 5)
+    with admin(etcd) as client:
+        _, meta = client.get(record_key("default", A.peer))
+        client.revoke_lease(meta.lease_id)
+    eventually(lambda: heard.of(A) == [JOINED, LEFT, JOINED], TTL_S)
+    assert two.lookup(A.peer) == A
+    time.sleep(TTL_S + 1)
+    assert heard.of(A) == [JOINED, LEFT, JOINED], "the new lease was not kept alive"
+
+
+def test_a_deleted_record_is_written_again(etcd: EtcdServer, session: Session) -> None:
+    one, two = session(etcd), session(etcd)
+    heard = Heard(two)
+    one.publish(A)
+    two.wait_for(A.peer, 5)
+    with admin(etcd) as client:
+        client.delete(record_key("default", A.peer))
+    eventually(lambda: heard.of(A) == [JOINED, LEFT, JOINED], 1.0)
+
+
+def test_a_busy_interpreter_keeps_its_lease(etcd: EtcdServer, session: Session) -> None:
+    one = session(etcd)
+    one.publish(A)
+    one.ready(5)
+    stop = threading.Event()
+
+    def burn() -> None:
+        while not stop.is_set():
+            sum(range(2_000_000))  # one bytecode: the GIL is not given up within it
+
+    burner = threading.Thread(target=burn)
+    key = record_key("default", A.peer)
+    with admin(etcd) as client:
+        _, before = client.get(key)
+        burner.start()
+        try:
+            time.sleep(2 * TTL_S)
+        finally:
+            stop.set()
+            burner.join()
+        _, after = client.get(key)
+    assert after is not None
+    assert (after.lease_id, after.mod_revision) == (before.lease_id, before.mod_revision)
+
+
+def test_a_bad_record_is_skipped(
+    etcd: EtcdServer, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = session(etcd)
+    with admin(etcd) as client:
+        client.put("/baton/default/workers/bad/0", b"{")
+        one.ready(5)
+        client.put("/baton/default/workers/bad/1", b"\xff")
+        client.put(b"/baton/default/workers/\xff/1", b"1")
+        client.put(record_key("default", B.peer), encode_record(A))
+        one.publish(C)
+        assert one.wait_for(C.peer, 5) == C
+    assert one.peers() == (C,)
+    assert len([r for r in caplog.records if "skipping" in r.getMessage()]) == 4
+
+
+def test_a_restart_of_etcd_loses_no_event(session: Session) -> None:
+    with EtcdServer() as server:
+        one, two = session(server), session(server)
+        heard = Heard(two)
+        one.publish(A)
+        two.wait_for(A.peer, 5)
+        server.kill()
+        eventually(lambda: not two.healthy)
+        one.publish(C)
+        assert two.lookup(A.peer) == A
+        server.start()
+        with admin(server) as client:  # before the watch is back, or after: both must do
+            client.put(record_key("default", B.peer), encode_record(B))
+            client.delete(record_key("default", B.peer))
+        assert two.wait_for(C.peer, 10) == C
+        eventually(lambda: one.healthy and two.healthy)
+        time.sleep(TTL_S + 1)
+        assert two.peers() == (A, C)
+        assert heard.of(A) == [JOINED]
+        assert heard.of(B) == [JOINED, LEFT]
+
+
+def test_an_etcd_that_lost_its_data_is_filled_again(session: Session) -> None:
+    with EtcdServer() as server:
+        one, two = session(server), session(server)
+        heard = Heard(two)
+        with admin(server) as client:
+            client.put(record_key("default", B.peer), encode_record(B))
+        one.publish(A)
+        two.wait_for(A.peer, 5)
+        two.wait_for(B.peer, 5)
+        server.wipe()
+        eventually(lambda: two.peers() == (A,))
+        assert heard.of(A) == [JOINED], "a live worker was lost although it came right back"
+        with admin(server) as client:
+            eventually(lambda: client.get(record_key("default", A.peer))[0] is not None)
+
+
+def test_a_hung_etcd_stops_nothing(etcd: EtcdServer, session: Session) -> None:
+    one, two = session(etcd), session(etcd)
+    heard = Heard(two)
+    one.publish(A)
+    two.wait_for(A.peer, 5)
+    etcd.pause()
+    time.sleep(6.5)
+    assert not two.healthy
+    assert two.lookup(A.peer) == A
+    etcd.resume()
+    eventually(lambda: one.healthy and two.healthy)
+    time.sleep(TTL_S + 1)
+    assert two.peers() == (A,)
+    assert heard.of(A) == [JOINED]
+    one.close()
+    eventually(lambda: two.peers() == (), 3 * TTL_S)
+
+
+def test_closing_without_etcd_takes_bounded_time(session: Session) -> None:
+    with EtcdServer() as server:
+        gone, hung = session(server), session(server)
+        gone.publish(A)
+        gone.ready(5)
+        hung.publish(B)
+        hung.ready(5)
+        server.pause()
+        start_s = time.monotonic()
+        hung.close()
+        assert time.monotonic() - start_s < 3
+        server.kill()
+        start_s = time.monotonic()
+        gone.close()
+        assert time.monotonic() - start_s < 3
+
+
+def test_compaction_under_a_broken_watch_tells_the_difference(
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    changed = worker_record("a", incarnation="second")
+    with EtcdServer() as server, admin(server) as client:
+        keys = {record.peer: record_key("default", record.peer) for record in (A, B, C)}
+        client.put(keys[A.peer], encode_record(A))
+        client.put(keys[B.peer], encode_record(B))
+        one = session(server)
+        heard = Heard(one)
+        one.ready(5)
+        assert one.peers() == (A, B)
+        list_prefix = EtcdClient.list_prefix
+        meddled = threading.Event()
+
+        def meddle(self: EtcdClient, prefix: str) -> Listing:
+            """The session lists again after the cut: now etcd moves on, and forgets the way."""
+            if meddled.is_set():
+                return list_prefix(self, prefix)
+            with admin(server) as other:
+                other.put(keys[A.peer], encode_record(changed))
+                other.delete(keys[B.peer])
+                listing = list_prefix(self, prefix)
+                compacted = other.put(keys[C.peer], encode_record(C)).header.revision
+                other.compact(compacted, physical=True)
+            meddled.set()
+            return listing
+
+        monkeypatch.setattr(EtcdClient, "list_prefix", meddle)
+        one._watch_loop.connector.close()  # type: ignore[attr-defined]
+        eventually(lambda: one.peers() == (changed, C), 3 * TTL_S)
+        assert "compacted" in caplog.text
+        eventually(lambda: heard.of(B) == [JOINED, LEFT])
+        assert heard.of(A) == [JOINED, UPDATED]
+        assert heard.of(C) == [JOINED]
+
+
+def test_the_next_endpoint_is_used(etcd: EtcdServer, session: Session) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        dead = f"127.0.0.1:{closed.getsockname()[1]}"
+        one = session(etcd, endpoints=[dead, dead.replace("127.0.0.1", "localhost"), etcd.endpoint])
+        one.publish(A)
+        one.ready(5)
+        assert one.wait_for(A.peer, 5) == A
+
+
+@pytest.mark.parametrize("listening", [False, True])
+def test_an_unreachable_etcd_is_one_clear_line(listening: bool, session: Session) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listening:  # accepts, and never says a word
+            server.listen()
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+        discovery = make_discovery({"kind": "etcd", "endpoints": [endpoint]})
+        with discovery:
+            start_s = time.monotonic()
+            with pytest.raises(PeerUnreachable, match="start etcd there") as caught:
+                discovery.ready(0.7)
+            assert time.monotonic() - start_s < 1.2
+            assert endpoint in str(caught.value)
+            assert "\n" not in str(caught.value)
+            assert not discovery.healthy
+
+
+def test_user_and_password(session: Session) -> None:
+    # Tokens of one second, so that they expire under the session.
+    with EtcdServer("--auth-token-ttl", "1") as server:
+        rpc = pyetcd.etcdrpc
+        with admin(server) as client:
+            auth = client.authstub
+            for user in ("root", "baton", "guest"):
+                auth.UserAdd(rpc.AuthUserAddRequest(name=user, password="secret"))
+            for role in ("root", "workers"):
+                auth.RoleAdd(rpc.AuthRoleAddRequest(name=role))
+            permission = {"permType": 2, "key": b"/baton/", "range_end": b"/baton0"}
+            auth.RoleGrantPermission(
+                rpc.AuthRoleGrantPermissionRequest(name="workers", perm=permission)
+            )
+            auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="root", role="root"))
+            auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="baton", role="workers"))
+            auth.AuthEnable(rpc.AuthEnableRequest())
+        one = session(server, user="baton", password="secret")
+        two = session(server, user="baton", password="secret")
+        heard = Heard(two)
+        one.publish(A)
+        one.ready(5)
+        assert two.wait_for(A.peer, 5) == A
+        time.sleep(TTL_S + 2)
+        two.publish(B)
+        assert one.wait_for(B.peer, 5) == B
+        assert heard.of(A) == [JOINED]
+        for user, password, words in [
+            ("baton", "wrong", "refused user 'baton'"),
+            ("guest", "secret", "permission denied"),
+            ("", "", "without user and password"),
+        ]:
+            refused = session(server, user=user, password=password)
+            with pytest.raises(ConfigurationError, match=words):
+                refused.ready(5)
+
+
+def test_a_user_where_etcd_has_none_is_refused(etcd: EtcdServer, session: Session) -> None:
+    refused = session(etcd, user="baton", password="secret")
+    with pytest.raises(ConfigurationError, match="authentication is not enabled"):
+        refused.ready(5)
+
+
+def test_nothing_is_left_behind(etcd: EtcdServer) -> None:
+    def ours() -> set[str]:
+        return {t.name for t in threading.enumerate() if t.name.startswith("baton")}
+
+    with make_discovery({"kind": "etcd", "endpoints": [etcd.endpoint]}) as discovery:
+        discovery.subscribe(lambda event: None)
+        discovery.publish(A)
+        discovery.ready(5)
+        assert discovery.wait_for(PeerId("a", 0), 5) == A
+        assert "healthy" in repr(discovery)
+    eventually(lambda: not ours())
+    with admin(etcd) as client:
+        assert client.get(record_key("default", A.peer))[0] is None
