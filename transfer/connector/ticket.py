@@ -19,6 +19,7 @@ from transfer.params import TICKET_VERSION
 MAX_BLOCKS = 1 << 20
 MAX_TICKETS = 1024
 MAX_READERS = 1024
+MAX_SECONDS = 1 << 50
 
 _HEX32 = re.compile(r"[0-9a-f]{32}\Z")
 _HEX64 = re.compile(r"[0-9a-f]{64}\Z")
@@ -41,7 +42,7 @@ def prompt_hash(
     digest.update(len(token_ids).to_bytes(8, "little"))
     digest.update(b"".join(token.to_bytes(8, "little", signed=True) for token in token_ids))
     for part in (*mm_identifiers, "\0lora", lora_name, "\0salt", cache_salt):
-        raw = part.encode()
+        raw = part.encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(8, "little"))
         digest.update(raw)
     return digest.hexdigest()
@@ -176,8 +177,8 @@ class _Fields:
 
     def number(self, name: str) -> float:
         value = self._get(name)
-        if type(value) not in (int, float):
-            raise _bad(f"{name} must be a number")
+        if type(value) not in (int, float) or not abs(value) < MAX_SECONDS:
+            raise _bad(f"{name} must be a number of seconds")
         return float(value)
 
     def text(self, name: str) -> str:

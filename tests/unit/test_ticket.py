@@ -1,0 +1,366 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transfer.connector.ticket import (
+    MAX_READERS,
+    MAX_TICKETS,
+    Ticket,
+    prompt_hash,
+    tickets_from_params,
+)
+from transfer.errors import ProtocolError
+from transfer.params import TICKET_VERSION, tickets_to_params
+
+TICKET = Ticket(
+    handoff_id="0123456789abcdef" * 2,
+    engine_id="prefill-a",
+    incarnation="fedcba9876543210" * 2,
+    fence=7,
+    token="a" * 32,
+    request_id="chatcmpl-1",
+    block_ids=(4, 0, 9),
+    num_tokens=33,
+    block_size=16,
+    tp_size=2,
+    layout_hash="b" * 64,
+    prompt_hash="c" * 64,
+    readers=3,
+    expires_at_s=1_700_000_000.25,
+)
+GOOD = TICKET.to_params()
+REQUIRED = sorted(set(GOOD) - {"do_remote_prefill", "do_remote_decode", "digests"})
+
+hex32 = st.text("0123456789abcdef", min_size=32, max_size=32)
+hex64 = st.text("0123456789abcdef", min_size=64, max_size=64)
+names = st.text(min_size=1, max_size=40)
+
+
+@st.composite
+def tickets(draw: st.DrawFn) -> Ticket:
+    block_size = draw(st.integers(1, 64))
+    block_ids = draw(st.lists(st.integers(0, 1 << 39), min_size=1, max_size=6))
+    full = (len(block_ids) - 1) * block_size
+    return Ticket(
+        handoff_id=draw(hex32),
+        engine_id=draw(names),
+        incarnation=draw(hex32),
+        fence=draw(st.integers(1, (1 << 63) - 1)),
+        token=draw(hex32),
+        request_id=draw(names),
+        block_ids=tuple(block_ids),
+        num_tokens=full + draw(st.integers(1, block_size)),
+        block_size=block_size,
+        tp_size=draw(st.integers(1, 4096)),
+        layout_hash=draw(hex64),
+        prompt_hash=draw(hex64),
+        readers=draw(st.integers(1, MAX_READERS)),
+        expires_at_s=draw(st.floats(0, 1e12)),
+    )
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**400, -(10**400), 1 << 40, 16])
+    | st.floats()
+    | st.text(max_size=10),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(sorted(GOOD)) | st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def refusal(params: dict[str, Any]) -> str:
+    with pytest.raises(ProtocolError) as caught:
+        tickets_from_params(params)
+    return caught.value.message
+
+
+# ---- reading and writing -------------------------------------------------------------------------
+
+
+def test_wire_format_is_the_documented_one() -> None:
+    assert GOOD == {
+        "version": 1,
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_engine_id": "prefill-a",
+        "remote_request_id": "chatcmpl-1",
+        "remote_block_ids": [4, 0, 9],
+        "tp_size": 2,
+        "handoff_id": "0123456789abcdef" * 2,
+        "incarnation": "fedcba9876543210" * 2,
+        "fence": 7,
+        "num_tokens": 33,
+        "block_size": 16,
+        "layout_hash": "b" * 64,
+        "prompt_hash": "c" * 64,
+        "token": "a" * 32,
+        "readers": 3,
+        "digests": None,
+        "expires_at": 1_700_000_000.25,
+    }
+
+
+@given(tickets())
+def test_round_trip_through_json(ticket: Ticket) -> None:
+    assert Ticket.from_params(json.loads(json.dumps(ticket.to_params()))) == ticket
+
+
+def test_unknown_extra_fields_are_ignored() -> None:
+    assert Ticket.from_params({**GOOD, "hint": "of a later version"}) == TICKET
+
+
+@pytest.mark.parametrize("field", REQUIRED)
+def test_missing_field_is_named(field: str) -> None:
+    params = {name: value for name, value in GOOD.items() if name != field}
+
+    assert refusal(params) == f"the ticket has no {field}"
+
+
+WRONG_TYPES: dict[str, list[Any]] = {
+    "version": ["1", 1.0, True, None],
+    "remote_engine_id": [7, None, ["prefill-a"]],
+    "remote_request_id": [7, None, {}],
+    "remote_block_ids": ["4", 4, None, {"4": 4}, [4, "0", 9], [4, 0.0, 9], [4, True, 9], [4, [0]]],
+    "tp_size": ["2", 2.0, True, None],
+    "handoff_id": [7, None, ["0123456789abcdef" * 2]],
+    "incarnation": [7, None],
+    "fence": ["7", 7.0, True, None],
+    "num_tokens": ["33", 33.0, True, None],
+    "block_size": ["16", 16.0, True, None],
+    "layout_hash": [7, None],
+    "prompt_hash": [7, None],
+    "token": [7, None],
+    "readers": ["3", 3.0, True, None],
+    "expires_at": ["soon", None, True, [1.0]],
+}
+OUT_OF_RANGE: dict[str, list[Any]] = {
+    "version": [-1, 1 << 32],
+    "remote_engine_id": ["", "x" * 513],
+    "remote_request_id": ["", "x" * 513],
+    "remote_block_ids": [[], [4, -1, 9], [4, 1 << 40, 9]],
+    "tp_size": [0, -1, (1 << 12) + 1],
+    "handoff_id": ["", "a" * 31, "a" * 33, "A" * 32, "g" * 32, "a" * 32 + "\n"],
+    "incarnation": ["", "a" * 31, "a" * 33, "a" * 31 + "-", "a" * 32 + "\n"],
+    "fence": [0, -1, 1 << 63],
+    "num_tokens": [0, -33, (1 << 40) + 1],
+    "block_size": [0, -16, (1 << 20) + 1],
+    "layout_hash": ["", "b" * 63, "b" * 65, "B" * 64, "b" * 64 + "\n"],
+    "prompt_hash": ["", "c" * 63, "c" * 65, "C" * 64],
+    "token": ["", "a" * 31, "a" * 33, "Z" * 32],
+    "readers": [0, -1, MAX_READERS + 1],
+    "expires_at": [float("nan"), float("inf"), float("-inf"), 10**400, 1e300],
+}
+
+
+def test_the_tables_below_cover_every_field() -> None:
+    assert sorted(WRONG_TYPES) == REQUIRED
+    assert sorted(OUT_OF_RANGE) == REQUIRED
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field, values in WRONG_TYPES.items() for value in values],
+)
+def test_wrong_type_is_refused_by_name(field: str, value: Any) -> None:
+    assert field in refusal({**GOOD, field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field, values in OUT_OF_RANGE.items() for value in values],
+)
+def test_value_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
+    assert field in refusal({**GOOD, field: value})
+
+
+@pytest.mark.parametrize("num_tokens", [32, 49])
+def test_number_of_blocks_must_fit_the_tokens(num_tokens: int) -> None:
+    message = refusal({**GOOD, "num_tokens": num_tokens})
+
+    assert message.startswith("remote_block_ids has 3 blocks")
+    assert f"{num_tokens} tokens" in message
+
+
+@pytest.mark.parametrize("num_tokens", [33, 47, 48])
+def test_last_block_may_be_partly_filled(num_tokens: int) -> None:
+    ticket = Ticket.from_params({**GOOD, "num_tokens": num_tokens})
+
+    assert ticket == dataclasses.replace(TICKET, num_tokens=num_tokens)
+
+
+@pytest.mark.parametrize("version", [0, 2, 1 << 31])
+def test_unknown_version_is_refused_before_anything_else_is_read(version: int) -> None:
+    message = refusal({"version": version})
+
+    assert message == f"ticket version {version} is not supported, only {TICKET_VERSION}"
+
+
+# ---- bundles -------------------------------------------------------------------------------------
+
+
+def test_no_ticket_makes_no_params() -> None:
+    assert tickets_to_params([]) is None
+
+
+def test_one_ticket_travels_as_it_is() -> None:
+    params = tickets_to_params([GOOD])
+
+    assert params == GOOD
+    assert params is not GOOD
+
+
+def test_bundle_round_trip_keeps_order() -> None:
+    other = dataclasses.replace(TICKET, handoff_id="9" * 32, fence=8)
+    params = tickets_to_params([GOOD, other.to_params()])
+
+    assert params is not None
+    assert params["do_remote_prefill"] is True
+    assert tickets_from_params(json.loads(json.dumps(params))) == (TICKET, other)
+
+
+@pytest.mark.parametrize("bundle", [[], {}, "tickets", 3, [GOOD] * (MAX_TICKETS + 1)])
+def test_malformed_bundle_is_refused(bundle: Any) -> None:
+    assert refusal({"tickets": bundle}) == f"tickets must be a list of 1 to {MAX_TICKETS} tickets"
+
+
+@pytest.mark.parametrize("item", [None, 1, "ticket", [GOOD]])
+def test_bundle_of_other_things_is_refused(item: Any) -> None:
+    assert refusal({"tickets": [GOOD, item]}) == "tickets must hold JSON objects"
+
+
+def test_one_bad_ticket_spoils_the_bundle() -> None:
+    assert "fence" in refusal({"tickets": [GOOD, {**GOOD, "fence": 0}]})
+
+
+def test_bundles_do_not_nest() -> None:
+    assert refusal({"tickets": [{"tickets": [GOOD]}]}) == "the ticket has no version"
+
+
+# ---- whatever comes in ---------------------------------------------------------------------------
+
+
+@given(st.dictionaries(st.sampled_from([*GOOD, "tickets"]) | st.text(max_size=5), json_values))
+def test_any_params_give_tickets_or_protocol_error(params: dict[str, Any]) -> None:
+    try:
+        read = tickets_from_params(params)
+    except ProtocolError as error:
+        assert error.message
+    else:
+        assert all(isinstance(ticket, Ticket) for ticket in read)
+
+
+@given(
+    st.dictionaries(st.sampled_from(sorted(GOOD)), json_values, max_size=3),
+    st.sets(st.sampled_from(sorted(GOOD)), max_size=1),
+)
+def test_good_ticket_with_changes_reads_back_or_is_refused(
+    changes: dict[str, Any], removed: set[str]
+) -> None:
+    params = {name: value for name, value in {**GOOD, **changes}.items() if name not in removed}
+    try:
+        ticket = Ticket.from_params(params)
+    except ProtocolError as error:
+        assert any(name in error.message for name in {*changes, *removed})
+    else:
+        # What was let through means what it said, and can be sent on.
+        written = json.loads(json.dumps(ticket.to_params(), allow_nan=False))
+        assert {name: written[name] for name in REQUIRED} == {
+            name: params[name] for name in REQUIRED
+        }
+
+
+# ---- prompt hash ---------------------------------------------------------------------------------
+
+PROMPT: dict[str, Any] = {
+    "token_ids": [1, 2, 3],
+    "mm_identifiers": ["cat", "dog"],
+    "lora_name": "pirate",
+    "cache_salt": "blue",
+}
+# Every pair of these differs, many only in where one part ends and the next begins.
+PROMPTS: list[dict[str, Any]] = [
+    PROMPT,
+    {**PROMPT, "token_ids": []},
+    {**PROMPT, "token_ids": [1, 2]},
+    {**PROMPT, "token_ids": [1, 2, 4]},
+    {**PROMPT, "token_ids": [2, 1, 3]},
+    {**PROMPT, "token_ids": [1, 2, 3, 0]},
+    {**PROMPT, "token_ids": [0, 1, 2, 3]},
+    {**PROMPT, "token_ids": [1, 2 + (1 << 32), 3]},
+    {**PROMPT, "token_ids": [1, 2, -3]},
+    {**PROMPT, "mm_identifiers": []},
+    {**PROMPT, "mm_identifiers": ["cat"]},
+    {**PROMPT, "mm_identifiers": ["dog", "cat"]},
+    {**PROMPT, "mm_identifiers": ["catdog"]},
+    {**PROMPT, "mm_identifiers": ["catd", "og"]},
+    {**PROMPT, "mm_identifiers": ["cat", "dog", ""]},
+    {**PROMPT, "mm_identifiers": ["cat", "dog", "\0lora", "pirate"]},
+    {**PROMPT, "lora_name": ""},
+    {**PROMPT, "lora_name": "pirat"},
+    {**PROMPT, "lora_name": "Pirate"},
+    {**PROMPT, "lora_name": "pirate\0salt", "cache_salt": ""},
+    {**PROMPT, "cache_salt": ""},
+    {**PROMPT, "cache_salt": "blue "},
+    {**PROMPT, "lora_name": "blue", "cache_salt": "pirate"},
+    {**PROMPT, "lora_name": "pirateblue", "cache_salt": ""},
+    {**PROMPT, "mm_identifiers": ["cat", "dog", "\0lora", "pirate", "\0salt", "blue"]},
+    {
+        "token_ids": [1, 2, 3],
+        "mm_identifiers": ["cat", "dog", "\0lora", "pirate", "\0salt", "blue"],
+        "lora_name": "",
+        "cache_salt": "",
+    },
+]
+
+
+def test_prompt_hash_tells_all_of_these_apart() -> None:
+    assert len({prompt_hash(**prompt) for prompt in PROMPTS}) == len(PROMPTS)
+
+
+prompts = st.fixed_dictionaries(
+    {
+        "token_ids": st.lists(st.integers(0, 3) | st.integers(-(1 << 63), (1 << 63) - 1)),
+        "mm_identifiers": st.lists(st.sampled_from(["", "a", "aa", "\0lora", "\0salt"])),
+        "lora_name": st.sampled_from(["", "a", "aa", "\0salt"]),
+        "cache_salt": st.sampled_from(["", "a", "aa", "\0lora"]),
+    }
+)
+
+
+@given(prompts, prompts)
+def test_prompt_hash_is_equal_exactly_for_equal_prompts(
+    one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    assert (prompt_hash(**one) == prompt_hash(**other)) == (one == other)
+
+
+@given(prompts)
+def test_prompt_hash_fits_the_ticket(prompt: dict[str, Any]) -> None:
+    ticket = dataclasses.replace(TICKET, prompt_hash=prompt_hash(**prompt))
+
+    assert Ticket.from_params(ticket.to_params()) == ticket
+
+
+def test_prompt_hash_does_not_change_between_versions() -> None:
+    # Prefill and decode compute it apart, perhaps in different releases during an upgrade.
+    digest = "d4663b38e523ea7fa38783a0f54f336b6e8c32681f6c3933556d2c49de0112fb"
+
+    assert prompt_hash(**PROMPT) == digest
+    assert prompt_hash(**{**PROMPT, "token_ids": (1, 2, 3)}) == digest
+
+
+def test_prompt_hash_takes_any_text_that_python_can_hold() -> None:
+    # json.loads lets lone surrogates through, and the salt comes from clients.
+    assert prompt_hash([1], cache_salt="\ud800") != prompt_hash([1], cache_salt="\ud801")
