@@ -6,7 +6,7 @@ attention backends, so nothing here assumes one: the strides tell where each blo
 
     one layer, LBHNC (block interior contiguous)      LHBNC (a head's blocks together)
 
-    base ─┬ block 0 ┬ head 0 ┬ tokens × content       base ─┬ head 0 ┬ block 0
+    base ─┬ block 0 ┬ head 0 ┬ tokens, content       base ─┬ head 0 ┬ block 0
           │         └ head 1 ┘  one chunk                   │        └ block 1   one chunk per
           └ block 1 ...                                     └ head 1 ...         head and block
 """
@@ -25,6 +25,7 @@ from transfer.errors import ConfigurationError, LayoutMismatch, Phase, ProtocolE
 from transfer.types import ReadPlan, SpanArray
 
 MAX_LAYOUT_BYTES = 1 << 20
+MAX_ADDRESS = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +104,10 @@ class KVLayout:
         try:
             data = json.loads(raw)
             layout = cls(
-                bases=tuple(int(x) for x in data["bases"]),
-                chunk_offsets=tuple(int(x) for x in data["chunk_offsets"]),
+                bases=tuple(_whole(item) for item in data["bases"]),
+                chunk_offsets=tuple(_whole(item) for item in data["chunk_offsets"]),
                 **{
-                    name: int(data[name])
+                    name: _whole(data[name])
                     for name in (
                         "block_stride",
                         "chunk_bytes",
@@ -117,15 +118,25 @@ class KVLayout:
                     )
                 },
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ProtocolError(
                 f"the peer's layout cannot be read: {error}", phase=Phase.CONNECT
             ) from error
-        numbers = (layout.block_stride, layout.chunk_bytes, layout.num_blocks, layout.block_size)
-        addresses = (*layout.bases, *layout.chunk_offsets)
-        if min(numbers) < 1 or min(addresses, default=-1) < 0 or max(*numbers, *addresses) >> 62:
+        if not layout._is_possible():
             raise ProtocolError("the peer's layout has numbers out of range", phase=Phase.CONNECT)
         return layout
+
+    def _is_possible(self) -> bool:
+        """Whether all of it fits an address space, so that no address can wrap around."""
+        counts = (self.block_stride, self.chunk_bytes, self.num_blocks, self.block_size)
+        places = (*self.bases, *self.chunk_offsets)
+        if not self.bases or not self.chunk_offsets or min(counts) < 1 or min(places) < 0:
+            return False
+        if not 0 <= self.rank < self.tp_size:
+            return False
+        last_block = (self.num_blocks - 1) * self.block_stride
+        end = max(self.bases) + last_block + max(self.chunk_offsets) + self.chunk_bytes
+        return end <= MAX_ADDRESS
 
 
 def describe(
@@ -227,6 +238,12 @@ def _chunks(axes: list[tuple[int, int]], itemsize: int) -> tuple[tuple[int, ...]
             steps = np.arange(count, dtype=np.int64) * stride
             offsets = (offsets[:, None] + steps[None, :]).reshape(-1)
     return tuple(int(offset) for offset in offsets), length
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r:.40} is not a whole number")
+    return value
 
 
 def _unsupported(what: str) -> ConfigurationError:
