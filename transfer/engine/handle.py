@@ -89,7 +89,8 @@ class TransferHandle:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes written to local memory so far, those of a broken first try included."""
+        """Bytes written to local memory so far, those of a broken first try included. Grows once
+        per system call, that is by up to a slice."""
         with self._lock:
             session = self._session
             return self._bytes_before + (session.bytes_moved if session else 0)

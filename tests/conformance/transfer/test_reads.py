@@ -1,0 +1,251 @@
+"""Bytes arrive as planned, or the read fails as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.transfer_engines import (
+    Buffer,
+    Pair,
+    engine_pair,
+    fails,
+    make_engine,
+    never_planned,
+    succeeds,
+    take_ended,
+)
+from transfer.engine.handoffs import HandoffState
+from transfer.errors import (
+    FatalError,
+    HandoffRefused,
+    LayoutMismatch,
+    PeerUnknown,
+    Phase,
+    RegistrationError,
+)
+from transfer.settings import TransferSettings
+from transfer.types import PeerId, PeerInfo, ReadPlan
+
+BLOCKS = 64
+
+
+def test_a_read_moves_every_byte_and_ends_the_handoff(pair: Pair) -> None:
+    handle = pair.read(pair.offer())
+    succeeds(handle)
+    assert pair.local_is_remote()
+    assert handle.bytes_moved == pair.remote.bytes.nbytes
+    timings = handle.timings
+    assert min(timings.connect_s, timings.read_s, timings.confirm_s) > 0
+    (ended,) = take_ended(pair.owner)
+    assert (ended.handoff_id, ended.state) == (handle.handoff_id, HandoffState.RELEASED)
+    assert pair.owner.offers() == []
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        TransferSettings(),
+        TransferSettings(streams_per_peer=1, slice_bytes=4096),
+        TransferSettings(streams_per_peer=4, slice_bytes=5000, socket_buffer_bytes=4096),
+        TransferSettings(socket_buffer_bytes=1 << 20),
+    ],
+    ids=["default", "one stream", "tiny buffers", "big buffers"],
+)
+def test_scattered_lists(scheme: str, tuning: TransferSettings) -> None:
+    block_ids = st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS)
+
+    with engine_pair(BLOCKS, 12_345, settings=tuning) as pair:
+
+        @settings(max_examples=15, deadline=None)
+        @given(block_ids, st.randoms(use_true_random=False), st.integers(1, 12_345))
+        def check(remote_ids: list[int], random: object, length: int) -> None:
+            local_ids = list(range(BLOCKS))
+            random.shuffle(local_ids)  # type: ignore[attr-defined]
+            local_ids = local_ids[: len(remote_ids)]
+            pair.local.bytes.fill(0)
+            local, remote = pair.local.spans(local_ids), pair.remote.spans(remote_ids)
+            local[:, 1] = remote[:, 1] = length
+            succeeds(pair.read(pair.offer(), ReadPlan(local, remote)))
+            wanted = np.zeros_like(pair.local.bytes)
+            for to, source in zip(local_ids, remote_ids, strict=True):
+                block = pair.remote.block(source)[:length]
+                wanted[to * 12_345 : to * 12_345 + length] = np.frombuffer(block, dtype=np.uint8)
+            assert np.array_equal(pair.local.bytes, wanted)
+
+        check()
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "block_bytes"), [(1024, 65_536), (100_000, 4096)], ids=["64 MiB", "100000 rows"]
+)
+def test_big_reads(scheme: str, num_blocks: int, block_bytes: int) -> None:
+    with engine_pair(num_blocks, block_bytes) as pair:
+        order = np.random.default_rng(1).permutation(num_blocks)
+        plan = ReadPlan(pair.local.spans(order), pair.remote.spans(order))
+        succeeds(pair.read(pair.offer(), plan))
+        assert pair.local_is_remote()
+
+
+def test_an_empty_plan_is_a_read(pair: Pair) -> None:
+    succeeds(pair.read(pair.offer(), ReadPlan(pair.local.spans([]), pair.remote.spans([]))))
+    assert take_ended(pair.owner)
+
+
+def test_the_planner_sees_the_owner(pair: Pair) -> None:
+    seen: list[PeerInfo] = []
+
+    def planner(info: PeerInfo) -> ReadPlan:
+        seen.append(info)
+        return ReadPlan(pair.local.spans([0]), pair.remote.spans([5]))
+
+    succeeds(pair.read(pair.offer(), planner))
+    assert seen == [PeerInfo(pair.owner_id, "owner-1", "same", b"layout")]
+    assert pair.local.block(0) == pair.remote.block(5)
+
+
+def test_a_big_layout_arrives(pair: Pair) -> None:
+    layout = bytes(range(256)) * 4096
+    seen: list[bytes] = []
+
+    def planner(info: PeerInfo) -> ReadPlan:
+        seen.append(info.layout)
+        raise LayoutMismatch("not ours", phase=Phase.CONNECT)
+
+    with make_engine(pair.directory, "wordy", layout=layout):
+        proof = replace(pair.offer(), incarnation="wordy-1")
+        handle = pair.reader.submit_read(PeerId("wordy", 0), proof, planner, 5)
+        fails(handle, LayoutMismatch, "not ours")
+    assert seen == [layout]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, TypeError, ZeroDivisionError])
+def test_a_planner_that_fails_fails_the_read(pair: Pair, error: type[Exception]) -> None:
+    def planner(_: PeerInfo) -> ReadPlan:
+        raise error("boom")
+
+    fails(pair.read(pair.offer(), planner), FatalError, "boom")
+    succeeds(pair.read(pair.offer()))
+
+
+def test_local_spans_that_overlap_are_refused(pair: Pair) -> None:
+    plan = ReadPlan(pair.local.spans([0, 1, 0]), pair.remote.spans([0, 1, 2]))
+    fails(pair.read(pair.offer(), plan), RegistrationError, "overlap")
+    assert not pair.local.bytes.any()
+
+
+def test_local_spans_must_be_registered(pair: Pair) -> None:
+    foreign = Buffer(2, fill=0)
+    plan = ReadPlan(foreign.spans([0]), pair.remote.spans([0]))
+    fails(pair.read(pair.offer(), plan), RegistrationError, "registered")
+    region = pair.reader.register(foreign.address, foreign.bytes.nbytes)
+    succeeds(pair.read(pair.offer(), plan))
+    region.close()
+    region.close()
+    assert "closed" in repr(region)
+    fails(pair.read(pair.offer(), plan), RegistrationError, "registered")
+
+
+def test_sides_of_a_plan_must_fit(pair: Pair) -> None:
+    plan = ReadPlan(pair.local.spans([0, 2]), pair.remote.spans([0]))
+    fails(pair.read(pair.offer(), plan), RegistrationError)
+
+
+def test_only_registered_memory_can_be_offered(pair: Pair) -> None:
+    with pytest.raises(RegistrationError):
+        pair.offer(grant=Buffer(1).spans([0]))
+
+
+def test_memory_unregistered_after_the_offer_is_not_read(pair: Pair) -> None:
+    more = Buffer(4)
+    region = pair.owner.register(more.address, more.bytes.nbytes)
+    proof = pair.offer(grant=more.spans(range(4)))
+    region.close()
+    plan = ReadPlan(pair.local.spans([0]), more.spans([0]))
+    fails(pair.read(proof, plan), HandoffRefused, "registered")
+
+
+def test_one_bad_span_fails_the_whole_read(pair: Pair) -> None:
+    proof = pair.offer(grant=pair.remote.spans(range(10)))
+    blocks = [*range(10), 11]
+    plan = ReadPlan(pair.local.spans(blocks), pair.remote.spans(blocks))
+    fails(pair.read(proof, plan), HandoffRefused, "outside")
+    assert [one.handoff_id for one in pair.owner.offers()] == [proof.handoff_id]
+    assert pair.owner.take_ended() == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"token": "0" * 32}, "wrong token"),
+        ({"fence": 18}, "wrong fence"),
+        ({"incarnation": "owner-0"}, "owner-0"),
+        ({"handoff_id": "f" * 32}, "unknown"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else next(iter(value)),
+)
+def test_wrong_credentials_get_nothing(pair: Pair, wrong: dict[str, str | int], why: str) -> None:
+    proof = pair.offer()
+    fails(pair.read(replace(proof, **wrong)), HandoffRefused, why)  # type: ignore[arg-type]
+    assert not pair.local.bytes.any()
+    succeeds(pair.read(proof))
+
+
+@pytest.mark.parametrize("end", ["released", "aborted", "expired"])
+def test_ended_handoffs_get_nothing(pair: Pair, end: str) -> None:
+    proof = pair.offer(ttl_s=0.05 if end == "expired" else 30)
+    if end == "released":
+        pair.reader.submit_release(pair.owner_id, proof, used=False)
+    elif end == "aborted":
+        pair.owner.abort(proof.handoff_id, "given up")
+    (ended,) = take_ended(pair.owner)
+    assert ended.state == end
+    fails(pair.read(replace(proof, reader="late")), HandoffRefused, end)
+    assert not pair.local.bytes.any()
+
+
+def test_an_unknown_peer(pair: Pair) -> None:
+    handle = pair.reader.submit_read(PeerId("nobody", 0), pair.offer(), never_planned, 1)
+    fails(handle, PeerUnknown)
+
+
+def test_another_layout_hash_is_told_before_anything_is_asked(pair: Pair) -> None:
+    with make_engine(pair.directory, "other", layout_hash="different"):
+        proof = replace(pair.offer(), incarnation="other-1")
+        handle = pair.reader.submit_read(PeerId("other", 0), proof, never_planned, 5)
+        fails(handle, LayoutMismatch, "different")
+
+
+def test_many_reads_at_once(scheme: str) -> None:
+    tuning = TransferSettings(max_reads_per_peer=3, max_inflight_bytes=100_000)
+    with engine_pair(256, settings=tuning) as pair:
+        handles = [
+            pair.read(
+                pair.offer(),
+                ReadPlan(pair.local.spans([block]), pair.remote.spans([block])),
+            )
+            for block in range(256)
+        ]
+        for handle in handles:
+            succeeds(handle)
+        assert pair.local_is_remote()
+        ended = {one.handoff_id for one in take_ended(pair.owner)}
+        assert ended == {handle.handoff_id for handle in handles}
+
+
+def test_many_readers_of_one_owner(pair: Pair) -> None:
+    proof = pair.offer(readers=4)
+    buffers = [Buffer(64, fill=0) for _ in range(4)]
+    engines = [make_engine(pair.directory, f"reader-{number}") for number in range(4)]
+    for number, (engine, buffer) in enumerate(zip(engines, buffers, strict=True)):
+        assert pair.owner.take_ended() == []
+        engine.register(buffer.address, buffer.bytes.nbytes)
+        with engine:
+            own = Pair(pair.directory, pair.owner, engine, pair.remote, buffer)
+            succeeds(own.read(replace(proof, reader=str(number))))
+        assert np.array_equal(buffer.bytes, pair.remote.bytes)
+    assert [one.state for one in take_ended(pair.owner)] == [HandoffState.RELEASED]

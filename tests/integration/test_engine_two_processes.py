@@ -1,0 +1,157 @@
+"""An owner in another process, which is killed, stopped and started anew under its readers."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.support.owner_process import OwnerReport, owner_process
+from tests.support.stalling_proxy import StallingProxy
+from tests.support.transfer_engines import (
+    Buffer,
+    Directory,
+    fails,
+    make_engine,
+    succeeds,
+    wait_until,
+)
+from transfer.engine.engine import TransferEngine
+from transfer.engine.handle import TransferHandle
+from transfer.errors import DeadlineExceeded, HandoffRefused, PeerUnreachable
+from transfer.settings import TransferSettings
+from transfer.spans import block_spans
+from transfer.types import ReadPlan
+
+NUM_BLOCKS = 256
+BLOCK_BYTES = 65_536
+STALL_AT_BYTES = 3 << 20
+
+
+class Reader:
+    """The reading side, in this process."""
+
+    def __init__(self) -> None:
+        self.directory = Directory()
+        self.local = Buffer(NUM_BLOCKS, BLOCK_BYTES, fill=0)
+        settings = TransferSettings(slice_bytes=256 << 10)
+        self.engine: TransferEngine = make_engine(self.directory, "reader", settings=settings)
+        self.engine.register(self.local.address, self.local.bytes.nbytes)
+
+    def read(self, report: OwnerReport, number: int, deadline_s: float = 20) -> TransferHandle:
+        blocks = np.arange(NUM_BLOCKS)
+        remote = block_spans(report.base, report.block_bytes, report.block_bytes, blocks)
+        plan = ReadPlan(self.local.spans(blocks), remote)
+        return self.engine.submit_read(
+            report.record.peer, report.credentials(number), lambda _: plan, deadline_s
+        )
+
+    def has_it_all(self) -> bool:
+        """The owner fills its buffer from the same seed."""
+        return bool(np.array_equal(self.local.bytes, Buffer(NUM_BLOCKS, BLOCK_BYTES).bytes))
+
+
+@pytest.fixture
+def reader() -> Iterator[Reader]:
+    made = Reader()
+    with made.engine:
+        yield made
+
+
+def half_way(handle: TransferHandle) -> None:
+    assert wait_until(lambda: handle.bytes_moved > 1 << 20)
+
+
+def test_bytes_cross_processes(reader: Reader) -> None:
+    with owner_process("one", NUM_BLOCKS, BLOCK_BYTES) as (_, report):
+        reader.directory.publish(report.record)
+        succeeds(reader.read(report, 0))
+        assert reader.has_it_all()
+
+
+def test_an_owner_that_is_killed_half_way(reader: Reader) -> None:
+    with (
+        owner_process("one", NUM_BLOCKS, BLOCK_BYTES) as (process, report),
+        StallingProxy(report.address, STALL_AT_BYTES) as proxy,
+    ):
+        reader.directory.publish(report.record)
+        reader.directory.move(report.record.peer, proxy.address)
+        handle = reader.read(report, 0)
+        half_way(handle)
+        process.kill()
+        process.wait()
+        begun = time.monotonic()
+        proxy.resume()
+        fails(handle, PeerUnreachable)
+        assert time.monotonic() - begun < 2
+
+
+def test_an_owner_that_is_stopped_half_way(reader: Reader) -> None:
+    with (
+        owner_process("one", NUM_BLOCKS, BLOCK_BYTES) as (process, report),
+        StallingProxy(report.address, STALL_AT_BYTES) as proxy,
+    ):
+        reader.directory.publish(report.record)
+        reader.directory.move(report.record.peer, proxy.address)
+        handle = reader.read(report, 0, deadline_s=1.0)
+        half_way(handle)
+        process.send_signal(signal.SIGSTOP)
+        proxy.resume()
+        begun = time.monotonic()
+        fails(handle, DeadlineExceeded)
+        assert time.monotonic() - begun < 2
+        process.send_signal(signal.SIGCONT)
+        succeeds(reader.read(report, 0))
+        assert reader.has_it_all()
+
+
+def test_an_owner_that_is_stopped_before_it_is_asked(reader: Reader) -> None:
+    with owner_process("one", NUM_BLOCKS, BLOCK_BYTES) as (process, report):
+        reader.directory.publish(report.record)
+        process.send_signal(signal.SIGSTOP)
+        fails(reader.read(report, 0, deadline_s=0.5), DeadlineExceeded)
+        process.send_signal(signal.SIGCONT)
+        succeeds(reader.read(report, 0))
+        process.send_signal(signal.SIGSTOP)
+        fails(reader.read(report, 1, deadline_s=0.5), DeadlineExceeded)
+        cancelled = reader.read(report, 2)
+        time.sleep(0.05)
+        cancelled.cancel()
+        assert cancelled.wait(0.5)
+        process.send_signal(signal.SIGCONT)
+        succeeds(reader.read(report, 2))
+
+
+def test_an_owner_that_is_killed_and_starts_anew(reader: Reader) -> None:
+    with owner_process("one", NUM_BLOCKS, BLOCK_BYTES) as (process, report):
+        reader.directory.publish(report.record)
+        succeeds(reader.read(report, 0))
+        process.kill()
+    fails(reader.read(report, 1), PeerUnreachable)
+    with owner_process("two", NUM_BLOCKS, BLOCK_BYTES) as (_, report_anew):
+        reader.directory.publish(report_anew.record)
+        fails(reader.read(report, 1), HandoffRefused, "two")
+        reader.local.bytes.fill(0)
+        succeeds(reader.read(report_anew, 1))
+        assert reader.has_it_all()
+
+
+def test_idle_engines_use_no_processor(reader: Reader) -> None:
+    with owner_process("one", NUM_BLOCKS, BLOCK_BYTES) as (process, report):
+        reader.directory.publish(report.record)
+        succeeds(reader.read(report, 0))
+        time.sleep(0.1)
+        ticks, own_s = _ticks(process.pid), time.process_time()
+        time.sleep(1.0)
+        assert _ticks(process.pid) - ticks <= 1
+        assert time.process_time() - own_s < 0.02
+
+
+def _ticks(pid: int) -> int:
+    """Processor time of a process, in hundredths of a second."""
+    with open(f"/proc/{pid}/stat") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])

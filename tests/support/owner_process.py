@@ -1,0 +1,95 @@
+"""An owner of hand-offs in a process of its own: ``python -m tests.support.owner_process``.
+
+Prints one line of JSON (:class:`OwnerReport`), then serves until its standard input ends.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.support.transfer_engines import LAYOUT_HASH, Buffer, Directory, make_engine
+from transfer.engine.handoffs import Offer
+from transfer.settings import TransferSettings
+from transfer.types import Credentials, PeerId, WorkerRecord
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class OwnerReport:
+    """What readers must know; every hand-off grants the whole buffer."""
+
+    incarnation: str
+    address: str
+    base: int
+    num_blocks: int
+    block_bytes: int
+    handoff_ids: list[str]
+
+    @property
+    def record(self) -> WorkerRecord:
+        return WorkerRecord(
+            PeerId("owner", 0), self.incarnation, "test", 1, (self.address,), LAYOUT_HASH, 0.0
+        )
+
+    def credentials(self, number: int) -> Credentials:
+        return Credentials(self.handoff_ids[number], self.incarnation, number, "token", "r")
+
+
+@contextmanager
+def owner_process(
+    incarnation: str, num_blocks: int, block_bytes: int, offers: int = 4
+) -> Iterator[tuple[subprocess.Popen[str], OwnerReport]]:
+    """A running owner; killed at the end."""
+    arguments = [incarnation, str(num_blocks), str(block_bytes), str(offers)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.owner_process", *arguments],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            yield process, OwnerReport(**json.loads(process.stdout.readline()))
+        finally:
+            process.kill()
+
+
+def main() -> None:
+    incarnation, num_blocks, block_bytes, offers = sys.argv[1:]
+    buffer = Buffer(int(num_blocks), int(block_bytes))
+    engine = make_engine(
+        Directory(),
+        "owner",
+        incarnation=incarnation,
+        settings=TransferSettings(slice_bytes=256 << 10),
+    )
+    engine.register(buffer.address, buffer.bytes.nbytes)
+    with engine:
+        handoff_ids = [f"{number:032x}" for number in range(int(offers))]
+        for number, handoff_id in enumerate(handoff_ids):
+            grant = buffer.spans(range(buffer.num_blocks))
+            engine.offer(Offer(handoff_id, number, "token", grant, 1, 60.0, buffer.num_blocks))
+        report = OwnerReport(
+            incarnation,
+            engine.addresses[0],
+            buffer.address,
+            buffer.num_blocks,
+            buffer.block_bytes,
+            handoff_ids,
+        )
+        sys.stdout.write(json.dumps(asdict(report)) + "\n")
+        sys.stdout.flush()
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""The life of a hand-off, with a clock that only moves when told."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from transfer.engine import handoffs as module
+from transfer.engine.handoffs import HandoffState, HandoffTable, Offer, Permit
+from transfer.errors import HandoffRefused, RegistrationError
+from transfer.spans import block_spans
+from transfer.transports.base import Caller
+from transfer.types import Credentials, PeerId, SpanArray
+
+TTL_S = 10.0
+READER = Caller(PeerId("decode", 0), "d1")
+GRANT = block_spans(1 << 20, 64, 64, [1, 2, 9])
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Revoked:
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self) -> None:
+        self.times += 1
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def table(clock: Clock) -> HandoffTable:
+    return HandoffTable("start-1", clock)
+
+
+def offer(handoff_id: str = "h", *, readers: int = 1, grant: SpanArray = GRANT) -> Offer:
+    return Offer(handoff_id, 7, "secret", grant, readers, TTL_S, num_blocks=3)
+
+
+def credentials(
+    handoff_id: str = "h",
+    *,
+    incarnation: str = "start-1",
+    fence: int = 7,
+    token: str = "secret",
+    reader: str = "r",
+) -> Credentials:
+    return Credentials(handoff_id, incarnation, fence, token, reader)
+
+
+def begin(
+    table: HandoffTable,
+    proof: Credentials | None = None,
+    spans: SpanArray = GRANT,
+    caller: Caller = READER,
+    revoked: Revoked | None = None,
+) -> Permit:
+    return table.begin_read(caller, proof or credentials(), spans, revoked or Revoked())
+
+
+def ends(table: HandoffTable) -> list[tuple[str, HandoffState]]:
+    return [(ended.handoff_id, ended.state) for ended in table.take_ended()]
+
+
+def test_read_and_release(table: HandoffTable, clock: Clock) -> None:
+    table.offer(offer())
+    assert [one.state for one in table.snapshot()] == [HandoffState.OFFERED]
+    table.end_read(begin(table))
+    assert [one.state for one in table.snapshot()] == [HandoffState.READING]
+    clock.now += 2
+    table.release(credentials(), used=True)
+    assert table.snapshot() == []
+    (ended,) = table.take_ended()
+    assert (ended.state, ended.fence, ended.num_blocks, ended.age_s) == (
+        HandoffState.RELEASED,
+        7,
+        3,
+        2.0,
+    )
+    assert table.take_ended() == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"handoff_id": "other"}, "unknown"),
+        ({"incarnation": "start-0"}, "another start"),
+        ({"fence": 8}, "wrong fence"),
+        ({"token": "Secret"}, "wrong token"),
+        ({"token": ""}, "wrong token"),
+        ({"token": "gehe\u00efm"}, "wrong token"),
+    ],
+)
+def test_wrong_credentials_do_nothing(
+    table: HandoffTable, wrong: dict[str, str | int], why: str
+) -> None:
+    table.offer(offer())
+    proof = credentials(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(HandoffRefused, match=why):
+        begin(table, proof)
+    with pytest.raises(HandoffRefused, match=why):
+        table.release(proof, used=True)
+    with pytest.raises(HandoffRefused, match=why):
+        table.renew(proof)
+    with pytest.raises(HandoffRefused, match=why):
+        table.abort_by_reader(proof, "")
+    assert [one.state for one in table.snapshot()] == [HandoffState.OFFERED]
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        block_spans(1 << 20, 64, 64, [1, 3]),
+        block_spans(1 << 20, 64, 65, [9]),
+        block_spans((1 << 20) - 1, 64, 64, [1]),
+        np.array([[(1 << 20) + 64, (1 << 64) - 8]], dtype=np.uint64),
+        np.array([[(1 << 20) + 64, 0]], dtype=np.uint64),
+    ],
+)
+def test_spans_outside_the_grant_are_refused(table: HandoffTable, spans: SpanArray) -> None:
+    table.offer(offer())
+    with pytest.raises(HandoffRefused):
+        begin(table, spans=spans)
+    assert [one.state for one in table.snapshot()] == [HandoffState.OFFERED]
+
+
+def test_a_row_across_touching_blocks_is_inside(table: HandoffTable) -> None:
+    table.offer(offer())
+    begin(table, spans=block_spans(1 << 20, 64, 128, [1]))
+
+
+@pytest.mark.parametrize("end", ["released", "aborted", "expired"])
+def test_an_ended_handoff_is_refused_and_says_why(
+    table: HandoffTable, clock: Clock, end: str
+) -> None:
+    table.offer(offer())
+    if end == "released":
+        table.release(credentials(), used=True)
+    elif end == "aborted":
+        assert table.abort("h", "the router gave it up")
+    else:
+        clock.now += TTL_S
+    late = credentials(reader="late")
+    with pytest.raises(HandoffRefused, match=end):
+        begin(table, late)
+    with pytest.raises(HandoffRefused, match=end):
+        table.release(late, used=True)
+    with pytest.raises(HandoffRefused, match=end):
+        table.renew(late)
+    assert ends(table) == [("h", HandoffState(end))]
+    assert not table.abort("h", "again")
+    assert ends(table) == []
+
+
+def test_every_reader_must_release(table: HandoffTable) -> None:
+    table.offer(offer(readers=3))
+    for reader in ("a", "b", "a", "b"):
+        table.release(credentials(reader=reader), used=True)
+    assert ends(table) == []
+    assert [one.readers_left for one in table.snapshot()] == [1]
+    table.release(credentials(reader="c"), used=False)
+    assert ends(table) == [("h", HandoffState.RELEASED)]
+
+
+def test_a_repeated_release_is_answered_alike_after_the_end(table: HandoffTable) -> None:
+    table.offer(offer())
+    table.release(credentials(), used=True)
+    table.release(credentials(), used=True)
+    table.release(credentials(), used=False)
+    assert len(ends(table)) == 1
+
+
+def test_a_reader_that_forfeited_gets_no_confirmation(table: HandoffTable) -> None:
+    table.offer(offer(readers=2))
+    table.release(credentials(), used=False)
+    with pytest.raises(HandoffRefused, match="forfeited"):
+        table.release(credentials(), used=True)
+    with pytest.raises(HandoffRefused, match="has released"):
+        begin(table)
+
+
+def test_reading_and_renewing_begin_the_time_to_live_anew(
+    table: HandoffTable, clock: Clock
+) -> None:
+    table.offer(offer())
+    clock.now += TTL_S - 1
+    table.renew(credentials())
+    clock.now += TTL_S - 1
+    begin(table)
+    clock.now += TTL_S - 1
+    assert table.expire("h") == clock.now + 1
+    clock.now += 1
+    assert table.expire("h") is None
+    assert table.expire("h") is None
+    assert table.expire("never offered") is None
+
+
+def test_an_end_revokes_reads_and_waits_for_them(table: HandoffTable) -> None:
+    table.offer(offer())
+    revoked = Revoked()
+    permit = begin(table, revoked=revoked)
+    table.abort("h", "given up")
+    assert not permit.valid
+    assert revoked.times == 1
+    assert ends(table) == []
+    table.end_read(permit)
+    table.end_read(permit)
+    assert ends(table) == [("h", HandoffState.ABORTED)]
+
+
+def test_a_release_does_not_cut_the_stream_of_its_own_read(table: HandoffTable) -> None:
+    table.offer(offer())
+    revoked = Revoked()
+    permit = begin(table, revoked=revoked)
+    table.release(credentials(), used=True)
+    assert revoked.times == 0
+    table.end_read(permit)
+    assert ends(table) == [("h", HandoffState.RELEASED)]
+
+
+def test_a_reader_that_dies_has_its_reads_revoked(table: HandoffTable) -> None:
+    table.offer(offer())
+    revoked = Revoked()
+    begin(table, revoked=revoked)
+    table.reader_left(READER.peer)
+    assert revoked.times == 1
+
+
+def test_a_reader_that_dies_ends_what_it_was_reading(table: HandoffTable) -> None:
+    for handoff_id in ("read", "done", "other"):
+        table.offer(offer(handoff_id, readers=2))
+    table.end_read(begin(table, credentials("read")))
+    table.end_read(begin(table, credentials("done")))
+    table.release(credentials("done"), used=True)
+    table.end_read(begin(table, credentials("other"), caller=Caller(PeerId("decode", 1), "d1")))
+    table.reader_left(READER.peer, alive=READER.incarnation)
+    assert ends(table) == []
+    table.reader_left(READER.peer, alive="d2")
+    assert ends(table) == [("read", HandoffState.ABORTED)]
+    table.reader_left(READER.peer)
+    assert ends(table) == []
+
+
+def test_a_reader_aborts_for_all(table: HandoffTable) -> None:
+    table.offer(offer(readers=2))
+    table.abort_by_reader(credentials(), "client gone")
+    table.abort_by_reader(credentials(), "client gone")
+    (ended,) = table.take_ended()
+    assert (ended.state, ended.reason) == (HandoffState.ABORTED, "client gone")
+    with pytest.raises(HandoffRefused, match="client gone"):
+        table.release(credentials(), used=True)
+
+
+def test_senseless_offers_are_refused(table: HandoffTable) -> None:
+    table.offer(offer())
+    with pytest.raises(HandoffRefused, match="before"):
+        table.offer(offer())
+    with pytest.raises(HandoffRefused):
+        table.offer(offer("a", readers=0))
+    with pytest.raises(RegistrationError):
+        table.offer(offer("b", grant=np.zeros((1, 2), dtype=np.uint64)))
+    table.abort("h", "")
+    with pytest.raises(HandoffRefused, match="before"):
+        table.offer(offer())
+
+
+def test_memory_of_ended_handoffs_is_bounded(
+    table: HandoffTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REMEMBERED_ENDS", 5)
+    for number in range(20):
+        table.offer(offer(str(number)))
+        table.abort(str(number), "")
+    assert len(ends(table)) == 20
+    with pytest.raises(HandoffRefused, match="unknown"):
+        table.renew(credentials("14"))
+    with pytest.raises(HandoffRefused, match="aborted"):
+        table.renew(credentials("15"))
+
+
+def test_abort_all(table: HandoffTable) -> None:
+    table.offer(offer("a"))
+    table.offer(offer("b"))
+    table.abort_all("closed")
+    assert ends(table) == [("a", HandoffState.ABORTED), ("b", HandoffState.ABORTED)]
+    assert repr(table) == "<HandoffTable 0 live, 0 ended>"
+
+
+def test_threads_take_each_end_once(table: HandoffTable) -> None:
+    for number in range(300):
+        table.offer(offer(str(number)))
+    taken: list[str] = []
+
+    def work(step: int) -> None:
+        for number in range(300):
+            if step:
+                table.abort(str(number), "")
+            taken.extend(ended.handoff_id for ended in table.take_ended())
+
+    threads = [threading.Thread(target=work, args=(step,)) for step in (0, 1, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    taken.extend(ended.handoff_id for ended in table.take_ended())
+    assert sorted(taken) == sorted(map(str, range(300)))
+
+
+class Lives(RuleBasedStateMachine):
+    """Whatever happens in whatever order: pinned means confirmed, and every end is told once."""
+
+    offered = Bundle("offered")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.table = HandoffTable("start-1", self.clock)
+        self.names: list[str] = []
+        self.taken: list[str] = []
+        self.permits: dict[Permit, str] = {}
+
+    @rule(target=offered, readers=st.integers(1, 2))
+    def offer(self, readers: int) -> str:
+        self.names.append(str(len(self.names)))
+        self.table.offer(offer(self.names[-1], readers=readers))
+        return self.names[-1]
+
+    @rule(name=offered, reader=st.sampled_from("ab"))
+    def begin(self, name: str, reader: str) -> None:
+        try:
+            permit = begin(self.table, credentials(name, reader=reader))
+        except HandoffRefused:
+            return
+        assert name not in self.taken
+        self.permits[permit] = name
+
+    @rule()
+    def end_read(self) -> None:
+        if self.permits:
+            permit = next(iter(self.permits))
+            del self.permits[permit]
+            self.table.end_read(permit)
+
+    @rule(name=offered, reader=st.sampled_from("abc"), used=st.booleans())
+    def release(self, name: str, reader: str, used: bool) -> None:
+        live = {one.handoff_id for one in self.table.snapshot()}
+        try:
+            self.table.release(credentials(name, reader=reader), used=used)
+        except HandoffRefused:
+            return
+        if name not in live:  # then this reader had released while it was
+            self.table.release(credentials(name, reader=reader), used=False)
+
+    @rule(name=offered)
+    def renew(self, name: str) -> None:
+        try:
+            self.table.renew(credentials(name))
+        except HandoffRefused:
+            return
+        assert name not in self.taken
+
+    @rule(name=offered)
+    def abort(self, name: str) -> None:
+        self.table.abort(name, "")
+
+    @rule()
+    def reader_dies(self) -> None:
+        self.table.reader_left(READER.peer)
+
+    @rule(seconds=st.floats(0.1, TTL_S))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.now += seconds
+        for name in self.names:
+            self.table.expire(name)
+
+    @rule()
+    def take(self) -> None:
+        for ended in self.table.take_ended():
+            assert ended.handoff_id not in self.taken
+            assert ended.handoff_id not in self.permits.values()
+            self.taken.append(ended.handoff_id)
+
+    @invariant()
+    def live_and_taken_are_apart(self) -> None:
+        assert not {one.handoff_id for one in self.table.snapshot()} & set(self.taken)
+
+
+TestLives = Lives.TestCase
+TestLives.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -1,0 +1,187 @@
+"""The TCP protocol's bytes: round trips, bounds, and any garbage gives a typed error."""
+
+from __future__ import annotations
+
+import contextlib
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from transfer.errors import (
+    DeadlineExceeded,
+    HandoffRefused,
+    LayoutMismatch,
+    PeerUnreachable,
+    Phase,
+    ProtocolError,
+    RegistrationError,
+    TransferError,
+)
+from transfer.spans import block_spans
+from transfer.transports import tcp_wire as wire
+from transfer.transports.base import Caller
+from transfer.transports.tcp_wire import MessageType
+from transfer.types import Credentials, PeerId, PeerInfo
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+CREDENTIALS = st.builds(
+    Credentials,
+    handoff_id=TEXT,
+    incarnation=TEXT,
+    fence=st.integers(0, (1 << 64) - 1),
+    token=TEXT,
+    reader=TEXT,
+)
+PROOF = Credentials("h" * 32, "i" * 32, 5, "t" * 32, "decode/0#1")
+
+DECODERS: list[Callable[[bytes], object]] = [
+    wire.decode_header,
+    wire.decode_hello,
+    wire.decode_welcome,
+    wire.decode_read,
+    wire.decode_release,
+    wire.decode_abort,
+    wire.decode_renew,
+    lambda body: wire.decode_renewed(body, 3),
+    lambda body: wire.decode_error(body, Phase.READ, "p"),
+]
+
+
+@pytest.mark.parametrize("type_", MessageType)
+def test_header_round_trip(type_: MessageType) -> None:
+    header = wire.decode_header(wire.encode_header(type_, 1 << 60, 0))
+    assert header == wire.Header(type_, 1 << 60, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "0 bytes"),
+        (wire.HEADER.pack(b"HTTP", 1, 1, 0, 0, 0), "HTTP"),
+        (wire.HEADER.pack(wire.MAGIC, 2, 1, 0, 0, 0), "version 2"),
+        (wire.HEADER.pack(wire.MAGIC, 1, 99, 0, 0, 0), "type 99"),
+        (wire.HEADER.pack(wire.MAGIC, 1, 1, 1, 0, 0), "flags"),
+        (wire.HEADER.pack(wire.MAGIC, 1, MessageType.HELLO, 0, 0, 4097), "4097"),
+        (wire.HEADER.pack(wire.MAGIC, 1, MessageType.RENEW, 0, 0, (1 << 20) + 1), "1048577"),
+        (wire.HEADER.pack(wire.MAGIC, 1, MessageType.READ, 0, 0, 1 << 24), "16777216"),
+        (wire.HEADER.pack(wire.MAGIC, 1, MessageType.DATA, 0, 0, (1 << 64) - 1), "DATA"),
+    ],
+)
+def test_headers_that_are_refused(data: bytes, why: str) -> None:
+    with pytest.raises(ProtocolError, match=why):
+        wire.decode_header(data)
+
+
+@given(TEXT, st.integers(0, (1 << 32) - 1), TEXT)
+def test_hello_round_trip(engine_id: str, rank: int, incarnation: str) -> None:
+    caller = Caller(PeerId(engine_id, rank), incarnation)
+    assert wire.decode_hello(wire.encode_hello(caller)) == caller
+
+
+@given(TEXT, TEXT, st.binary(max_size=200))
+def test_welcome_round_trip(engine_id: str, layout_hash: str, layout: bytes) -> None:
+    info = PeerInfo(PeerId(engine_id, 3), "i", layout_hash, layout)
+    assert wire.decode_welcome(wire.encode_welcome(info)) == info
+
+
+@given(CREDENTIALS, st.booleans(), TEXT)
+def test_release_and_abort_round_trip(proof: Credentials, used: bool, reason: str) -> None:
+    assert wire.decode_release(wire.encode_release(proof, used=used)) == (proof, used)
+    assert wire.decode_abort(wire.encode_abort(proof, reason)) == (proof, reason)
+
+
+@given(st.lists(CREDENTIALS, max_size=5))
+def test_renew_round_trip(proofs: list[Credentials]) -> None:
+    assert wire.decode_renew(wire.encode_renew(proofs)) == proofs
+
+
+@given(CREDENTIALS, st.lists(st.integers(0, 1000), min_size=1, max_size=20))
+def test_read_round_trip(proof: Credentials, block_ids: list[int]) -> None:
+    spans = block_spans(1 << 40, 4096, 4096, block_ids)
+    decoded, rows = wire.decode_read(wire.encode_credentials(proof) + spans.tobytes())
+    assert decoded == proof
+    assert rows.tolist() == spans.tolist()
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [
+        (HandoffRefused, HandoffRefused),
+        (RegistrationError, HandoffRefused),
+        (DeadlineExceeded, HandoffRefused),
+        (ProtocolError, ProtocolError),
+        (LayoutMismatch, LayoutMismatch),
+        (PeerUnreachable, PeerUnreachable),
+    ],
+)
+def test_errors_keep_their_kind(sent: type[TransferError], received: type[TransferError]) -> None:
+    body = wire.encode_error(sent("why \ud800" + "x" * 9999, phase=Phase.CONNECT))
+    error = wire.decode_error(body, Phase.CONFIRM, "p/0", "h")
+    assert type(error) is received
+    assert error.message.startswith("why ?xxx")
+    assert (error.phase, error.peer, error.handoff_id) == (Phase.CONFIRM, "p/0", "h")
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda: wire.encode_hello(Caller(PeerId("x" * 600, 0), "i")),
+        lambda: wire.encode_hello(Caller(PeerId("\ud800", 0), "i")),
+        lambda: wire.encode_credentials(Credentials("h", "i", -1, "t", "r")),
+        lambda: wire.encode_credentials(Credentials("h", "i", 1 << 64, "t", "r")),
+        lambda: wire.encode_renew([PROOF] * 513),
+        lambda: wire.encode_welcome(PeerInfo(PeerId("p", 0), "i", "h", bytes((1 << 20) + 1))),
+    ],
+)
+def test_what_the_peer_would_refuse_is_not_sent(encode: Callable[[], bytes]) -> None:
+    with pytest.raises(ProtocolError):
+        encode()
+
+
+@pytest.mark.parametrize("rows", [b"", b"x" * 15, b"x" * 17, bytes(16 * 262_145)])
+def test_span_rows_are_bounded(rows: bytes) -> None:
+    with pytest.raises(ProtocolError, match="rows"):
+        wire.decode_read(wire.encode_credentials(PROOF) + rows)
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+def test_any_bytes_give_a_value_or_a_typed_error(decode: Callable[[bytes], object]) -> None:
+    @given(st.binary(max_size=120))
+    @example(b"\xff" * 64)
+    @example(b"\x00" * 64)
+    @example(wire.encode_credentials(PROOF))
+    @example(wire.encode_release(PROOF, used=True)[:-1] + b"\x02")
+    @example(wire.encode_renew([PROOF]) + b"!")
+    def check(data: bytes) -> None:
+        with contextlib.suppress(ProtocolError):
+            decode(data)
+
+    check()
+
+
+@given(st.data())
+def test_valid_messages_cut_or_changed_give_a_typed_error(data: st.DataObject) -> None:
+    valid = wire.encode_renew([PROOF, PROOF])
+    at = data.draw(st.integers(0, len(valid) - 1))
+    changed = bytearray(valid)
+    changed[at] ^= data.draw(st.integers(1, 255))
+    for body in (valid[:at], bytes(changed)):
+        with contextlib.suppress(ProtocolError):
+            wire.decode_renew(body)
+
+
+def test_lies_about_lengths_cost_no_memory() -> None:
+    bodies = [b"\xff\xff" + bytes(100), b"\x00\x02" + b"\xff" * 98]
+    tracemalloc.start()
+    try:
+        for body in bodies:
+            for decode in DECODERS:
+                with pytest.raises(ProtocolError):
+                    decode(body)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 1 << 20
