@@ -6,7 +6,7 @@
 #                ("+cpu"), which the general index does not carry: unless your pip is already
 #                configured with a local wheel of it, name PyTorch's CPU wheel index here, once:
 #                make setup TORCH_INDEX=...
-#   CONFIG, PORT what `make serve` runs, and where
+#   CONFIG, PORT what `make serve` runs, and its HTTP port if not the configuration's
 #   PYTEST_ARGS  more arguments for pytest
 
 SHELL := /bin/bash
@@ -16,7 +16,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 CONFIG ?= config.yaml
-PORT ?= 8000
+PORT ?=
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -53,7 +53,7 @@ model: $(STAMP) ## Fetch and convert the demo model (once)
 	@$(BIN)/baton model
 
 serve: model ## Set everything up, start etcd, Ray and the demo, and serve until Ctrl-C
-	@exec $(BIN)/baton up $(CONFIG) --port $(PORT)
+	@exec $(BIN)/baton up $(CONFIG) $(if $(PORT),--port $(PORT))
 
 test: model ## Run every test but those marked slow
 	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)

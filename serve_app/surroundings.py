@@ -1,0 +1,216 @@
+"""What a configuration needs around it: model, etcd, ports, devices."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from serve_app.config import Settings, SettingsError, load_document, load_settings
+from serve_app.demo_model import ModelError, resolve_model
+from serve_app.etcd_binary import find_etcd
+from transfer.discovery.settings import Endpoint, parse_endpoints
+from transfer.settings import TransferSettings
+
+DEFAULT_HOST: Final = "127.0.0.1"
+DEFAULT_PORT: Final = 8000
+
+_CONNECT_TIMEOUT_S: Final = 2.0
+_OWN_ETCD: Final = frozenset({("127.0.0.1", 2379), ("localhost", 2379), ("[::1]", 2379)})
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    level: Literal["ok", "note", "error"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class HttpAddress:
+    """Where the OpenAI endpoint listens, and where a client on this machine finds it."""
+
+    host: str
+    port: int
+    prefix: str
+
+    @property
+    def url(self) -> str:
+        """Base address, without a slash at its end."""
+        return f"http://{self.reachable_host}:{self.port}{self.prefix}"
+
+    @property
+    def reachable_host(self) -> str:
+        """``host``, or loopback where that stands for every address."""
+        return DEFAULT_HOST if self.host in ("", "0.0.0.0", "::") else self.host
+
+
+def http_address(document: dict[str, Any], port: int | None = None) -> HttpAddress:
+    """The address in a Serve config; ``port`` comes before the one written there.
+
+    Raises:
+        SettingsError: host, port or route_prefix is not what it should be.
+    """
+    options = document.get("http_options") or {}
+    if not isinstance(options, dict):
+        raise SettingsError("http_options: is not a mapping")
+    host = options.get("host", DEFAULT_HOST)
+    if not isinstance(host, str):
+        raise SettingsError("http_options.host: is not a string")
+    chosen = options.get("port", DEFAULT_PORT) if port is None else port
+    if type(chosen) is not int or not 1 <= chosen <= 65535:
+        raise SettingsError(f"http_options.port: {chosen!r} is not a port from 1 to 65535")
+    prefix = document["applications"][0].get("route_prefix") or "/"
+    if not isinstance(prefix, str) or not prefix.startswith("/"):
+        raise SettingsError("applications.0.route_prefix: does not begin with /")
+    return HttpAddress(host, chosen, prefix.rstrip("/"))
+
+
+def bind_problem(host: str, port: int) -> str | None:
+    """Why nobody could listen there now, or None."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return f"port {port} on {host} is taken"
+            return f"cannot listen on {host}:{port}: {error.strerror or error}"
+    return None
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on loopback that nobody listens on, all different."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind((DEFAULT_HOST, 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def etcd_endpoints(settings: Settings) -> tuple[Endpoint, ...]:
+    """The etcd members that the settings name; none for other kinds of discovery."""
+    if settings.discovery.get("kind") != "etcd":
+        return ()
+    return parse_endpoints(settings.discovery["endpoints"])
+
+
+def is_reachable(endpoints: Sequence[Endpoint]) -> bool:
+    """Whether one of them accepts connections."""
+    return any(_accepts(endpoint) for endpoint in endpoints)
+
+
+def may_start_etcd(endpoints: Sequence[Endpoint]) -> bool:
+    """Whether the settings only name etcd's own default address on this machine.
+
+    That is what a configuration says that does not care which etcd it gets.
+    """
+    return all((endpoint.host, endpoint.port) in _OWN_ETCD for endpoint in endpoints)
+
+
+def _accepts(endpoint: Endpoint) -> bool:
+    address = (endpoint.host.strip("[]"), endpoint.port)
+    try:
+        with socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def check_model(settings: Settings) -> Finding:
+    """Whether the model is there, or can be expected from Hugging Face."""
+    try:
+        source = resolve_model(settings.model.source)
+    except ModelError as error:
+        return Finding("error", f"model: {error}")
+    if (Path(source) / "config.json").is_file():
+        return Finding("ok", f"model: {source}")
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1
+    if Path(source).exists() or looks_like_path:
+        return Finding("error", f"model: {source} is no model folder: it has no config.json")
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = isinstance(try_to_load_from_cache(source, "config.json"), str)
+    except HFValidationError as error:
+        return Finding(
+            "error", f"model: {source} is neither a folder nor a Hugging Face id: {error}"
+        )
+    if cached:
+        return Finding("ok", f"model: {source}, in the local Hugging Face cache")
+    return Finding("note", f"model: {source} is not here, vLLM will ask Hugging Face for it")
+
+
+def check(path: Path, port: int | None = None) -> Iterator[Finding]:
+    """Looks at a configuration and its surroundings, one thing at a time."""
+    try:
+        document = load_document(path)
+        settings = load_settings(path)
+        address = http_address(document, port)
+    except SettingsError as error:
+        for line in str(error).splitlines():
+            yield Finding("error", f"config: {line}")
+        return
+    yield Finding("ok", f"config: {path} is valid")
+    yield check_model(settings)
+    yield _check_etcd(settings)
+    yield _check_port(address)
+    yield from _check_transfer(settings)
+    yield from _check_gpus(settings)
+
+
+def _check_etcd(settings: Settings) -> Finding:
+    endpoints = etcd_endpoints(settings)
+    named = ", ".join(str(endpoint) for endpoint in endpoints)
+    if not endpoints:
+        return Finding("ok", "etcd: not needed, discovery is static")
+    if is_reachable(endpoints):
+        return Finding("ok", f"etcd: {named} is reachable")
+    if not may_start_etcd(endpoints):
+        return Finding("error", f"etcd: nothing answers at {named}")
+    try:
+        binary = find_etcd()
+    except FileNotFoundError as error:
+        return Finding("error", f"etcd: nothing answers at {named}, and {error}")
+    return Finding("note", f"etcd: nothing answers at {named}; `baton up` would start {binary}")
+
+
+def _check_port(address: HttpAddress) -> Finding:
+    problem = bind_problem(address.host, address.port)
+    if problem is not None:
+        return Finding("error", f"http: {problem}")
+    return Finding("ok", f"http: {address.host}:{address.port} is free")
+
+
+def _check_transfer(settings: Settings) -> Iterator[Finding]:
+    transfer = TransferSettings(**settings.transfer)
+    problem = bind_problem(transfer.host, transfer.port)
+    if problem is not None:
+        yield Finding("error", f"transfer: {problem}")
+    else:
+        yield Finding("ok", f"transfer: tcp on {transfer.host}")
+
+
+def _check_gpus(settings: Settings) -> Iterator[Finding]:
+    needed = 0.0
+    for side in (settings.prefill, settings.decode):
+        replicas = side.autoscaling.min_replicas if side.autoscaling else side.replicas
+        needed += side.resources.gpus_per_worker * side.tensor_parallel_size * replicas
+    if not needed:
+        return
+    here = len([device for device in Path("/dev").glob("nvidia*") if device.name[6:].isdigit()])
+    if here >= needed:
+        yield Finding("ok", f"gpus: {needed:g} needed, {here} here")
+    else:
+        yield Finding(
+            "note", f"gpus: {needed:g} needed, {here} here; other nodes must have the rest"
+        )
