@@ -193,15 +193,28 @@ class BatonScheduler:
 
     def _matching(self, request: Request, tickets: tuple[Ticket, ...]) -> Ticket | None:
         """The ticket of this very prompt; others are refused, for their bytes mean other text."""
+        everything = [Holding(request.request_id, ticket) for ticket in tickets]
+        if request.abort_immediately:
+            # The engine's way to say that it will not run the request that brought them.
+            self._pending.forfeits += everything
+            return None
         wanted = _prompt_hash(request)
         for ticket in tickets:
-            if ticket.prompt_hash == wanted and ticket.num_tokens == request.num_prompt_tokens:
+            # Blocks of another size cannot be paired with ours, whatever the prompt is.
+            if (ticket.prompt_hash, ticket.num_tokens, ticket.block_size) == (
+                wanted,
+                request.num_prompt_tokens,
+                self._block_size,
+            ):
                 return ticket
-        if len(tickets) == 1 or request.abort_immediately:
-            self._pending.forfeits += [Holding(request.request_id, item) for item in tickets]
-        if not request.abort_immediately:
-            logger.warning("request %s brought a ticket of another prompt", request.request_id)
-            self._refuse(request)
+        if len(tickets) == 1:
+            self._pending.forfeits += everything
+        logger.warning(
+            "request %s brought no ticket of its prompt in blocks of %d tokens",
+            request.request_id,
+            self._block_size,
+        )
+        self._refuse(request)
         return None
 
     def _refuse(self, request: Request) -> None:

@@ -1,0 +1,694 @@
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.v1.request import RequestStatus
+
+from transfer.connector.metadata import BatonMetadata, Holding, WorkerHandshake
+from transfer.connector.scheduler import BatonScheduler
+from transfer.connector.ticket import MAX_READERS, Ticket, prompt_hash
+from transfer.params import tickets_to_params
+
+BLOCK = 16
+TTL_S = 20.0
+HANDSHAKE = WorkerHandshake(incarnation="d" * 32, layout_hash="e" * 64)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def make_scheduler(role: str = "both", clock: Clock | None = None) -> BatonScheduler:
+    scheduler = BatonScheduler(
+        engine_id="engine-a",
+        tp_size=2,
+        block_size=BLOCK,
+        ttl_s=TTL_S,
+        producer=role in ("producer", "both"),
+        consumer=role in ("consumer", "both"),
+        clock=clock or Clock(),
+    )
+    scheduler.set_handshake(HANDSHAKE)
+    # The engine has made a step already; its first one renews whatever is there.
+    scheduler.take_metadata()
+    return scheduler
+
+
+def make_request(token_ids: list[int], params: dict[str, Any] | None = None, **fields: Any) -> Any:
+    """Stands in for vLLM's Request: the fields that the scheduler side reads."""
+    return SimpleNamespace(
+        **{
+            "request_id": "request-1",
+            "prompt_token_ids": token_ids,
+            "num_prompt_tokens": len(token_ids),
+            "num_computed_tokens": len(token_ids),
+            "mm_features": [],
+            "lora_request": None,
+            "cache_salt": None,
+            "skip_reading_prefix_cache": False,
+            "abort_immediately": False,
+            "kv_transfer_params": params,
+            "status": RequestStatus.WAITING,
+            **fields,
+        }
+    )
+
+
+def make_blocks(count: int, first: int = 100) -> Any:
+    """Stands in for vLLM's KVCacheBlocks of one group."""
+    return SimpleNamespace(get_block_ids=lambda: (list(range(first, first + count)),))
+
+
+def make_ticket(token_ids: list[int], handoff: str = "1", **changes: Any) -> Ticket:
+    ticket = Ticket(
+        handoff_id=handoff * 32,
+        engine_id="prefill-a",
+        incarnation="f" * 32,
+        fence=1,
+        token="a" * 32,
+        request_id="prefill-1",
+        block_ids=tuple(range(blocks_for(len(token_ids)))),
+        num_tokens=len(token_ids),
+        block_size=BLOCK,
+        tp_size=2,
+        layout_hash="e" * 64,
+        prompt_hash=prompt_hash(token_ids),
+        readers=1,
+        expires_at_s=1_700_000_100.0,
+    )
+    return dataclasses.replace(ticket, **changes)
+
+
+def blocks_for(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK)
+
+
+def tokens(count: int, start: int = 7) -> list[int]:
+    return list(range(start, start + count))
+
+
+def schedule(scheduler: BatonScheduler, request: Any, local_tokens: int = 0) -> tuple[int, bool]:
+    """What vLLM's scheduler does with a waiting request that it can allocate blocks for."""
+    count, is_async = scheduler.matched_tokens(request, local_tokens)
+    assert isinstance(count, int)
+    scheduler.after_alloc(request, make_blocks(blocks_for(request.num_prompt_tokens)), count)
+    return count, is_async
+
+
+def decode_request(token_ids: list[int], *brought: Ticket, **fields: Any) -> Any:
+    params = tickets_to_params([ticket.to_params() for ticket in brought])
+    return make_request(token_ids, params, **fields)
+
+
+NOTHING = BatonMetadata()
+
+# ---- decode: what is read ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 3])
+def test_whole_prompt_is_read_when_nothing_is_cached_here(length: int) -> None:
+    scheduler = make_scheduler("consumer")
+    ticket = make_ticket(tokens(length))
+    request = decode_request(tokens(length), ticket)
+    scheduler.on_new_request(request)
+
+    assert schedule(scheduler, request) == (length, True)
+
+    assert scheduler.has_pending
+    metadata = scheduler.take_metadata()
+    (read,) = metadata.reads
+    assert read.request_id == "request-1"
+    assert read.ticket == ticket
+    assert read.num_tokens == length
+    assert read.remote_block_ids == ticket.block_ids
+    assert read.local_block_ids == tuple(range(100, 100 + blocks_for(length)))
+    assert metadata == dataclasses.replace(NOTHING, reads=[read])
+    assert not scheduler.has_pending
+
+
+@pytest.mark.parametrize(
+    ("length", "local"),
+    [
+        (BLOCK + 2, BLOCK),
+        (2 * BLOCK, BLOCK),
+        (3 * BLOCK + 5, BLOCK),
+        (3 * BLOCK + 5, 2 * BLOCK),
+        (3 * BLOCK + 5, 3 * BLOCK),
+    ],
+)
+def test_blocks_cached_here_are_skipped_on_both_sides(length: int, local: int) -> None:
+    scheduler = make_scheduler("consumer")
+    ticket = make_ticket(tokens(length), block_ids=tuple(range(50, 50 + blocks_for(length))))
+    request = decode_request(tokens(length), ticket)
+    scheduler.on_new_request(request)
+
+    assert schedule(scheduler, request, local) == (length - local, True)
+
+    (read,) = scheduler.take_metadata().reads
+    skipped = local // BLOCK
+    assert read.remote_block_ids == tuple(range(50 + skipped, 50 + blocks_for(length)))
+    assert read.local_block_ids == tuple(range(100 + skipped, 100 + blocks_for(length)))
+    assert read.num_tokens == length - local
+
+
+@given(st.integers(2, 6 * BLOCK), st.integers(0, 6), st.integers(0, 3))
+def test_every_missing_token_is_read_into_its_own_block(
+    length: int, local_blocks: int, lookahead: int
+) -> None:
+    local = min(local_blocks, (length - 1) // BLOCK) * BLOCK
+    scheduler = make_scheduler("consumer")
+    ticket = make_ticket(tokens(length), block_ids=tuple(range(900, 900 + blocks_for(length))))
+    request = decode_request(tokens(length), ticket)
+    scheduler.on_new_request(request)
+    count, _ = scheduler.matched_tokens(request, local)
+    # vLLM may hand out blocks beyond the prompt (lookahead); they must stay out of it.
+    scheduler.after_alloc(request, make_blocks(blocks_for(length) + lookahead), count)
+
+    metadata = scheduler.take_metadata()
+
+    if length - local == 1:
+        assert not metadata.reads
+        return
+    (read,) = metadata.reads
+    pairs = dict(zip(read.local_block_ids, read.remote_block_ids, strict=True))
+    assert pairs == {
+        100 + block: 900 + block for block in range(local // BLOCK, blocks_for(length))
+    }
+
+
+@pytest.mark.parametrize(
+    ("length", "local"), [(1, 0), (BLOCK + 1, BLOCK), (4 * BLOCK + 1, 4 * BLOCK)]
+)
+def test_last_token_alone_is_computed_and_the_ticket_forfeited(length: int, local: int) -> None:
+    scheduler = make_scheduler("consumer")
+    ticket = make_ticket(tokens(length))
+    request = decode_request(tokens(length), ticket)
+    scheduler.on_new_request(request)
+
+    assert schedule(scheduler, request, local) == (0, False)
+
+    assert scheduler.has_pending
+    assert scheduler.take_metadata() == dataclasses.replace(
+        NOTHING, forfeits=[Holding("request-1", ticket)]
+    )
+    # Forfeited once: the end of the request says nothing more.
+    request.status = RequestStatus.FINISHED_STOPPED
+    assert scheduler.request_finished(request, [100]) == (False, None)
+    assert scheduler.take_metadata() == NOTHING
+
+
+def test_request_that_must_not_read_caches_forfeits_and_recomputes() -> None:
+    scheduler = make_scheduler("consumer")
+    ticket = make_ticket(tokens(40))
+    request = decode_request(tokens(40), ticket, skip_reading_prefix_cache=True)
+    scheduler.on_new_request(request)
+
+    assert schedule(scheduler, request) == (0, False)
+
+    assert scheduler.take_metadata() == dataclasses.replace(
+        NOTHING, forfeits=[Holding("request-1", ticket)], recomputed_tokens=39
+    )
+
+
+def test_tokens_that_vllm_does_not_take_count_as_recomputed() -> None:
+    # vLLM may prefer a local hit and allocate without the remote tokens that it was offered.
+    scheduler = make_scheduler("consumer")
+    ticket = make_ticket(tokens(3 * BLOCK))
+    request = decode_request(tokens(3 * BLOCK), ticket)
+    scheduler.on_new_request(request)
+    assert scheduler.matched_tokens(request, BLOCK) == (2 * BLOCK, True)
+
+    scheduler.after_alloc(request, make_blocks(3), 0)
+
+    metadata = scheduler.take_metadata()
+    assert metadata.forfeits == [Holding("request-1", ticket)]
+    assert metadata.recomputed_tokens == 2 * BLOCK - 1
+    assert not metadata.reads
+
+
+def test_asking_again_before_there_are_blocks_changes_nothing() -> None:
+    scheduler = make_scheduler("consumer")
+    request = decode_request(tokens(3 * BLOCK), make_ticket(tokens(3 * BLOCK)))
+    scheduler.on_new_request(request)
+
+    assert scheduler.matched_tokens(request, 0) == (3 * BLOCK, True)
+    assert scheduler.matched_tokens(request, BLOCK) == (2 * BLOCK, True)
+    assert scheduler.take_metadata() == NOTHING
+    assert schedule(scheduler, request, 2 * BLOCK) == (BLOCK, True)
+    (read,) = scheduler.take_metadata().reads
+    assert read.remote_block_ids == (2,)
+    assert read.local_block_ids == (102,)
+
+
+def test_read_is_asked_for_once() -> None:
+    scheduler = make_scheduler("consumer")
+    request = decode_request(tokens(40), make_ticket(tokens(40)))
+    scheduler.on_new_request(request)
+    schedule(scheduler, request)
+    assert len(scheduler.take_metadata().reads) == 1
+
+    assert schedule(scheduler, request) == (0, False)
+    assert scheduler.take_metadata() == NOTHING
+
+
+def test_after_the_load_the_request_is_like_any_other() -> None:
+    scheduler = make_scheduler("consumer")
+    request = decode_request(tokens(40), make_ticket(tokens(40)))
+    scheduler.on_new_request(request)
+    schedule(scheduler, request)
+    scheduler.take_metadata()
+
+    scheduler.on_loaded({"request-1", "another"})
+
+    # vLLM asks again when it resumes the request, and after a load that failed.
+    assert schedule(scheduler, request) == (0, False)
+    request.status = RequestStatus.FINISHED_STOPPED
+    assert scheduler.request_finished(request, [100, 101, 102]) == (False, None)
+    assert scheduler.take_metadata() == NOTHING
+
+
+@pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": False}, {"other": 1}])
+def test_request_without_ticket_is_left_alone(params: dict[str, Any] | None) -> None:
+    scheduler = make_scheduler("consumer")
+    request = make_request(tokens(40), params)
+    scheduler.on_new_request(request)
+
+    assert schedule(scheduler, request) == (0, False)
+    assert scheduler.take_metadata() == NOTHING
+
+
+def test_engine_that_only_prefills_reads_no_tickets() -> None:
+    scheduler = make_scheduler("producer")
+    request = decode_request(tokens(40), make_ticket(tokens(40)))
+    scheduler.on_new_request(request)
+
+    assert schedule(scheduler, request) == (0, False)
+    assert scheduler.take_metadata() == NOTHING
+
+
+# ---- decode: what is refused ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"token_ids": tokens(40, start=8)},
+        {"token_ids": tokens(39)},
+        {"token_ids": tokens(41)},
+        {"token_ids": tokens(40), "cache_salt": "mine"},
+        {"token_ids": tokens(40), "lora_request": SimpleNamespace(lora_name="pirate")},
+        {"token_ids": tokens(40), "mm_features": [SimpleNamespace(identifier="cat")]},
+    ],
+)
+def test_ticket_of_another_prompt_is_refused_and_forfeited(prompt: dict[str, Any]) -> None:
+    scheduler = make_scheduler("consumer")
+    ticket = make_ticket(tokens(40))
+    request = decode_request(prompt.pop("token_ids"), ticket, **prompt)
+
+    scheduler.on_new_request(request)
+
+    assert schedule(scheduler, request) == (0, False)
+    assert scheduler.take_metadata() == dataclasses.replace(
+        NOTHING,
+        forfeits=[Holding("request-1", ticket)],
+        refused=1,
+        recomputed_tokens=request.num_prompt_tokens - 1,
+    )
+
+
+def test_ticket_of_the_same_prompt_with_salt_adapter_and_images_is_taken() -> None:
+    scheduler = make_scheduler("consumer")
+    digest = prompt_hash(
+        tokens(40), mm_identifiers=["cat", "dog"], lora_name="pirate", cache_salt="mine"
+    )
+    request = decode_request(
+        tokens(40),
+        make_ticket(tokens(40), prompt_hash=digest),
+        cache_salt="mine",
+        lora_request=SimpleNamespace(lora_name="pirate"),
+        mm_features=[SimpleNamespace(identifier="cat"), SimpleNamespace(identifier="dog")],
+    )
+    scheduler.on_new_request(request)
+
+    assert schedule(scheduler, request) == (40, True)
+
+
+@pytest.mark.parametrize("num_tokens", [32, 48])
+def test_ticket_that_covers_another_length_is_refused(num_tokens: int) -> None:
+    scheduler = make_scheduler("consumer")
+    ticket = make_ticket(
+        tokens(40), num_tokens=num_tokens, block_ids=tuple(range(num_tokens // BLOCK))
+    )
+    request = decode_request(tokens(40), ticket)
+    scheduler.on_new_request(request)
+
+    assert schedule(scheduler, request) == (0, False)
+    assert scheduler.take_metadata().refused == 1
+
+
+@pytest.mark.parametrize(("block_size", "local"), [(8, 0), (32, 0), (1024, 2 * BLOCK)])
+def test_ticket_in_blocks_of_another_size_is_refused_and_forfeited(
+    block_size: int, local: int
+) -> None:
+    # Paired by our block size, its ids would miss some of our blocks, which would then be used
+    # without ever being filled or marked as failed.
+    scheduler = make_scheduler("consumer")
+    ticket = make_ticket(
+        tokens(40), block_size=block_size, block_ids=tuple(range(-(-40 // block_size)))
+    )
+    request = decode_request(tokens(40), ticket)
+    scheduler.on_new_request(request)
+
+    assert schedule(scheduler, request, local) == (0, False)
+    assert scheduler.take_metadata() == dataclasses.replace(
+        NOTHING, forfeits=[Holding("request-1", ticket)], refused=1, recomputed_tokens=39
+    )
+
+
+@pytest.mark.parametrize("change", [{"fence": 0}, {"version": 2}, {"token": None}])
+def test_malformed_ticket_is_refused_and_the_prompt_computed(change: dict[str, Any]) -> None:
+    scheduler = make_scheduler("consumer")
+    request = make_request(tokens(40), {**make_ticket(tokens(40)).to_params(), **change})
+
+    scheduler.on_new_request(request)
+
+    assert schedule(scheduler, request) == (0, False)
+    assert scheduler.take_metadata() == dataclasses.replace(
+        NOTHING, refused=1, recomputed_tokens=39
+    )
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_prompt_picks_its_ticket_from_a_bundle(index: int) -> None:
+    scheduler = make_scheduler("consumer")
+    prompts = [tokens(40), tokens(40, start=9), tokens(BLOCK)]
+    bundle = [make_ticket(prompt, handoff=str(i)) for i, prompt in enumerate(prompts)]
+    request = decode_request(prompts[index], *bundle)
+    scheduler.on_new_request(request)
+
+    schedule(scheduler, request)
+
+    metadata = scheduler.take_metadata()
+    (read,) = metadata.reads
+    assert read.ticket == bundle[index]
+    # The others belong to the other prompts of the same call.
+    assert metadata == dataclasses.replace(NOTHING, reads=[read])
+
+
+def test_prompt_that_is_not_in_the_bundle_is_computed_and_leaves_the_bundle_alone() -> None:
+    scheduler = make_scheduler("consumer")
+    bundle = [make_ticket(tokens(40, start=s), handoff=str(s)) for s in (1, 2)]
+    request = decode_request(tokens(40, start=3), *bundle)
+
+    scheduler.on_new_request(request)
+
+    assert schedule(scheduler, request) == (0, False)
+    assert scheduler.take_metadata() == dataclasses.replace(
+        NOTHING, refused=1, recomputed_tokens=39
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_request_that_the_engine_turned_away_forfeits_all_its_tickets(count: int) -> None:
+    # vLLM makes up a request of prompt [0] for it; one of the tickets may even be of that prompt.
+    scheduler = make_scheduler("consumer")
+    prompts = [[0], tokens(40), tokens(BLOCK)][:count]
+    bundle = [make_ticket(prompt, handoff=str(i)) for i, prompt in enumerate(prompts)]
+    request = decode_request([0], *bundle, abort_immediately=True)
+
+    scheduler.on_new_request(request)
+    request.status = RequestStatus.FINISHED_ABORTED
+    assert scheduler.request_finished(request, []) == (False, None)
+
+    assert scheduler.has_pending
+    assert scheduler.take_metadata() == dataclasses.replace(
+        NOTHING, forfeits=[Holding("request-1", ticket) for ticket in bundle]
+    )
+
+
+# ---- decode: what ends early ---------------------------------------------------------------------
+
+
+def test_abort_before_scheduling_forfeits() -> None:
+    scheduler = make_scheduler("both")
+    ticket = make_ticket(tokens(40))
+    request = decode_request(tokens(40), ticket)
+    scheduler.on_new_request(request)
+    scheduler.matched_tokens(request, 0)
+
+    request.status = RequestStatus.FINISHED_ABORTED
+    assert scheduler.request_finished(request, []) == (False, None)
+
+    assert scheduler.has_pending
+    assert scheduler.take_metadata() == dataclasses.replace(
+        NOTHING, forfeits=[Holding("request-1", ticket)]
+    )
+
+
+def test_abort_while_loading_cancels() -> None:
+    scheduler = make_scheduler("both")
+    request = decode_request(tokens(40), make_ticket(tokens(40)))
+    scheduler.on_new_request(request)
+    schedule(scheduler, request)
+    scheduler.take_metadata()
+
+    request.status = RequestStatus.FINISHED_ABORTED
+    assert scheduler.request_finished(request, [100, 101, 102]) == (False, None)
+
+    assert scheduler.has_pending
+    assert scheduler.take_metadata() == dataclasses.replace(NOTHING, cancels=["request-1"])
+    # The worker still reports the end of the read; by then the request is forgotten.
+    scheduler.on_loaded({"request-1"})
+    assert scheduler.take_metadata() == NOTHING
+
+
+# ---- decode: renewals ----------------------------------------------------------------------------
+
+
+def test_tickets_are_renewed_four_times_in_their_life_until_loaded() -> None:
+    clock = Clock()
+    scheduler = make_scheduler("consumer", clock)
+    waiting = decode_request(tokens(40), make_ticket(tokens(40), "1"), request_id="waiting")
+    loading = decode_request(tokens(40), make_ticket(tokens(40), "2"), request_id="loading")
+    scheduler.on_new_request(waiting)
+    scheduler.on_new_request(loading)
+    schedule(scheduler, loading)
+
+    renewed: list[tuple[float, list[str]]] = []
+    for step in range(60):
+        if step == 31:
+            scheduler.on_loaded({"loading"})
+        clock.now_s += 0.5
+        names = [holding.request_id for holding in scheduler.take_metadata().renewals]
+        if names:
+            renewed.append(((step + 1) * 0.5, names))
+
+    both, one = ["waiting", "loading"], ["waiting"]
+    assert renewed == [(5, both), (10, both), (15, both), (20, one), (25, one), (30, one)]
+
+
+def test_rare_steps_renew_in_every_step() -> None:
+    clock = Clock()
+    scheduler = make_scheduler("consumer", clock)
+    ticket = make_ticket(tokens(40))
+    scheduler.on_new_request(decode_request(tokens(40), ticket))
+
+    for _ in range(3):
+        clock.now_s += TTL_S / 2
+        assert scheduler.take_metadata().renewals == [Holding("request-1", ticket)]
+
+
+# ---- prefill -------------------------------------------------------------------------------------
+
+OFFER = {"do_remote_decode": True, "do_remote_prefill": False, "readers": 1}
+
+
+def finish(
+    scheduler: BatonScheduler,
+    token_ids: list[int],
+    *,
+    params: dict[str, Any] | None = None,
+    block_ids: list[int] | None = None,
+    status: RequestStatus = RequestStatus.FINISHED_LENGTH_CAPPED,
+    **fields: Any,
+) -> tuple[bool, dict[str, Any] | None]:
+    request = make_request(token_ids, OFFER if params is None else params, **fields)
+    scheduler.on_new_request(request)
+    schedule(scheduler, request)
+    request.status = status
+    ids = list(range(blocks_for(len(token_ids)))) if block_ids is None else block_ids
+    return scheduler.request_finished(request, ids)
+
+
+@pytest.mark.parametrize(
+    "status", [RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED]
+)
+def test_finished_prefill_is_offered(status: RequestStatus) -> None:
+    clock = Clock()
+    scheduler = make_scheduler("producer", clock)
+
+    pinned, params = finish(
+        scheduler,
+        tokens(40),
+        status=status,
+        block_ids=[5, 3, 8],
+        request_id="prefill-x",
+        num_computed_tokens=40,
+        cache_salt="mine",
+        lora_request=SimpleNamespace(lora_name="pirate"),
+        mm_features=[SimpleNamespace(identifier="cat")],
+    )
+
+    assert pinned
+    assert params is not None
+    ticket = Ticket.from_params(params)
+    assert ticket == dataclasses.replace(
+        ticket,
+        engine_id="engine-a",
+        incarnation=HANDSHAKE.incarnation,
+        layout_hash=HANDSHAKE.layout_hash,
+        request_id="prefill-x",
+        block_ids=(5, 3, 8),
+        num_tokens=40,
+        block_size=BLOCK,
+        tp_size=2,
+        readers=1,
+        prompt_hash=prompt_hash(
+            tokens(40), mm_identifiers=["cat"], lora_name="pirate", cache_salt="mine"
+        ),
+        expires_at_s=clock.now_s + TTL_S,
+    )
+    assert scheduler.has_pending
+    (offer,) = scheduler.take_metadata().offers
+    assert (offer.request_id, offer.ticket, offer.ttl_s) == ("prefill-x", ticket, TTL_S)
+    assert not scheduler.has_pending
+
+
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+def test_only_blocks_of_the_prompt_are_offered(length: int) -> None:
+    # The token that prefill sampled may have begun a block of its own.
+    scheduler = make_scheduler("producer")
+    _, params = finish(
+        scheduler,
+        tokens(length),
+        block_ids=list(range(blocks_for(length) + 2)),
+        num_computed_tokens=length + 1,
+    )
+
+    assert params is not None
+    ticket = Ticket.from_params(params)
+    assert ticket.num_tokens == length
+    assert ticket.block_ids == tuple(range(blocks_for(length)))
+
+
+def test_tokens_that_were_not_computed_are_not_offered() -> None:
+    scheduler = make_scheduler("producer")
+    _, params = finish(scheduler, tokens(40), num_computed_tokens=BLOCK)
+
+    assert params is not None
+    assert Ticket.from_params(params).block_ids == (0,)
+    assert Ticket.from_params(params).num_tokens == BLOCK
+
+
+@pytest.mark.parametrize(
+    "status",
+    sorted(
+        {item for item in RequestStatus if RequestStatus.is_finished(item)}
+        - {RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED}
+    ),
+)
+def test_prefill_that_ended_otherwise_is_not_offered(status: RequestStatus) -> None:
+    scheduler = make_scheduler("producer")
+
+    assert finish(scheduler, tokens(40), status=status) == (False, None)
+    assert scheduler.take_metadata() == NOTHING
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"do_remote_decode": False}, {"do_remote_prefill": False}, {"readers": 2}]
+)
+def test_request_that_nobody_will_read_is_not_offered(params: dict[str, Any]) -> None:
+    scheduler = make_scheduler("producer")
+
+    assert finish(scheduler, tokens(40), params=params) == (False, None)
+    assert scheduler.take_metadata() == NOTHING
+
+
+def test_no_offer_without_blocks() -> None:
+    assert finish(make_scheduler("producer"), tokens(40), block_ids=[]) == (False, None)
+
+
+def test_engine_that_only_decodes_offers_nothing() -> None:
+    assert finish(make_scheduler("consumer"), tokens(40)) == (False, None)
+
+
+def test_no_offer_before_the_workers_are_up() -> None:
+    scheduler = BatonScheduler(
+        engine_id="engine-a",
+        tp_size=1,
+        block_size=BLOCK,
+        ttl_s=TTL_S,
+        producer=True,
+        consumer=False,
+    )
+
+    assert finish(scheduler, tokens(40)) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "readers"),
+    [(1, 1), (2, 2), (MAX_READERS, MAX_READERS), (MAX_READERS + 1, 1), (0, 1), (-1, 1), ("4", 1)],
+)
+def test_readers_are_as_many_as_samples(asked: Any, readers: int) -> None:
+    scheduler = make_scheduler("producer")
+    _, params = finish(scheduler, tokens(40), params={**OFFER, "readers": asked})
+
+    assert params is not None
+    assert Ticket.from_params(params).readers == readers
+
+
+def test_all_readers_of_one_ticket_read_it() -> None:
+    scheduler = make_scheduler("consumer")
+    ticket = make_ticket(tokens(40), readers=3)
+    for sample in range(3):
+        request = decode_request(tokens(40), ticket, request_id=f"{sample}_request")
+        scheduler.on_new_request(request)
+        schedule(scheduler, request)
+
+    reads = scheduler.take_metadata().reads
+
+    assert [read.request_id for read in reads] == ["0_request", "1_request", "2_request"]
+    assert {read.ticket for read in reads} == {ticket}
+
+
+def test_fences_increase_and_nothing_secret_repeats() -> None:
+    scheduler = make_scheduler("producer")
+    offered = [finish(scheduler, tokens(40))[1] for _ in range(20)]
+
+    tickets = [Ticket.from_params(params) for params in offered if params is not None]
+    fences = [ticket.fence for ticket in tickets]
+    assert len(tickets) == 20
+    assert fences == sorted(set(fences))
+    assert len({ticket.handoff_id for ticket in tickets}) == 20
+    assert len({ticket.token for ticket in tickets}) == 20
+    assert [offer.ticket for offer in scheduler.take_metadata().offers] == tickets
+
+
+def test_ticket_goes_from_one_engine_to_the_other() -> None:
+    prefill, decode = make_scheduler("producer"), make_scheduler("consumer")
+    _, params = finish(prefill, tokens(40), block_ids=[5, 3, 8])
+    request = make_request(tokens(40), params)
+    decode.on_new_request(request)
+
+    assert schedule(decode, request, BLOCK) == (40 - BLOCK, True)
+    (read,) = decode.take_metadata().reads
+    assert read.remote_block_ids == (3, 8)
