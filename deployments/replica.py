@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +84,15 @@ class ReplicaCaller:
         async with asyncio.timeout(timeout_s):
             return str(await self._unary(role, "ready", RouteHint()))
 
+    async def status(self, role: str) -> list[dict[str, Any]]:
+        """Transfer status of every worker of every replica of ``role``; empty if there is none."""
+        try:
+            response = self._handles[role].broadcast("status", RouteHint())
+            replicas = await response.results_async()
+        except DeploymentUnavailableError:
+            return []
+        return [status for statuses in replicas for status in statuses]
+
     async def decode(
         self,
         method: str,
@@ -91,7 +100,7 @@ class ReplicaCaller:
         raw_request_info: RawRequestInfo | None,
         exclude: frozenset[str],
         calls: list[DecodeCall],
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Streams one decode replica's output.
 
         Args:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.llm.deployment import LLMServer
 
@@ -21,6 +23,11 @@ class BatonServer(LLMServer):
         from deployments.engine import BatonEngine
 
         return BatonEngine
+
+    async def __init__(self, llm_config: Any, **kwargs: Any) -> None:
+        # Where the engine's processes say they are: the address by which Ray knows this node.
+        os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
+        await super().__init__(llm_config, **kwargs)
 
     async def status(self, hint: RouteHint) -> list[dict[str, Any]]:
         """Transfer status of every rank of this replica's engine; see ``WorkerControl``."""

@@ -100,7 +100,8 @@ def _engine_kwargs(settings: Settings, role: Role) -> dict[str, Any]:
     side = settings.side(role)
     extra = {
         "discovery": settings.discovery,
-        "transfer": settings.transfer,
+        # `auto`: the address by which Ray knows the replica's node.
+        "transfer": {"host": "auto", **settings.transfer},
         "die_with_parent": True,
     }
     return {

@@ -97,6 +97,12 @@ class Ingress(OpenAiIngress):
             status_code=200 if healthy else 503,
         )
 
+    async def status(self) -> Response:
+        """Every replica's transfer totals since start, and what is pinned now."""
+        sides = ("prefill", "decode")
+        answers = await asyncio.gather(*(self._caller.status(side) for side in sides))
+        return JSONResponse(dict(zip(sides, answers, strict=True)))
+
     async def metrics(self) -> Response:
         """Prometheus text: Baton's, vLLM's and Serve's metrics of all nodes."""
         return PlainTextResponse(
@@ -152,8 +158,9 @@ class Ingress(OpenAiIngress):
             )
         if isinstance(body, ChatCompletionRequest) and not body.messages:
             return error_response(400, "messages: at least one message is needed", param="messages")
-        if isinstance(body, CompletionRequest) and body.prompt in ("", [], [[]], [""]):
-            return error_response(400, "prompt: it must not be empty", param="prompt")
+        if isinstance(body, CompletionRequest) and body.prompt_embeds is None:
+            if body.prompt in (None, "", [], [[]], [""]):
+                return error_response(400, "prompt: it must not be empty", param="prompt")
         return None
 
 
@@ -172,6 +179,7 @@ def ingress_app(*, max_body_bytes: int, api_keys: tuple[str, ...]) -> Any:
     endpoints = {
         "health": lambda app: app.get("/health"),
         "metrics": lambda app: app.get("/metrics"),
+        "status": lambda app: app.get("/baton/status"),
         **DEFAULT_ENDPOINTS,
     }
     return make_fastapi_ingress(Ingress, endpoint_map=endpoints, app=app)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tp_group
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.network_utils import get_ip
 
 from transfer.connector.fingerprint import layout_hash
 from transfer.connector.layout import KVLayout, LayerView, describe, plan_read
@@ -62,7 +63,7 @@ class BatonWorker:
     ) -> None:
         self._vllm_config = vllm_config
         self._num_blocks = kv_cache_config.num_blocks
-        self._settings = settings
+        self._settings = _with_own_address(settings)
         self._tp_size = vllm_config.parallel_config.tensor_parallel_size
         self._peer = PeerId(_engine_id(vllm_config), get_tensor_model_parallel_rank())
         self._incarnation = _shared_incarnation(self._tp_size)
@@ -310,6 +311,13 @@ class _Planner:
     def __call__(self, info: PeerInfo) -> ReadPlan:
         remote = KVLayout.decode(info.layout)
         return plan_read(self.local, self.read.local_block_ids, remote, self.read.remote_block_ids)
+
+
+def _with_own_address(settings: ConnectorSettings) -> ConnectorSettings:
+    """``host: auto`` becomes the address that vLLM uses for this host (``VLLM_HOST_IP``)."""
+    if settings.transfer.host != "auto":
+        return settings
+    return replace(settings, transfer=replace(settings.transfer, host=get_ip()))
 
 
 def _engine_id(vllm_config: VllmConfig) -> str:
