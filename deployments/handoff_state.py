@@ -196,7 +196,10 @@ class Handoff:
                 return []
             case Refused(error=error) if self.stage in (Stage.PREFILLING, Stage.DECODING):
                 return [*self._finish(), Answer(error)]
-            case DecodeEnded() if self.stage in (Stage.DECODING, Stage.STREAMING):
+            case DecodeEnded() if self.stage is Stage.DECODING:
+                # Ended without a single chunk: the client must not be left without an answer.
+                return [*self._finish(), Answer(None)]
+            case DecodeEnded() if self.stage is Stage.STREAMING:
                 return self._finish()
             case ClientGone():
                 return self._finish()

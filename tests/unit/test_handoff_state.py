@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from deployments.handoff_state import (
+    Answer,
+    CallDecode,
+    CallPrefill,
+    ClientGone,
+    DecodeEnded,
+    DecodeLost,
+    Event,
+    FirstChunk,
+    GiveUp,
+    Handoff,
+    Instruction,
+    Prefilled,
+    PrefillLost,
+    Refused,
+    RetryPolicy,
+    Stage,
+    Start,
+)
+
+POLICY = RetryPolicy(attempts=3, backoff_s=0.1, backoff_max_s=0.3, jitter=0.0)
+T1: dict[str, Any] = {"handoff_id": "h1"}
+T2: dict[str, Any] = {"handoff_id": "h2"}
+PREFILLED = Prefilled("p1", (T1, T2))
+GIVE_UP = GiveUp("p1", ("h1", "h2"))
+
+
+def prefill(*exclude: str, pause_s: float = 0.0) -> CallPrefill:
+    return CallPrefill(frozenset(exclude), pause_s)
+
+
+def decode(*exclude: str, tickets: tuple[Any, ...] = (), pause_s: float = 0.0) -> CallDecode:
+    return CallDecode(tickets, frozenset(exclude), pause_s)
+
+
+Step = tuple[Event, list[Instruction]]
+BOTH = (T1, T2)
+TO_DECODE: list[Step] = [(Start(), [prefill()]), (PREFILLED, [decode(tickets=BOTH)])]
+TO_STREAM: list[Step] = [*TO_DECODE, (FirstChunk(), [])]
+
+PATHS: dict[str, list[Step]] = {
+    "all is well": [*TO_STREAM, (DecodeEnded(), [])],
+    "bypass": [(Start(bypass=True), [decode()]), (FirstChunk(), []), (DecodeEnded(), [])],
+    "prefill leaves no ticket": [
+        (Start(), [prefill()]),
+        (Prefilled("p1", ()), [decode()]),
+        (ClientGone(), []),
+    ],
+    "prefill lost once": [
+        (Start(), [prefill()]),
+        (PrefillLost("p0"), [prefill("p0", pause_s=0.1)]),
+        (PREFILLED, [decode(tickets=BOTH)]),
+        (FirstChunk(), []),
+        (DecodeEnded(), []),
+    ],
+    "prefill lost until the budget is spent": [
+        (Start(), [prefill()]),
+        (PrefillLost("p0"), [prefill("p0", pause_s=0.1)]),
+        (PrefillLost("p1"), [prefill("p0", "p1", pause_s=0.2)]),
+        (PrefillLost("p2"), [decode()]),
+        (FirstChunk(), []),
+        (DecodeEnded(), []),
+    ],
+    "no prefill replica": [(Start(), [prefill()]), (PrefillLost(None), [decode()])],
+    "the last prefill replica lost": [
+        (Start(), [prefill()]),
+        (PrefillLost("p0"), [prefill("p0", pause_s=0.1)]),
+        (PrefillLost(None), [decode()]),
+    ],
+    "refused by prefill": [(Start(), [prefill()]), (Refused("bad"), [Answer("bad")])],
+    "refused by decode": [*TO_DECODE, (Refused("bad"), [GIVE_UP, Answer("bad")])],
+    "refused by decode, nothing to give up": [
+        (Start(bypass=True), [decode()]),
+        (Refused("bad"), [Answer("bad")]),
+    ],
+    "decode lost before the first chunk": [
+        *TO_DECODE,
+        (DecodeLost("d0"), [decode("d0", tickets=BOTH, pause_s=0.1)]),
+        (FirstChunk(), []),
+        (DecodeEnded(), []),
+    ],
+    "decode lost until the budget is spent": [
+        *TO_DECODE,
+        (DecodeLost("d0"), [decode("d0", tickets=BOTH, pause_s=0.1)]),
+        (DecodeLost("d1"), [decode("d0", "d1", tickets=BOTH, pause_s=0.2)]),
+        (DecodeLost("d2"), [GIVE_UP, Answer(None)]),
+    ],
+    "all decode replicas ruled out: a replacement may be one of them": [
+        *TO_DECODE,
+        (DecodeLost("d0"), [decode("d0", tickets=BOTH, pause_s=0.1)]),
+        (DecodeLost(None), [decode(tickets=BOTH, pause_s=0.2)]),
+        (FirstChunk(), []),
+        (DecodeEnded(), []),
+    ],
+    "never a decode replica": [
+        *TO_DECODE,
+        (DecodeLost(None), [decode(tickets=BOTH, pause_s=0.1)]),
+        (DecodeLost(None), [decode(tickets=BOTH, pause_s=0.2)]),
+        (DecodeLost(None), [GIVE_UP, Answer(None)]),
+    ],
+    "decode lost in mid-stream": [*TO_STREAM, (DecodeLost("d0"), [Answer(None, streaming=True)])],
+    "decode ends without a word": [*TO_DECODE, (DecodeEnded(), [GIVE_UP, Answer(None)])],
+    "client gone at once": [(ClientGone(), [])],
+    "client gone during prefill": [(Start(), [prefill()]), (ClientGone(), [])],
+    "client gone, then prefill is through": [
+        (Start(), [prefill()]),
+        (ClientGone(), []),
+        (PREFILLED, [GIVE_UP]),
+        (PrefillLost("p2"), []),
+    ],
+    "client gone before the first chunk": [*TO_DECODE, (ClientGone(), [GIVE_UP])],
+    "client gone between two decode replicas": [
+        *TO_DECODE,
+        (DecodeLost("d0"), [decode("d0", tickets=BOTH, pause_s=0.1)]),
+        (ClientGone(), [GIVE_UP]),
+        (ClientGone(), []),
+    ],
+    "client gone in mid-stream: decode has the blocks": [*TO_STREAM, (ClientGone(), [])],
+}
+
+
+@pytest.mark.parametrize("steps", PATHS.values(), ids=PATHS.keys())
+def test_path(steps: list[Step]) -> None:
+    handoff = Handoff(POLICY, lambda: 0.0)
+
+    for number, (event, instructions) in enumerate(steps):
+        assert handoff.on(event) == instructions, f"step {number}: {event}"
+
+
+@pytest.mark.parametrize(
+    ("before", "event"),
+    [
+        ([], PREFILLED),
+        ([], FirstChunk()),
+        ([], DecodeEnded()),
+        ([Start()], Start()),
+        ([Start()], FirstChunk()),
+        ([Start()], DecodeLost("d0")),
+        ([Start()], DecodeEnded()),
+        ([Start(), PREFILLED], PREFILLED),
+        ([Start(), PREFILLED], PrefillLost("p1")),
+        ([Start(), PREFILLED, FirstChunk()], FirstChunk()),
+        ([Start(), PREFILLED, FirstChunk()], Refused("bad")),
+    ],
+)
+def test_events_that_cannot_happen_are_faults_of_the_caller(
+    before: list[Event], event: Event
+) -> None:
+    handoff = Handoff(POLICY, lambda: 0.0)
+    for earlier in before:
+        handoff.on(earlier)
+
+    with pytest.raises(ValueError, match="cannot happen"):
+        handoff.on(event)
+
+
+# ---- pauses --------------------------------------------------------------------------------------
+
+
+def test_pauses_double_up_to_their_limit() -> None:
+    policy = RetryPolicy(backoff_s=0.05, backoff_max_s=0.3, jitter=0.5)
+
+    assert [policy.pause_s(failures, lambda: 0.0) for failures in range(6)] == pytest.approx(
+        [0.0, 0.05, 0.1, 0.2, 0.3, 0.3]
+    )
+    assert policy.pause_s(2, lambda: 1.0) == pytest.approx(0.05)
+
+
+@given(
+    st.integers(0, 1000),
+    st.floats(0, 10),
+    st.floats(0, 100),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_pause_is_never_negative_nor_above_its_limit(
+    failures: int, backoff_s: float, backoff_max_s: float, jitter: float, chance: float
+) -> None:
+    policy = RetryPolicy(backoff_s=backoff_s, backoff_max_s=backoff_max_s, jitter=jitter)
+
+    assert 0.0 <= policy.pause_s(failures, lambda: chance) <= backoff_max_s
+
+
+# ---- any order of events -------------------------------------------------------------------------
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Plays the world around the machine: calls that it asked for end in any way, at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attempts = 3
+        policy = RetryPolicy(self.attempts, backoff_s=0.1, backoff_max_s=0.15, jitter=0.5)
+        self.handoff = Handoff(policy, lambda: 0.5)
+        self.running: CallPrefill | CallDecode | None = None
+        self.calls: list[CallPrefill | CallDecode] = []
+        self.lost: set[str] = set()
+        self.offered: dict[str, str] = {}
+        self.consumed: set[str] = set()
+        self.given_up: list[tuple[str, str]] = []
+        self.answers: list[Answer] = []
+        self.client_here = True
+        self.streamed = False
+
+    def tell(self, event: Event, *, ends_call: bool = True) -> None:
+        if ends_call:
+            self.running = None
+        for instruction in self.handoff.on(event):
+            match instruction:
+                case GiveUp(replica_id=replica_id, handoff_ids=handoff_ids):
+                    assert handoff_ids
+                    self.given_up += [(replica_id, handoff_id) for handoff_id in handoff_ids]
+                case Answer():
+                    self.answers.append(instruction)
+                case CallPrefill() | CallDecode():
+                    assert self.running is None, "two calls at once"
+                    assert self.client_here, "a call for nobody"
+                    self.running = instruction
+                    self.calls.append(instruction)
+
+    def finished(self) -> bool:
+        return self.handoff.stage is Stage.FINISHED
+
+    def prefilling(self) -> bool:
+        return isinstance(self.running, CallPrefill)
+
+    def decoding(self) -> bool:
+        return isinstance(self.running, CallDecode)
+
+    # -- events --
+
+    @precondition(lambda self: self.handoff.stage is Stage.NEW)
+    @rule(bypass=st.booleans())
+    def start(self, bypass: bool) -> None:
+        self.tell(Start(bypass))
+        assert self.decoding() if bypass else self.prefilling()
+
+    @precondition(prefilling)
+    @rule(replica=st.sampled_from("abcde"), count=st.integers(0, 3))
+    def prefill_answers(self, replica: str, count: int) -> None:
+        ids = [f"{replica}-{len(self.offered)}-{index}" for index in range(count)]
+        self.offered.update(dict.fromkeys(ids, replica))
+        self.tell(Prefilled(replica, tuple({"handoff_id": handoff_id} for handoff_id in ids)))
+        if self.client_here:
+            assert isinstance(self.running, CallDecode)
+            assert [ticket["handoff_id"] for ticket in self.running.tickets] == ids
+
+    @precondition(prefilling)
+    @rule(replica=st.sampled_from("abcde"))
+    def prefill_dies(self, replica: str) -> None:
+        assert self.running is not None
+        if replica in self.running.exclude:
+            return
+        self.lost.add(replica)
+        self.tell(PrefillLost(replica))
+
+    @precondition(prefilling)
+    @rule()
+    def no_prefill(self) -> None:
+        self.tell(PrefillLost(None))
+        assert self.decoding() or not self.client_here
+
+    @precondition(lambda self: self.running is not None and not self.streamed)
+    @rule()
+    def refused(self) -> None:
+        self.tell(Refused("bad request"))
+
+    @precondition(lambda self: self.decoding() and not self.streamed)
+    @rule()
+    def first_chunk(self) -> None:
+        assert isinstance(self.running, CallDecode)
+        if self.client_here:
+            self.consumed.update(ticket["handoff_id"] for ticket in self.running.tickets)
+            self.streamed = True
+        self.tell(FirstChunk(), ends_call=False)
+
+    @precondition(decoding)
+    @rule(replica=st.sampled_from("vwxyz"))
+    def decode_dies(self, replica: str) -> None:
+        assert isinstance(self.running, CallDecode)
+        before = self.running
+        if replica in before.exclude:
+            return
+        self.tell(DecodeLost(replica))
+        if isinstance(self.running, CallDecode):
+            assert self.running.exclude == before.exclude | {replica}
+            assert self.running.tickets == before.tickets
+
+    @precondition(decoding)
+    @rule()
+    def no_decode(self) -> None:
+        assert isinstance(self.running, CallDecode)
+        before = self.running
+        self.tell(DecodeLost(None))
+        if isinstance(self.running, CallDecode):
+            assert not self.running.exclude
+            assert self.running.tickets == before.tickets
+
+    @precondition(decoding)
+    @rule()
+    def decode_ends(self) -> None:
+        self.tell(DecodeEnded())
+
+    @rule()
+    def client_leaves(self) -> None:
+        self.client_here = False
+        self.tell(ClientGone(), ends_call=False)
+        assert self.finished()
+
+    # -- what always holds --
+
+    @invariant()
+    def every_ticket_is_consumed_or_given_up_once(self) -> None:
+        told = [handoff_id for _, handoff_id in self.given_up]
+        assert len(told) == len(set(told)), "given up twice"
+        assert not self.consumed & set(told), "given up although decode has it"
+        assert all(self.offered[handoff_id] == owner for owner, handoff_id in self.given_up)
+        if self.finished():
+            assert self.consumed | set(told) == set(self.offered), "left behind"
+
+    @invariant()
+    def finished_means_answered(self) -> None:
+        if self.finished() and self.client_here:
+            assert self.streamed or self.answers
+        assert len(self.answers) <= 1
+        assert all(answer.streaming == self.streamed for answer in self.answers)
+
+    @invariant()
+    def only_what_waits_for_something_is_unfinished(self) -> None:
+        if self.handoff.stage not in (Stage.NEW, Stage.FINISHED):
+            assert self.running is not None
+
+    @invariant()
+    def budgets_and_pauses_are_kept(self) -> None:
+        prefills = [call for call in self.calls if isinstance(call, CallPrefill)]
+        decodes = [call for call in self.calls if isinstance(call, CallDecode)]
+        assert len(prefills) <= self.attempts
+        assert len(decodes) <= self.attempts
+        for calls in (prefills, decodes):
+            pauses = [call.pause_s for call in calls]
+            assert pauses == pytest.approx([0.0, 0.075, 0.1125][: len(pauses)])
+
+    @invariant()
+    def replicas_that_were_lost_are_not_asked_again(self) -> None:
+        if isinstance(self.running, CallPrefill):
+            assert self.running.exclude == self.lost
+
+
+AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=20, deadline=None)
+TestAnyOrder = AnyOrder.TestCase
