@@ -30,6 +30,7 @@ from transfer.errors import (
     TransferError,
 )
 from transfer.settings import TransferSettings
+from transfer.spans import check_spans
 from transfer.transports.base import Caller, Listener
 from transfer.transports.registry import Transports
 from transfer.types import Credentials, PeerId, PeerInfo, Planner, WorkerRecord
@@ -80,6 +81,8 @@ class TransferEngine:
     ) -> None:
         if not incarnation or not layout_hash or not peer.engine_id:
             raise _misconfigured("incarnation, layout_hash and engine_id must not be empty")
+        if not 0 <= peer.rank < 1 << 32:
+            raise _misconfigured(f"rank {peer.rank} is out of range")
         if len(layout) > _MAX_LAYOUT_BYTES:
             raise _misconfigured(f"layout has {len(layout)} bytes, at most {_MAX_LAYOUT_BYTES}")
         self._info = PeerInfo(peer, incarnation, layout_hash, layout)
@@ -188,7 +191,7 @@ class TransferEngine:
             TransferCancelled: the engine does not run.
         """
         self._check_running()
-        self._memory.check(offer.grant, what="the offered spans", phase=Phase.REGISTER)
+        self._memory.check(check_spans(offer.grant), what="the offered spans", phase=Phase.REGISTER)
         self._table.offer(offer)
         self._expire_later(offer.handoff_id, time.monotonic() + offer.ttl_s)
 
@@ -303,9 +306,10 @@ class TransferEngine:
         if not was_running:
             return
         self._unsubscribe()
-        self._discovery.withdraw(self._info.peer)
+        # Before owners can hear that this reader left and fail its reads for that.
         for reader in readers:
             reader.shut(self._closed_error)
+        self._discovery.withdraw(self._info.peer)
         notices_until = time.monotonic() + _LAST_NOTICES_S
         for reader in readers:
             reader.join(max(0.0, notices_until - time.monotonic()))

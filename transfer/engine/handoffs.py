@@ -150,7 +150,12 @@ class HandoffTable:
             RegistrationError: the grant is malformed.
             HandoffRefused: the id was used before, or a number makes no sense.
         """
-        if offer.readers < 1 or offer.ttl_s <= 0 or not offer.token or offer.fence < 0:
+        if (
+            offer.readers < 1
+            or offer.ttl_s <= 0
+            or not offer.token
+            or not 0 <= offer.fence < 1 << 64
+        ):
             raise _refused(
                 f"an offer needs a token, a fence, a reader and time to live: {offer.readers} "
                 f"readers, ttl_s {offer.ttl_s}, fence {offer.fence}",
@@ -343,7 +348,7 @@ class HandoffTable:
         handoff = self._live.get(credentials.handoff_id) or self._over.get(credentials.handoff_id)
         if handoff is None:
             raise _refused("unknown", credentials.handoff_id, phase)
-        if not hmac.compare_digest(credentials.token.encode(), handoff.offer.token.encode()):
+        if not hmac.compare_digest(_secret(credentials.token), _secret(handoff.offer.token)):
             raise _refused("wrong token", credentials.handoff_id, phase)
         if credentials.fence != handoff.offer.fence:
             raise _refused("wrong fence", credentials.handoff_id, phase)
@@ -394,6 +399,10 @@ class HandoffTable:
 def _revoke(permits: list[Permit]) -> None:
     for permit in permits:
         permit._revoke()
+
+
+def _secret(token: str) -> bytes:
+    return token.encode("utf-8", "surrogatepass")
 
 
 def _refused(message: str, handoff_id: str, phase: Phase = Phase.READ) -> HandoffRefused:

@@ -107,12 +107,15 @@ class TcpListener(Listener):
             target=self._serve, args=(stream,), name=f"baton-serve-{stream.peer}", daemon=True
         )
         with self._lock:
-            admitted = not self._closed and len(self._connections) < self._settings.max_connections
+            closed = self._closed
+            admitted = not closed and len(self._connections) < self._settings.max_connections
             if admitted:
                 self._connections[stream] = thread
                 # Under the lock, so that close() finds only threads that can be joined.
                 thread.start()
-        if not admitted:
+        if closed:
+            stream.close()
+        elif not admitted:
             self._turn_away(stream)
 
     def _turn_away(self, stream: TcpStream) -> None:

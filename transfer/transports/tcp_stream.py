@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -204,11 +204,8 @@ class TcpStream:
         """End both directions: calls under way and later ones fail. Any thread; idempotent."""
         with self._lock:
             if not self._closed:
-                try:
+                with suppress(OSError):  # the peer ended it before
                     self._socket.shutdown(socket.SHUT_RDWR)
-                except OSError as error:
-                    if error.errno not in (errno.ENOTCONN, errno.EINVAL):
-                        raise
 
     def close(self) -> None:
         """Free the descriptor. Only when no other thread is in a call. Idempotent."""

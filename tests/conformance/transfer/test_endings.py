@@ -161,7 +161,7 @@ def test_cancelling_one_read_leaves_others_alone(big_pair: Pair, stalled: Stalli
         )
         for ids in half
     ]
-    assert wait_until(lambda: sum(handle.bytes_moved for handle in handles) > 1 << 20)
+    assert wait_until(lambda: any(handle.bytes_moved for handle in handles))
     handles[0].cancel()
     assert handles[0].wait(2)
     stalled.resume()
@@ -284,7 +284,7 @@ def test_a_reader_that_leaves_ends_what_it_read(big_pair: Pair, stalled: Stallin
 
 def test_closing_the_reader_half_way(big_pair: Pair, stalled: StallingProxy) -> None:
     handles = [big_pair.read(big_pair.offer()) for _ in range(6)]
-    assert wait_until(lambda: sum(handle.bytes_moved for handle in handles) > 1 << 20)
+    assert wait_until(lambda: any(handle.bytes_moved for handle in handles))
     begun = time.monotonic()
     big_pair.reader.close()
     assert time.monotonic() - begun < 3
@@ -394,7 +394,9 @@ def test_the_budget_makes_reads_wait_and_cancel_wakes_them(
     scheme: str, big_pair: Pair, stalled: StallingProxy
 ) -> None:
     tight = make_engine(
-        big_pair.directory, "tight", settings=TransferSettings(max_inflight_bytes=4096)
+        big_pair.directory,
+        "tight",
+        settings=TransferSettings(max_inflight_bytes=4096, slice_bytes=256 << 10),
     )
     with tight:
         other = Pair(big_pair.directory, big_pair.owner, tight, big_pair.remote, big_pair.local)
