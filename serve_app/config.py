@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from transfer.discovery import check_discovery
 from transfer.errors import ConfigurationError
 from transfer.settings import TransferSettings
 
 IMPORT_PATH = "serve_app.app:build_app"
+
+# Strict: what is written is passed on as it is, so "2" must not count as 2.
+_TRANSFER_TYPES: dict[str, TypeAdapter[Any]] = {
+    name: TypeAdapter(annotation, config=ConfigDict(strict=True))
+    for name, annotation in get_type_hints(TransferSettings).items()
+}
 
 _RESERVED_ENGINE_KEYS = {
     "model": "set model.source",
@@ -80,6 +93,25 @@ class ResourceSettings(Section):
         description="Custom Ray resources of each worker, for example {baton_prefill: 1}.",
     )
     strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
+
+    @field_validator("custom")
+    @classmethod
+    def _no_standard_names(cls, custom: dict[str, float]) -> dict[str, float]:
+        for name, right in (("CPU", "cpus_per_worker"), ("GPU", "gpus_per_worker")):
+            if name in custom:
+                raise ValueError(f"{name} is not a custom resource: set {right}")
+        return custom
+
+    @model_validator(mode="after")
+    def _reserves_what_it_names(self) -> ResourceSettings:
+        if self.accelerator_type is not None and self.gpus_per_worker == 0:
+            raise ValueError(
+                f"accelerator_type is {self.accelerator_type}, but gpus_per_worker is 0; "
+                "set gpus_per_worker, or leave accelerator_type out"
+            )
+        if not (self.cpus_per_worker or self.gpus_per_worker or self.custom):
+            raise ValueError("set cpus_per_worker or gpus_per_worker: a worker reserves nothing")
+        return self
 
 
 class SideSettings(Section):
@@ -152,10 +184,14 @@ class Settings(Section):
     @field_validator("transfer")
     @classmethod
     def _known_transfer(cls, transfer: dict[str, Any]) -> dict[str, Any]:
-        known = sorted(item.name for item in dataclasses.fields(TransferSettings))
-        for name in transfer:
-            if name not in known:
-                raise ValueError(f"{name} is unknown; known are {', '.join(known)}")
+        for name, value in transfer.items():
+            if name not in _TRANSFER_TYPES:
+                known = ", ".join(sorted(_TRANSFER_TYPES))
+                raise ValueError(f"{name} is unknown; known are {known}")
+            try:
+                _TRANSFER_TYPES[name].validate_python(value)
+            except ValidationError as error:
+                raise ValueError(f"{name}: {error.errors()[0]['msg']}") from error
         try:
             TransferSettings(**transfer)
         except ConfigurationError as error:
