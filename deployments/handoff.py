@@ -1,11 +1,12 @@
-"""The coordinator: carries out what the hand-off's state machine says, for one request at a time."""
+"""The coordinator: carries out what the hand-off's state machine says, one request at a time."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, Protocol
 
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
@@ -54,7 +55,7 @@ class Caller(Protocol):
         raw_request_info: RawRequestInfo | None,
         exclude: frozenset[str],
         calls: list[DecodeCall],
-    ) -> AsyncIterator[Any]: ...
+    ) -> AsyncGenerator[Any, None]: ...
 
     async def abort(self, replica_id: str, handoff_ids: tuple[str, ...]) -> int: ...
 
@@ -79,7 +80,7 @@ class Coordinator:
         raw_request_info: RawRequestInfo | None,
         *,
         bypass: bool = False,
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Yields what the decode replica yields: one response, or lists of events.
 
         Closing the iterator, or cancelling the task that consumes it, aborts both engines and
@@ -107,13 +108,13 @@ class Coordinator:
                         )
                     case CallDecode():
                         instructions = []
-                        async for item in self._decode(
-                            handoff, step, method, request, raw_request_info
-                        ):
-                            if isinstance(item, _Next):
-                                instructions = item.instructions
-                            else:
-                                yield item
+                        attempt = self._decode(handoff, step, method, request, raw_request_info)
+                        async with aclosing(attempt):
+                            async for item in attempt:
+                                if isinstance(item, _Next):
+                                    instructions = item.instructions
+                                else:
+                                    yield item
                     case Answer(error=None, streaming=False):
                         raise ServiceUnavailable("no decode replica could serve the request")
                     case Answer(error=error, streaming=False):
@@ -159,21 +160,22 @@ class Coordinator:
         method: str,
         request: Any,
         raw_request_info: RawRequestInfo | None,
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         params = tickets_to_params(step.tickets)
         decode_request = request.model_copy(update={"kv_transfer_params": params})
         calls: list[DecodeCall] = []
         first = True
         chunks = self._caller.decode(method, decode_request, raw_request_info, step.exclude, calls)
         try:
-            async for chunk in chunks:
-                if first and isinstance(chunk, ErrorResponse):
-                    yield _Next(handoff.on(Refused(chunk)))
-                    return
-                if first:
-                    first = False
-                    handoff.on(FirstChunk())
-                yield chunk
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    if first and (error := _refusal(chunk)) is not None:
+                        yield _Next(handoff.on(Refused(error)))
+                        return
+                    if first:
+                        first = False
+                        handoff.on(FirstChunk())
+                    yield chunk
         except ReplicaLost as lost:
             logger.warning("%s%s", lost, "; trying another" if first else " in mid-stream")
             yield _Next(handoff.on(DecodeLost(lost.replica_id)))
@@ -182,8 +184,6 @@ class Coordinator:
             logger.warning("%s", missing)
             yield _Next(handoff.on(DecodeLost(None)))
             return
-        finally:
-            await chunks.aclose()  # type: ignore[attr-defined]
         yield _Next(handoff.on(DecodeEnded()))
 
     def _carry_out_notices(self, instructions: list[Instruction]) -> Instruction | None:
@@ -214,6 +214,12 @@ class _Next:
 
     def __init__(self, instructions: list[Instruction]) -> None:
         self.instructions = instructions
+
+
+def _refusal(chunk: Any) -> ErrorResponse | None:
+    """The error that a replica answered with; of a stream, all that its first batch holds."""
+    first = chunk[0] if isinstance(chunk, list) and chunk else chunk
+    return first if isinstance(first, ErrorResponse) else None
 
 
 def _stream_error(message: str) -> str:
