@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -41,6 +42,8 @@ from serve_app.surroundings import (
 _ETCD_TIMEOUT_S: Final = 30.0
 _RAY_TIMEOUT_S: Final = 120.0
 _PROBE_TIMEOUT_S: Final = 2.0
+_EXCEPTION_LINE: Final = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*$", re.MULTILINE)
+_LONGEST_GIST: Final = 400
 _LONGEST_TEMP_PATH: Final = 40
 """Ray puts Unix sockets 65 characters below its folder; their paths end at 107."""
 
@@ -236,11 +239,13 @@ def _serve(plan: Plan, folder: Path, config: Path, ray_address: str, timeout_s: 
     def ready() -> str | None:
         status = read_status(status_file)
         if failures := status.get("failures"):
-            raise ServiceError(f"the application cannot run: {_gist(failures[0])}", log)
+            raise ServiceError(f"the application cannot run: {gist(failures[0])}", log)
         if not status:
             return "Serve"
         if missing := status["missing"]:
-            return ", ".join(missing)
+            # Serve also has words for what merely takes long; only exceptions are news.
+            failed = [text for text in status["problems"] if _EXCEPTION_LINE.search(text)]
+            return ", ".join(missing) + (f"; retrying after {gist(failed[0])}" if failed else "")
         code, body = _get(
             plan.address.reachable_host, plan.address.port, f"{plan.address.prefix}/health"
         )
@@ -317,10 +322,14 @@ def _welcome(plan: Plan) -> str:
     return "\n".join([*lines, "Ctrl-C stops everything."])
 
 
-def _gist(message: str) -> str:
-    """The last line of a traceback or message that says something."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else "Serve does not say why"
+def gist(message: str) -> str:
+    """The exception at the end of a traceback, or else the last line, on one line."""
+    matches = list(_EXCEPTION_LINE.finditer(message))
+    if matches:
+        said = message[matches[-1].start() :]
+    else:
+        said = (message.strip().splitlines() or ["Serve does not say why"])[-1]
+    return " ".join(said.split())[:_LONGEST_GIST]
 
 
 def _run_folder() -> Path:

@@ -190,7 +190,7 @@ def run_guarded(work: Callable[[Keeper], int]) -> int:
         with _passing_signals_to(keeper_pid):
             _, status = os.waitpid(keeper_pid, 0)
     finally:
-        end_descendants(grace_s=0)
+        end_descendants()
         os.close(writing)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code

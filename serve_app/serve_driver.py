@@ -41,17 +41,20 @@ def _watch(path: Path) -> None:
     while True:
         time.sleep(_POLL_S)
         applications = serve.status().applications if ray.is_initialized() else {}
-        missing, failures = [], []
+        missing, problems, failures = [], [], []
         for name, application in applications.items():
+            deployments = application.deployments
+            # A deployment's message is empty while all is well, else the last failed try.
+            messages = [value.message for value in deployments.values() if value.message]
             if application.status == ApplicationStatus.DEPLOY_FAILED:
-                failures.append(application.message)
+                failures += messages or [application.message]
             elif application.status != ApplicationStatus.RUNNING:
-                deployments = application.deployments.items()
-                missing += [key for key, value in deployments if value.status != "HEALTHY"]
-                if not application.deployments:
-                    missing.append(f"{name} to be built")
+                missing += [key for key, value in deployments.items() if value.status != "HEALTHY"]
+                missing += [] if deployments else [f"{name} to be built"]
+                problems += messages
         if applications:
-            write_status(path, {"missing": missing, "failures": failures})
+            status = {"missing": missing, "problems": problems, "failures": failures}
+            write_status(path, status)
             if failures or not missing:
                 return
 
