@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from vllm.exceptions import VLLMClientError, VLLMNotFoundError
 
 from deployments.errors import ServiceUnavailable
 
@@ -88,6 +89,11 @@ def add_error_handlers(app: FastAPI) -> None:
         status = int(error.status_code)
         return error_response(status, error.message, kind=_kind(status, error.type))
 
+    async def rejected(request: Request, error: Exception) -> JSONResponse:
+        status = 404 if isinstance(error, VLLMNotFoundError) else 400
+        message = str(error.args[0]) if error.args else str(error)
+        return error_response(status, message, param=getattr(error, "parameter", None))
+
     async def http(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, HTTPException):
             raise error
@@ -108,14 +114,19 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(ValidationError, invalid)
     app.add_exception_handler(OpenAIHTTPException, refused)
+    # vLLM's request models raise these from validators, past pydantic.
+    app.add_exception_handler(VLLMClientError, rejected)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(ServiceUnavailable, unavailable)
     app.add_exception_handler(Exception, unexpected)
 
 
 def _field(fault: Any) -> str:
-    parts = [str(part) for part in fault.get("loc", ()) if part not in ("body", "query", "path")]
-    return ".".join(parts)
+    location = [str(part) for part in fault.get("loc", ())]
+    # FastAPI begins with where the field was; deeper down these are names of fields.
+    if location and location[0] in ("body", "query", "path"):
+        del location[0]
+    return ".".join(location)
 
 
 def _kind(status: int, given: str | None) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ class BatonWorker:
         self._pinned: dict[str, NewOffer] = {}
         self._loads: dict[str, _Load] = {}
         self._failed_blocks: set[int] = set()
+        self._reads_by_owner: Counter[str] = Counter()
         self.stats = TransferStats()
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -203,6 +205,7 @@ class BatonWorker:
             "pinned_blocks": sum(len(o.ticket.block_ids) for o in self._pinned.values()),
             "offers": len(self._pinned),
             "loads": len(self._loads),
+            "reads_by_owner": dict(self._reads_by_owner),
             "totals": self.stats.totals,
             "healthy": self._engine is not None and self._engine.healthy,
         }
@@ -262,6 +265,7 @@ class BatonWorker:
         read, handle = load.read, load.handle
         if handle is not None and handle.state is TransferState.DONE:
             timings = handle.timings
+            self._reads_by_owner[read.ticket.engine_id] += 1
             self.stats.count_read(Outcome.OK, tokens=read.num_tokens)
             self.stats.count_bytes(handle.bytes_moved, timings.read_s, timings.total_s)
             return
