@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from transfer.errors import ConfigurationError, Phase
 
 MAX_SLICE_BYTES = 1 << 30
+MIN_SECONDS = 0.001
+MAX_SECONDS = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +45,33 @@ class TransferSettings:
     socket_buffer_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if not self.host or len(self.host) > 255:
+        if not isinstance(self.host, str) or not 0 < len(self.host) <= 255:
             raise _wrong("host", self.host, "a host name or an IP address")
-        _check_range("port", self.port, 0, 65535)
-        _check_range("streams_per_peer", self.streams_per_peer, 1, 64)
-        _check_range("max_reads_per_peer", self.max_reads_per_peer, 1, 256)
-        _check_range("slice_bytes", self.slice_bytes, 4096, MAX_SLICE_BYTES)
-        _check_range("max_inflight_bytes", self.max_inflight_bytes, 4096, 1 << 50)
-        _check_range("max_connections", self.max_connections, 1, 65535)
-        _check_range("socket_buffer_bytes", self.socket_buffer_bytes, 0, 1 << 30)
+        _check_whole("port", self.port, 0, 65535)
+        _check_whole("streams_per_peer", self.streams_per_peer, 1, 64)
+        _check_whole("max_reads_per_peer", self.max_reads_per_peer, 1, 256)
+        _check_whole("slice_bytes", self.slice_bytes, 4096, MAX_SLICE_BYTES)
+        _check_whole("max_inflight_bytes", self.max_inflight_bytes, 4096, 1 << 50)
+        _check_whole("max_connections", self.max_connections, 1, 65535)
+        _check_whole("socket_buffer_bytes", self.socket_buffer_bytes, 0, 1 << 30)
         for name in ("ticket_ttl_s", "connect_timeout_s", "read_deadline_s", "stall_timeout_s"):
-            _check_range(name, getattr(self, name), 0.001, 86400.0)
+            _check_seconds(name, getattr(self, name))
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise _wrong(name, value, f"from {low} to {high}")
+def _check_whole(name: str, value: object, low: int, high: int) -> None:
+    # By type: True is an int, and 2.5 lies between 2 and 3.
+    if type(value) is not int or not low <= value <= high:
+        raise _wrong(name, value, f"a whole number from {low} to {high}")
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not MIN_SECONDS <= value <= MAX_SECONDS
+    ):
+        raise _wrong(name, value, f"from {MIN_SECONDS} to {MAX_SECONDS} seconds")
 
 
 def _wrong(name: str, value: object, right: str) -> ConfigurationError:
-    return ConfigurationError(f"{name} is {value!r}, must be {right}", phase=Phase.REGISTER)
+    return ConfigurationError(f"{name} is {value!r:.80}, must be {right}", phase=Phase.REGISTER)

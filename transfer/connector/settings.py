@@ -31,7 +31,7 @@ class ConnectorSettings:
         """Reads ``{"discovery": {...}, "transfer": {...}}``.
 
         Raises:
-            ConfigurationError: an unknown key, or no ``discovery``.
+            ConfigurationError: an unknown key, a wrong type, or no ``discovery``.
         """
         unknown = sorted(set(extra) - set(_KEYS))
         if unknown:
@@ -41,6 +41,11 @@ class ConnectorSettings:
                 "kv_connector_extra_config.discovery is missing; it should say how peers are "
                 'found, for example {"kind": "etcd", "endpoints": ["127.0.0.1:2379"]}'
             )
+        for name in ("discovery", "transfer"):
+            if not isinstance(extra.get(name) or {}, Mapping):
+                raise _bad(f"kv_connector_extra_config.{name} must be a mapping")
+        if type(extra.get("die_with_parent", False)) is not bool:
+            raise _bad("kv_connector_extra_config.die_with_parent must be true or false")
         transfer = dict(extra.get("transfer") or {})
         known = {item.name for item in fields(TransferSettings)}
         for name in transfer:
@@ -52,7 +57,7 @@ class ConnectorSettings:
         return cls(
             discovery=dict(extra["discovery"]),
             transfer=TransferSettings(**transfer),
-            die_with_parent=bool(extra.get("die_with_parent", False)),
+            die_with_parent=extra.get("die_with_parent", False),
         )
 
 
