@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from serve_app.guard import Guard
+
+KEYS = ("first-key", "second-key")
+LIMIT = 10
+
+
+class App:
+    """Reads whole requests, and one message more, as an app does that watches for the client."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.after: list[Message] = []
+        self.scopes: list[Scope] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scopes.append(scope)
+        if scope["type"] != "http":
+            return
+        body = b""
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self.after.append(message)
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        self.bodies.append(body)
+        self.after.append(await receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"fine"})
+
+
+class Exchange:
+    """One request through the guard.
+
+    Attributes:
+        unread: messages from the client that nobody asked for.
+    """
+
+    def __init__(
+        self,
+        messages: list[Message],
+        *,
+        headers: dict[str, str] | None = None,
+        path: str = "/v1/completions",
+        keys: tuple[str, ...] = (),
+        **scope: Any,
+    ) -> None:
+        self.app = App()
+        self.sent: list[Message] = []
+        self.unread = [*messages, {"type": "http.disconnect"}]
+        raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+        guard = Guard(self.app, api_keys=keys, max_body_bytes=LIMIT)
+        asyncio.run(
+            guard(
+                {"type": "http", "path": path, "headers": raw, **scope}, self._receive, self._send
+            )
+        )
+
+    async def _receive(self) -> Message:
+        return self.unread.pop(0)
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    @property
+    def status(self) -> int:
+        return int(self.sent[0]["status"])
+
+    @property
+    def error(self) -> dict[str, Any]:
+        error: dict[str, Any] = json.loads(self.sent[1]["body"])["error"]
+        return error
+
+    def header(self, name: str) -> str:
+        headers: dict[bytes, bytes] = dict(self.sent[0]["headers"])
+        return headers[name.encode()].decode()
+
+
+def body(*parts: bytes) -> list[Message]:
+    last = len(parts) - 1
+    return [
+        {"type": "http.request", "body": part, "more_body": index < last}
+        for index, part in enumerate(parts)
+    ]
+
+
+# ---- keys ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": ""},
+        {"authorization": "Bearer"},
+        {"authorization": "Bearer "},
+        {"authorization": "Bearer first"},
+        {"authorization": "Bearer first-key2"},
+        {"authorization": "Bearer First-Key"},
+        {"authorization": "Bearer first-key second-key"},
+        {"authorization": "Basic first-key"},
+        {"authorization": "first-key"},
+        {"authorization": "Bearer ключ"},
+        {"x-api-key": "first-key"},
+    ],
+)
+def test_without_a_valid_key_nothing_passes(headers: dict[str, str]) -> None:
+    exchange = Exchange(body(b"hello"), headers=headers, keys=KEYS)
+
+    assert exchange.status == 401
+    assert exchange.header("www-authenticate") == "Bearer"
+    assert exchange.error["type"] == "authentication_error"
+    assert exchange.error["code"] == 401
+    assert exchange.app.scopes == []
+    assert len(exchange.unread) == 2, "the body of a stranger was read"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("authorization", "Bearer first-key"),
+        ("Authorization", "Bearer second-key"),
+        ("authorization", "bearer  first-key "),
+        ("AUTHORIZATION", "BEARER second-key"),
+    ],
+)
+def test_valid_key_passes(name: str, value: str) -> None:
+    exchange = Exchange(body(b"hello"), headers={name: value}, keys=KEYS)
+
+    assert exchange.status == 200
+    assert exchange.app.bodies == [b"hello"]
+
+
+def test_without_keys_anybody_may_ask() -> None:
+    assert Exchange(body(b"hello")).status == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics"])
+def test_probes_need_no_key(path: str) -> None:
+    assert Exchange(body(b""), path=path, keys=KEYS).status == 200
+
+
+@pytest.mark.parametrize("path", ["/health/", "/healthy", "/v1/health", "/v1/models", "/"])
+def test_other_paths_need_one(path: str) -> None:
+    assert Exchange(body(b""), path=path, keys=KEYS).status == 401
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/llm/health", 200), ("/llm/metrics", 200), ("/llm/v1/models", 401)]
+)
+def test_paths_under_a_route_prefix(path: str, status: int) -> None:
+    assert Exchange(body(b""), path=path, root_path="/llm", keys=KEYS).status == status
+
+
+# ---- bodies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", ["11", "1000", "9" * 30, "9" * 5000, "0" * 30 + "11"])
+def test_body_that_says_it_is_too_long_is_not_read(length: str) -> None:
+    exchange = Exchange(body(b"x" * 11), headers={"content-length": length})
+
+    assert exchange.status == 413
+    assert exchange.error["param"] == "body"
+    assert exchange.error["type"] == "invalid_request_error"
+    assert "10 bytes" in exchange.error["message"]
+    assert exchange.app.scopes == []
+    assert len(exchange.unread) == 2
+
+
+@pytest.mark.parametrize("length", [None, "5", "-1", "many", "", "1e1"])
+@pytest.mark.parametrize(
+    "parts",
+    [(b"x" * 11,), (b"x" * 10, b"y"), (b"x",) * 11, (b"x" * 6, b"x" * 6, b"never read")],
+)
+def test_body_is_counted_whatever_it_says(length: str | None, parts: tuple[bytes, ...]) -> None:
+    headers = {} if length is None else {"content-length": length}
+    exchange = Exchange(body(*parts), headers=headers)
+
+    assert exchange.status == 413
+    assert exchange.app.scopes == []
+
+
+def test_reading_ends_where_the_limit_is_passed() -> None:
+    exchange = Exchange(body(b"x" * 6, b"x" * 6, b"x" * 6))
+
+    assert [message.get("body") for message in exchange.unread] == [b"x" * 6, None]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [(b"",), (b"x" * 10,), (b"x" * 5, b"y" * 5), (b"", b"ab", b"", b"cd", b"")],
+)
+def test_body_within_the_limit_arrives_as_it_was_sent(parts: tuple[bytes, ...]) -> None:
+    exchange = Exchange(body(*parts), headers={"content-length": str(len(b"".join(parts)))})
+
+    assert exchange.status == 200
+    assert exchange.app.bodies == [b"".join(parts)]
+
+
+def test_client_that_leaves_after_its_body_is_noticed() -> None:
+    exchange = Exchange(body(b"hello"))
+
+    assert exchange.app.after == [{"type": "http.disconnect"}]
+    assert exchange.unread == []
+
+
+def test_client_that_leaves_within_its_body_is_noticed() -> None:
+    exchange = Exchange([{"type": "http.request", "body": b"he", "more_body": True}])
+
+    assert exchange.app.after == [{"type": "http.disconnect"}]
+    assert exchange.app.bodies == []
+    assert exchange.sent == []
+
+
+def test_lifespan_passes_untouched() -> None:
+    app = App()
+    scope: Scope = {"type": "lifespan"}
+
+    async def main() -> None:
+        async def receive() -> Message:
+            raise AssertionError("the guard read a lifespan message")
+
+        async def send(message: Message) -> None:
+            raise AssertionError("the guard sent a lifespan message")
+
+        await Guard(app, api_keys=KEYS, max_body_bytes=LIMIT)(scope, receive, send)
+
+    asyncio.run(main())
+    assert app.scopes == [scope]
