@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.serve._private.request_router.common import RequestRoutingContext
+
+from deployments.replica_router import HintedRouter, RouteHint
+
+
+def replicas(*names: str) -> list[Any]:
+    """Stand in for Serve's RunningReplica."""
+    return [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in names]
+
+
+def pending(*args: Any) -> Any:
+    return SimpleNamespace(args=list(args), routing_context=RequestRoutingContext())
+
+
+def chosen(candidates: list[Any], request: Any) -> list[list[str]]:
+    # Without Serve's controller a router cannot be made; choosing needs nothing of it.
+    router = HintedRouter.__new__(HintedRouter)
+    ranks = asyncio.run(router.choose_replicas(candidates, request))
+    return [sorted(replica.replica_id.unique_id for replica in rank) for rank in ranks]
+
+
+@pytest.mark.parametrize(
+    ("hint", "ranks"),
+    [
+        (RouteHint(), [["a", "b", "c"]]),
+        (RouteHint(exclude=frozenset("a")), [["b", "c"]]),
+        (RouteHint(exclude=frozenset("ac")), [["b"]]),
+        (RouteHint(exclude=frozenset("xyz")), [["a", "b", "c"]]),
+        (RouteHint(exclude=frozenset("abc")), []),
+        (RouteHint(only="b"), [["b"]]),
+        (RouteHint(only="gone"), []),
+        (RouteHint(only="a", exclude=frozenset("a")), [["a"]]),
+    ],
+)
+def test_hint_decides_who_may_get_the_call(hint: RouteHint, ranks: list[list[str]]) -> None:
+    assert chosen(replicas("a", "b", "c"), pending(hint, "more", "arguments")) == ranks
+
+
+@pytest.mark.parametrize("request_", [None, pending(), pending("an argument"), pending({})])
+def test_call_without_hint_may_go_anywhere(request_: Any) -> None:
+    assert chosen(replicas("a", "b"), request_) == [["a", "b"]]
+
+
+def test_no_replica_at_all() -> None:
+    assert chosen([], pending(RouteHint())) == []
+
+
+def test_waiting_for_a_replica_backs_off() -> None:
+    # Otherwise Serve asks again at once, and burns a core while no replica is admitted.
+    request = pending(RouteHint(only="gone"))
+    chosen(replicas("a"), request)
+
+    assert request.routing_context.should_backoff is True
+
+
+def test_candidates_are_left_as_they_are() -> None:
+    candidates = replicas(*"abcdefgh")
+    before = list(candidates)
+    chosen(candidates, pending(RouteHint()))
+
+    assert candidates == before
+
+
+def test_equals_come_in_random_order() -> None:
+    router = HintedRouter.__new__(HintedRouter)
+    candidates = replicas("a", "b")
+
+    async def firsts() -> Counter[str]:
+        ranks = [await router.choose_replicas(candidates, pending()) for _ in range(400)]
+        return Counter(rank[0][0].replica_id.unique_id for rank in ranks)
+
+    # Either one first in fewer than 100 of 400 tosses: less likely than 1 in 10**24.
+    assert min(asyncio.run(firsts()).values()) >= 100
