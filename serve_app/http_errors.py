@@ -18,12 +18,10 @@ from deployments.errors import ServiceUnavailable
 logger = logging.getLogger(__name__)
 
 _TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
-    405: "invalid_request_error",
-    413: "invalid_request_error",
-    422: "invalid_request_error",
+    # The server's own time limit (Ray's ingress), not the client's fault.
+    408: "server_error",
     429: "rate_limit_error",
 }
 
@@ -41,7 +39,7 @@ def error_body(
     return {
         "error": {
             "message": message,
-            "type": kind or _TYPES.get(status, "server_error"),
+            "type": kind or _usual_kind(status),
             "param": param,
             "code": status,
         }
@@ -131,5 +129,10 @@ def _field(fault: Any) -> str:
 
 def _kind(status: int, given: str | None) -> str:
     """Ray and vLLM name some types after exception classes; OpenAI has a fixed set."""
-    known = set(_TYPES.values())
-    return given if given in known else _TYPES.get(status, "server_error")
+    known = {"invalid_request_error", *_TYPES.values()}
+    return given if given in known else _usual_kind(status)
+
+
+def _usual_kind(status: int) -> str:
+    other = "invalid_request_error" if 400 <= status < 500 else "server_error"
+    return _TYPES.get(status, other)
