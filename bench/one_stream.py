@@ -56,7 +56,10 @@ def main() -> None:
 
 def run(rounds: int, folder: Path) -> str:
     """Starts both, measures, returns the report."""
-    arguments = ["--dtype", "bfloat16", "--max-model-len", "4096", "--block-size", "32"]
+    arguments = [
+        *("--dtype", "bfloat16", "--max-model-len", "4096", "--block-size", "32"),
+        *("--kv-cache-memory-bytes", str(512 << 20)),
+    ]
     plain = VllmServer(Path(resolve_model("baton-demo")), arguments, folder / "plain.log")
     timings: dict[tuple[str, int], Timings] = {}
     with BatonApp(ROOT / "config.yaml", folder / "up.log") as app:

@@ -101,6 +101,10 @@ class BatonEngine(VLLMEngine):
         """:meth:`WorkerControl.baton_status` of every rank."""
         return await self.collective_rpc("baton_status")
 
+    def unfinished_requests(self) -> int:
+        """Requests that the engine has not answered to the end."""
+        return int(self._engine_client.get_num_unfinished_requests())
+
     async def _prefill_one(
         self, prompt: Any, *, request_id: str, readers: int, lora_request: Any, priority: int
     ) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
+from deployments.background import Background
 from deployments.errors import NoReplica, ReplicaLost, ServiceUnavailable
 from deployments.handoff_state import (
     Answer,
@@ -71,7 +72,7 @@ class Coordinator:
     def __init__(self, caller: Caller, policy: RetryPolicy) -> None:
         self._caller = caller
         self._policy = policy
-        self._background: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     async def run(
         self,
@@ -128,8 +129,7 @@ class Coordinator:
 
     async def drain(self) -> None:
         """Waits until all notices to owners are through."""
-        while self._background:
-            await asyncio.wait(self._background)
+        await self._background.drain()
 
     # ------------------------------------------------------------------------------------------
 
@@ -191,9 +191,7 @@ class Coordinator:
         step = None
         for instruction in instructions:
             if isinstance(instruction, GiveUp):
-                task = asyncio.get_running_loop().create_task(self._give_up(instruction))
-                self._background.add(task)
-                task.add_done_callback(self._background.discard)
+                self._background.start(self._give_up(instruction))
             else:
                 step = instruction
         return step

@@ -18,6 +18,7 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from deployments.background import Background
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.prefill import PrefillAnswer
 from deployments.replica_router import RouteHint
@@ -45,6 +46,7 @@ class ReplicaCaller:
     ) -> None:
         self._handles = {"prefill": prefill, "decode": decode}
         self._pick_timeout_s = pick_timeout_s
+        self._background = Background()
 
     async def prefill(
         self,
@@ -60,9 +62,19 @@ class ReplicaCaller:
             ReplicaLost: the one that took it died.
         """
         hint = RouteHint(exclude=exclude)
-        answer: PrefillAnswer = await self._unary(
-            "prefill", "prefill", hint, method, request, raw_request_info
+        calls: list[Any] = []
+        call = self._background.start(
+            self._unary("prefill", "prefill", hint, method, request, raw_request_info, calls=calls)
         )
+        try:
+            answer: PrefillAnswer = await asyncio.shield(call)
+        except asyncio.CancelledError:
+            for response in calls:
+                response.cancel()
+            if not calls:
+                call.cancel()
+            self._background.start(self._reclaim(call))
+            raise
         return answer
 
     async def abort(self, replica_id: str, handoff_ids: Sequence[str]) -> int:
@@ -128,11 +140,31 @@ class ReplicaCaller:
                 if not finished:
                     response.cancel()
 
-    async def _unary(self, role: str, method_name: str, hint: RouteHint, *args: Any) -> Any:
+    async def _reclaim(self, call: asyncio.Task[PrefillAnswer]) -> None:
+        """Gives back what a prefill answered after its caller had left."""
+        await asyncio.wait([call])
+        if call.cancelled() or call.exception() is not None:
+            return
+        answer = call.result()
+        if answer.tickets:
+            await self.abort(
+                answer.replica_id, [str(ticket["handoff_id"]) for ticket in answer.tickets]
+            )
+
+    async def _unary(
+        self,
+        role: str,
+        method_name: str,
+        hint: RouteHint,
+        *args: Any,
+        calls: list[Any] | None = None,
+    ) -> Any:
         handle = self._handles[role].options(method_name=method_name)
         async with AsyncExitStack() as stack:
             selection = await self._select(stack, role, handle, hint)
             response = handle.dispatch(selection, hint, *args)
+            if calls is not None:
+                calls.append(response)
             try:
                 return await response
             except asyncio.CancelledError:

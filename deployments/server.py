@@ -34,7 +34,11 @@ class BatonServer(LLMServer):
         statuses: list[dict[str, Any]] = await asyncio.wait_for(
             self.engine.transfer_status(), timeout=STATUS_TIMEOUT_S
         )
-        return [{**status, "replica_id": own_replica_id()} for status in statuses]
+        replica = {
+            "replica_id": own_replica_id(),
+            "unfinished_requests": self.engine.unfinished_requests(),
+        }
+        return [{**status, **replica} for status in statuses]
 
     async def ready(self, hint: RouteHint) -> str:
         """Answers with the replica's id if it can really serve, raises otherwise."""

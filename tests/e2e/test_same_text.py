@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import random
 import time
@@ -208,3 +210,35 @@ def test_an_unread_answer_leaves_nothing_pinned(demo: BatonApp, client: openai.O
         next(iter(stream))
         stream.close()
     _wait_unpinned(demo)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.2, 0.5, 1.0, 2.0])
+def test_a_client_that_leaves_frees_both_sides(demo: BatonApp, after_s: float) -> None:
+    """Whatever phase it leaves in: queued, prefilling, ticket issued, reading, decoding."""
+    body = json.dumps(
+        {
+            "model": MODEL,
+            "prompt": [5 + (int(after_s * 100) * 7 + index) % 900 for index in range(2800)],
+            "max_tokens": 300,
+            "min_tokens": 300,
+            "stream": True,
+        }
+    )
+    before = demo.totals("prefill")
+    connection = http.client.HTTPConnection("127.0.0.1", demo.port, timeout=30)
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    time.sleep(after_s)
+    connection.close()
+    deadline = time.monotonic() + 15
+    while True:  # far below the 30 s after which a ticket expires
+        busy = _running_requests(demo)
+        if not busy and not demo.pinned_blocks():
+            break
+        if time.monotonic() > deadline:
+            pytest.fail(f"{busy} requests run on, {demo.pinned_blocks()} blocks are pinned")
+        time.sleep(0.2)
+    assert demo.totals("prefill").get("owner_expired", 0) == before.get("owner_expired", 0)
+
+
+def _running_requests(app: BatonApp) -> int:
+    return sum(worker["unfinished_requests"] for side in app.status().values() for worker in side)
