@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    CompletionResponse,
+    ErrorInfo,
+    ErrorResponse,
+    ModelCard,
+)
+from ray.llm._internal.serve.core.ingress.ingress import make_fastapi_ingress
+
+from deployments.errors import NoReplica, ReplicaLost
+from deployments.handoff_state import RetryPolicy
+from deployments.prefill import PrefillAnswer
+from serve_app.ingress import Ingress, ingress_app
+
+TICKET: dict[str, Any] = {"handoff_id": "h1", "version": 1}
+ONE, DONE = 'data: {"text": "one"}\n\n', "data: [DONE]\n\n"
+ANSWER = CompletionResponse(
+    model="demo",
+    choices=[],
+    usage={"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1},
+)
+COMPLETION: dict[str, Any] = {"model": "demo", "prompt": "Once"}
+CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
+HANG = "hang"
+
+
+@dataclass
+class FakeCaller:
+    """Stands in for ReplicaCaller: replicas that answer by a script."""
+
+    prefilled: PrefillAnswer = field(default_factory=lambda: PrefillAnswer("p1", (TICKET,)))
+    chunks: Sequence[Any] = ()
+    calls: list[tuple[str, str, Any]] = field(default_factory=list)
+    aborted: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    not_ready: dict[str, Exception] = field(default_factory=dict)
+    decoding: int = 0
+
+    async def prefill(
+        self, method: str, request: Any, raw: Any, exclude: frozenset[str]
+    ) -> PrefillAnswer:
+        self.calls.append(("prefill", method, request))
+        return self.prefilled
+
+    async def decode(
+        self, method: str, request: Any, raw: Any, exclude: frozenset[str], calls: list[Any]
+    ) -> AsyncGenerator[Any, None]:
+        self.calls.append(("decode", method, request))
+        self.decoding += 1
+        try:
+            for chunk in self.chunks:
+                if isinstance(chunk, Exception):
+                    raise chunk
+                if chunk == HANG:
+                    await asyncio.Event().wait()
+                yield chunk
+        finally:
+            self.decoding -= 1
+
+    async def abort(self, replica_id: str, handoff_ids: tuple[str, ...]) -> int:
+        self.aborted.append((replica_id, handoff_ids))
+        return len(handoff_ids)
+
+    async def ready(self, role: str, timeout_s: float) -> str:
+        if role in self.not_ready:
+            raise self.not_ready[role]
+        return f"{role}-1"
+
+    def sides(self) -> list[str]:
+        return [side for side, _, _ in self.calls]
+
+
+class Endpoint:
+    """The ingress as Serve mounts it, without Serve."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, api_keys: tuple[str, ...] = ()) -> None:
+        self.caller = FakeCaller()
+        apps: list[Any] = []
+
+        def remember(cls: type, *, endpoint_map: Any, app: Any) -> Any:
+            apps.append(app)
+            return make_fastapi_ingress(cls, endpoint_map=endpoint_map, app=app)
+
+        monkeypatch.setattr("serve_app.ingress.make_fastapi_ingress", remember)
+        monkeypatch.setattr("serve_app.ingress.ReplicaCaller", lambda *args, **kwargs: self.caller)
+        ingress_app(max_body_bytes=2048, api_keys=api_keys)
+        (self.app,) = apps
+        handle: Any = SimpleNamespace()
+        instance = Ingress(
+            handle,
+            handle,
+            model_card=ModelCard(
+                id="demo", object="model", owned_by="baton", permission=[], metadata={}
+            ),
+            policy=RetryPolicy(attempts=2, backoff_s=0.0),
+            pick_timeout_s=1.0,
+            health_timeout_s=1.0,
+        )
+        monkeypatch.setattr(
+            serve, "get_replica_context", lambda: SimpleNamespace(servable_object=instance)
+        )
+
+    def ask(self, method: str, path: str, **content: Any) -> httpx.Response:
+        async def main() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await client.request(method, path, **content)
+
+        return asyncio.run(main())
+
+    def refused(self, status: int, method: str, path: str, **content: Any) -> dict[str, Any]:
+        """The error of a request that no replica may have seen."""
+        response = self.ask(method, path, **content)
+        assert response.status_code == status, response.text
+        error: dict[str, Any] = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == status
+        assert self.caller.calls == []
+        return error
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Endpoint:
+    return Endpoint(monkeypatch)
+
+
+# ---- refused before any engine sees it -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_malformed_json_is_refused(endpoint: Endpoint, path: str) -> None:
+    headers = {"content-type": "application/json"}
+
+    assert endpoint.refused(400, "POST", path, content="{", headers=headers)["param"] == "body"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/completions", {**COMPLETION, "max_tokens": "many"}, "max_tokens"),
+        ("/v1/completions", {**COMPLETION, "temperature": "hot"}, "temperature"),
+        ("/v1/completions", {**COMPLETION, "prompt": ""}, "prompt"),
+        ("/v1/completions", {**COMPLETION, "prompt": []}, "prompt"),
+        ("/v1/completions", {**COMPLETION, "kv_transfer_params": TICKET}, "kv_transfer_params"),
+        ("/v1/chat/completions", {**CHAT, "messages": []}, "messages"),
+        ("/v1/chat/completions", {"model": "demo"}, "messages"),
+        ("/v1/chat/completions", {**CHAT, "n": "two"}, "n"),
+        ("/v1/chat/completions", {**CHAT, "kv_transfer_params": TICKET}, "kv_transfer_params"),
+    ],
+)
+def test_wrong_field_is_named(
+    endpoint: Endpoint, path: str, body: dict[str, Any], field: str
+) -> None:
+    error = endpoint.refused(400, "POST", path, json=body)
+
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == field
+    assert field in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)]
+)
+def test_unknown_model_is_refused_with_the_known_one(
+    endpoint: Endpoint, path: str, body: dict[str, Any]
+) -> None:
+    error = endpoint.refused(404, "POST", path, json={**body, "model": "gpt-5"})
+
+    assert error["type"] == "not_found_error"
+    assert error["param"] == "model"
+    assert "'gpt-5'" in error["message"]
+    assert "demo" in error["message"]
+
+
+def test_unknown_path_and_method_are_refused(endpoint: Endpoint) -> None:
+    endpoint.refused(404, "GET", "/v2/completions")
+    endpoint.refused(405, "GET", "/v1/completions")
+
+
+def test_long_body_is_refused(endpoint: Endpoint) -> None:
+    body = {**COMPLETION, "prompt": "x" * 2048}
+
+    assert endpoint.refused(413, "POST", "/v1/completions", json=body)["param"] == "body"
+
+
+def test_stranger_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = Endpoint(monkeypatch, api_keys=("the-only-key",))
+
+    endpoint.refused(401, "POST", "/v1/completions", json=COMPLETION)
+    endpoint.refused(401, "GET", "/v1/models")
+    key = {"authorization": "Bearer the-only-key"}
+    assert endpoint.ask("GET", "/v1/models", headers=key).status_code == 200
+    assert endpoint.ask("GET", "/health").status_code == 200
+
+
+# ---- answered ------------------------------------------------------------------------------------
+
+
+def test_models_are_listed(endpoint: Endpoint) -> None:
+    listed = endpoint.ask("GET", "/v1/models").json()
+
+    assert [card["id"] for card in listed["data"]] == ["demo"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "method"),
+    [("/v1/completions", COMPLETION, "completions"), ("/v1/chat/completions", CHAT, "chat")],
+)
+def test_complete_answer_goes_through_prefill_and_decode(
+    endpoint: Endpoint, path: str, body: dict[str, Any], method: str
+) -> None:
+    endpoint.caller.chunks = [ANSWER]
+
+    response = endpoint.ask("POST", path, json=body, headers={"x-request-id": "r7"})
+
+    assert response.status_code == 200
+    assert response.json()["id"] == ANSWER.id
+    assert [(side, name) for side, name, _ in endpoint.caller.calls] == [
+        ("prefill", method),
+        ("decode", method),
+    ]
+    assert [request.request_id for _, _, request in endpoint.caller.calls] == ["r7", "r7"]
+    assert endpoint.caller.calls[1][2].kv_transfer_params == TICKET
+
+
+def test_stream_is_sent_as_events(endpoint: Endpoint) -> None:
+    endpoint.caller.chunks = [[ONE], [ONE, DONE]]
+
+    response = endpoint.ask("POST", "/v1/completions", json={**COMPLETION, "stream": True})
+
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.text == ONE + ONE + DONE
+
+
+def test_request_that_cannot_use_foreign_blocks_goes_to_decode_alone(endpoint: Endpoint) -> None:
+    endpoint.caller.chunks = [ANSWER]
+
+    response = endpoint.ask("POST", "/v1/completions", json={**COMPLETION, "prompt_logprobs": 1})
+
+    assert response.status_code == 200
+    assert endpoint.caller.sides() == ["decode"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_refusal_of_an_engine_keeps_its_status(endpoint: Endpoint, stream: bool) -> None:
+    error = ErrorResponse(error=ErrorInfo(message="too long", type="BadRequestError", code=400))
+    endpoint.caller.chunks = [[error]] if stream else [error]
+
+    response = endpoint.ask("POST", "/v1/completions", json={**COMPLETION, "stream": stream})
+
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "too long"
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert endpoint.caller.aborted == [("p1", ("h1",))]
+
+
+@pytest.mark.parametrize("chunks", [[NoReplica("decode", 1.0)], []])
+def test_no_decode_replica_is_503_with_retry_after(
+    endpoint: Endpoint, chunks: list[Exception]
+) -> None:
+    endpoint.caller.chunks = chunks
+
+    response = endpoint.ask("POST", "/v1/completions", json={**COMPLETION, "stream": True})
+
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+    assert response.json()["error"]["type"] == "server_error"
+
+
+def test_decode_lost_in_mid_stream_ends_in_an_error_event(endpoint: Endpoint) -> None:
+    endpoint.caller.chunks = [[ONE], ReplicaLost("decode", "d1", "it died")]
+
+    response = endpoint.ask("POST", "/v1/completions", json={**COMPLETION, "stream": True})
+
+    first, error, done, rest = response.text.split("\n\n")
+    assert first + "\n\n" == ONE
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == 503
+    assert (done, rest) == ("data: [DONE]", "")
+
+
+def test_client_that_leaves_in_mid_stream_ends_the_decode_call(endpoint: Endpoint) -> None:
+    endpoint.caller.chunks = [[ONE], HANG]
+    body = json.dumps({**COMPLETION, "stream": True}).encode()
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"host", b"test")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+    }
+
+    async def main() -> None:
+        got_chunk = asyncio.Event()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            await got_chunk.wait()
+            assert endpoint.caller.decoding == 1
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if message.get("body"):
+                got_chunk.set()
+
+        await asyncio.wait_for(endpoint.app(scope, receive, send), 5)
+        # Starlette drops the stream; what it dropped is closed in the loop's next rounds.
+        gc.collect()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert endpoint.caller.decoding == 0
+
+    asyncio.run(main())
+    assert endpoint.caller.sides() == ["prefill", "decode"]
+
+
+# ---- health --------------------------------------------------------------------------------------
+
+
+def test_health_asks_both_sides(endpoint: Endpoint) -> None:
+    response = endpoint.ask("GET", "/health")
+
+    assert response.status_code == 200
+    assert response.json() == {"status": "ok", "prefill": "ok", "decode": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NoReplica("decode", 5.0), "no decode replica took the request within 5.0 s"),
+        (ReplicaLost("decode", "d1", "it died"), "decode replica d1 was lost: it died"),
+        (TimeoutError(), "no decode replica answered within 1 s"),
+    ],
+)
+def test_health_says_which_side_is_missing(endpoint: Endpoint, error: Exception, said: str) -> None:
+    endpoint.caller.not_ready = {"decode": error}
+
+    response = endpoint.ask("GET", "/health")
+
+    assert response.status_code == 503
+    assert response.json() == {"status": "unavailable", "prefill": "ok", "decode": said}
