@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +96,12 @@ class BatonEngine(VLLMEngine):
     async def abort_handoffs(self, handoff_ids: list[str]) -> int:
         """Gives up offers of this engine; returns how many were still pinned."""
         counts = await self.collective_rpc("baton_abort", args=(handoff_ids,))
-        return max(counts)
+        return int(max(counts))
 
     async def transfer_status(self) -> list[dict[str, Any]]:
         """:meth:`WorkerControl.baton_status` of every rank."""
-        return await self.collective_rpc("baton_status")
+        statuses: list[dict[str, Any]] = await self.collective_rpc("baton_status")
+        return statuses
 
     def unfinished_requests(self) -> int:
         """Requests that the engine has not answered to the end."""
@@ -128,7 +130,7 @@ class BatonEngine(VLLMEngine):
             ticket = output.kv_transfer_params
         return ticket
 
-    async def _give_up(self, runs: list[asyncio.Future[dict[str, Any] | None]]) -> None:
+    async def _give_up(self, runs: Sequence[asyncio.Future[dict[str, Any] | None]]) -> None:
         """Ends what is running and what was offered already."""
         for run in runs:
             run.cancel()

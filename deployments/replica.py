@@ -187,9 +187,7 @@ class ReplicaCaller:
 
 def _translated(error: Exception, role: str, replica_id: str) -> Exception:
     """A dead actor and a dead engine are one thing to a caller: try another replica."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(error, RayTaskError) and not isinstance(
-        cause, EngineDeadError | RayActorError | ReplicaUnavailableError
-    ):
+    cause: Any = error.cause if isinstance(error, RayTaskError) else error
+    if not isinstance(cause, EngineDeadError | RayActorError | ReplicaUnavailableError):
         return error
     return ReplicaLost(role, replica_id, str(cause).splitlines()[0] if str(cause) else repr(cause))

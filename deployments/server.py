@@ -24,7 +24,8 @@ class BatonServer(LLMServer):
 
         return BatonEngine
 
-    async def __init__(self, llm_config: Any, **kwargs: Any) -> None:
+    # Serve awaits a constructor that is a coroutine; typing knows no such thing.
+    async def __init__(self, llm_config: Any, **kwargs: Any) -> None:  # type: ignore[misc]
         # Where the engine's processes say they are: the address by which Ray knows this node.
         os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
         await super().__init__(llm_config, **kwargs)

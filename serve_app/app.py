@@ -16,7 +16,7 @@ from deployments.prefill import PrefillServer
 from deployments.replica_router import HintedRouter
 from serve_app.config import Settings, SideSettings, parse_settings
 from serve_app.demo_model import resolve_model
-from serve_app.ingress import Ingress, ingress_app
+from serve_app.ingress import ingress_app
 
 Role = Literal["prefill", "decode"]
 

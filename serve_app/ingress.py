@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
 from ray.llm._internal.serve.core.configs.openai_api_models import (
@@ -45,7 +45,9 @@ from serve_app.sse import as_events
 
 logger = logging.getLogger(__name__)
 
-Body = ChatCompletionRequest | CompletionRequest
+Body: TypeAlias = ChatCompletionRequest | CompletionRequest
+
+_COMPLETE: Any = (ErrorResponse, *NON_STREAMING_RESPONSE_TYPES)
 
 
 class Ingress(OpenAiIngress):
@@ -133,7 +135,7 @@ class Ingress(OpenAiIngress):
         )
         first = await anext(aiter(chunks))
         item = first[0] if isinstance(first, list) else first
-        if isinstance(item, (ErrorResponse, *NON_STREAMING_RESPONSE_TYPES)):
+        if isinstance(item, _COMPLETE):
             async for _ in chunks:
                 logger.error("a complete answer was followed by more: %r", _)
             return (
@@ -158,9 +160,12 @@ class Ingress(OpenAiIngress):
             )
         if isinstance(body, ChatCompletionRequest) and not body.messages:
             return error_response(400, "messages: at least one message is needed", param="messages")
-        if isinstance(body, CompletionRequest) and body.prompt_embeds is None:
-            if body.prompt in (None, "", [], [[]], [""]):
-                return error_response(400, "prompt: it must not be empty", param="prompt")
+        if (
+            isinstance(body, CompletionRequest)
+            and body.prompt_embeds is None
+            and body.prompt in (None, "", [], [[]], [""])
+        ):
+            return error_response(400, "prompt: it must not be empty", param="prompt")
         return None
 
 

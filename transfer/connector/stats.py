@@ -6,7 +6,6 @@ import copy
 from enum import StrEnum
 from typing import Any, ClassVar
 
-
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
@@ -34,6 +33,7 @@ class TransferStats(KVConnectorStats):
     ``data`` holds plain numbers and lists only, because it crosses processes.
     """
 
+    data: dict[str, Any]
     _SUMS: ClassVar[tuple[str, ...]] = ("bytes", "tokens", "recomputed_tokens")
     _LISTS: ClassVar[tuple[str, ...]] = ("read_seconds", "handoff_seconds")
 

@@ -26,7 +26,7 @@ from transfer.connector.ticket import Ticket
 from transfer.discovery import make_discovery
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
-from transfer.engine.handoffs import EndedHandoff, HandoffState, Offer
+from transfer.engine.handoff import EndedHandoff, HandoffState, Offer
 from transfer.errors import ConfigurationError, HandoffRefused, LayoutMismatch, Phase
 from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
 
@@ -347,7 +347,8 @@ def _view(tensor: torch.Tensor) -> LayerView:
 
 
 def _axis_order(tensor: torch.Tensor) -> str:
-    order = sorted(range(4), key=lambda axis: (-tensor.stride(axis), axis))
+    strides = tensor.stride()
+    order = sorted(range(4), key=lambda axis: (-strides[axis], axis))
     return "".join("BHNC"[axis] for axis in order)
 
 
