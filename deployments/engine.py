@@ -27,6 +27,16 @@ class Prefilled:
 class BatonEngine(VLLMEngine):
     """One vLLM engine of a Baton replica."""
 
+    async def start(self) -> None:
+        """Starts the engine.
+
+        Ray 2.60 looks for vLLM's tokenization under a name that vLLM 0.29 no longer uses, and then
+        says that the model cannot tokenize.
+        """
+        await super().start()
+        if self._oai_serving_tokenization is None:
+            self._oai_serving_tokenization = getattr(self._app_state, "serving_tokenization", None)
+
     def _prepare_engine_config(self, callback_ctx: Any) -> Any:
         """Runs the worker inside the engine process where one CPU worker is all there is.
 
