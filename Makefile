@@ -59,11 +59,14 @@ test: model ## Run every test but those marked slow
 	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
 
 check: $(STAMP) ## Lint, formatting, types, spelling, import direction
-	$(BIN)/ruff check $(CODE)
-	$(BIN)/ruff format --check $(CODE)
-	$(BIN)/mypy
-	git ls-files -z | xargs -0 $(BIN)/codespell
-	$(BIN)/lint-imports
+	@failed=0; run() { echo "+ $$*"; "$$@" || failed=1; }; \
+	run $(BIN)/ruff check $(CODE); \
+	run $(BIN)/ruff format --check $(CODE); \
+	run $(BIN)/mypy; \
+	git ls-files -z > $(VENV)/tracked; \
+	run xargs -0 -a $(VENV)/tracked $(BIN)/codespell; \
+	run $(BIN)/lint-imports; \
+	exit $$failed
 
 format: $(STAMP) ## Rewrite the code in the house format
 	$(BIN)/ruff check --fix $(CODE)
