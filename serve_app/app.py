@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from ray import serve
@@ -9,12 +11,14 @@ from ray.llm._internal.serve.core.configs.openai_api_models import to_model_meta
 from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, ModelLoadingConfig, build_llm_deployment
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
 from deployments.decode import DecodeServer
 from deployments.handoff_state import RetryPolicy
 from deployments.prefill import PrefillServer
 from deployments.replica_router import HintedRouter
-from serve_app.config import Settings, SideSettings, parse_settings
+from serve_app.config import Settings, SettingsError, SideSettings, parse_settings
 from serve_app.demo_model import resolve_model
 from serve_app.ingress import ingress_app
 
@@ -42,6 +46,7 @@ def build_app(args: dict[str, Any]) -> Application:
         SettingsError: a setting is wrong; names it and says what would be right.
     """
     settings = parse_settings(args)
+    _check_engine_arguments(settings)
     configs: dict[Role, LLMConfig] = {
         role: llm_config(settings, role) for role in ("prefill", "decode")
     }
@@ -94,6 +99,22 @@ def llm_config(settings: Settings, role: Role) -> LLMConfig:
         experimental_configs={"stream_batching_interval_ms": 0},
         log_engine_metrics=True,
     )
+
+
+def _check_engine_arguments(settings: Settings) -> None:
+    """Names the section of an engine argument that vLLM does not have; Ray would only name it."""
+    known = {field.name for cls in (AsyncEngineArgs, FrontendArgs) for field in fields(cls)}
+    sections = {
+        "engine": settings.engine,
+        "prefill.engine": settings.prefill.engine,
+        "decode.engine": settings.decode.engine,
+    }
+    for section, arguments in sections.items():
+        for name in arguments:
+            if name not in known:
+                close = get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise SettingsError(f"{section}.{name}: vLLM has no such argument{hint}")
 
 
 def _engine_kwargs(settings: Settings, role: Role) -> dict[str, Any]:

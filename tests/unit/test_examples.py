@@ -13,7 +13,7 @@ from ray.serve.deployment import Application, Deployment
 from deployments.decode import DecodeServer
 from deployments.prefill import PrefillServer
 from serve_app import app
-from serve_app.config import load_document, parse_settings
+from serve_app.config import SettingsError, load_document, parse_settings
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DEMO = "config.yaml"
@@ -158,3 +158,21 @@ def test_several_replicas_pinned_to_their_machines() -> None:
 
 def _deployment(application: Application) -> Deployment:
     return application._bound_deployment
+
+
+@pytest.mark.parametrize("section", ["engine", "prefill", "decode"])
+def test_an_unknown_engine_argument_is_named_with_its_section(section: str) -> None:
+    args: dict[str, Any] = {
+        "model": {"id": "m", "source": "m"},
+        "discovery": {"kind": "static"},
+        "engine": {},
+        "prefill": {},
+        "decode": {},
+    }
+    if section == "engine":
+        args["engine"] = {"max_model_length": 1}
+    else:
+        args[section] = {"engine": {"max_model_length": 1}}
+    path = section if section == "engine" else f"{section}.engine"
+    with pytest.raises(SettingsError, match=rf"^{path}\.max_model_length: .*max_model_len"):
+        app.build_app(args)
