@@ -94,7 +94,7 @@ def llm_config(settings: Settings, role: Role) -> LLMConfig:
             "strategy": side.resources.strategy,
         },
         deployment_config=_deployment_config(side),
-        runtime_env={"env_vars": _environment(side, on_gpu=on_gpu)},
+        runtime_env={"env_vars": _environment(settings, side, on_gpu=on_gpu)},
         # Tokens go out as they come, none waits for others to share a message with.
         experimental_configs={"stream_batching_interval_ms": 0},
         log_engine_metrics=True,
@@ -160,6 +160,13 @@ def _bundle(side: SideSettings) -> dict[str, float]:
     return {name: amount for name, amount in bundle.items() if amount} | resources.custom
 
 
-def _environment(side: SideSettings, *, on_gpu: bool) -> dict[str, str]:
-    one_core = not on_gpu and side.tensor_parallel_size == 1
-    return {**(_ONE_CORE_ENGINE if one_core else {}), **side.env}
+def _environment(settings: Settings, side: SideSettings, *, on_gpu: bool) -> dict[str, str]:
+    environment: dict[str, str] = {}
+    if not on_gpu:
+        if side.tensor_parallel_size == 1:
+            environment |= _ONE_CORE_ENGINE
+        if {**settings.engine, **side.engine}.get("enforce_eager"):
+            # vLLM's sampler compiles itself all the same on the first request with logprobs: 17 s,
+            # and the end of the engine where there is no C++ compiler.
+            environment["TORCHDYNAMO_DISABLE"] = "1"
+    return environment | side.env
