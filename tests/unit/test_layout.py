@@ -208,6 +208,14 @@ def test_axes_of_one_do_not_split_chunks(physical: KVCacheLayout) -> None:
     assert layout.chunk_bytes == 4 * 5 * 4
 
 
+@pytest.mark.parametrize("stride", [0, 7, 1 << 20])
+def test_stride_of_an_axis_of_one_means_nothing(stride: int) -> None:
+    view = LayerView(4096, (6, 1, 4, 8), (64, stride, 16, 2), 2)
+    layout = describe([view], num_blocks=6, block_size=4, rank=0, tp_size=1)
+
+    assert (layout.chunk_offsets, layout.chunk_bytes) == ((0,), 64)
+
+
 @given(size=sizes, num_blocks=st.integers(1, 4), data=st.data())
 def test_layouts_that_cut_blocks_alike_but_elsewhere_can_be_paired(
     size: Sizes, num_blocks: int, data: st.DataObject

@@ -37,6 +37,7 @@ def chosen(candidates: list[Any], request: Any) -> list[list[str]]:
         (RouteHint(exclude=frozenset("abc")), []),
         (RouteHint(only="b"), [["b"]]),
         (RouteHint(only="gone"), []),
+        (RouteHint(only=""), []),
         (RouteHint(only="a", exclude=frozenset("a")), [["a"]]),
     ],
 )
