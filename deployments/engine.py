@@ -34,7 +34,7 @@ class BatonEngine(VLLMEngine):
         says that the model cannot tokenize.
         """
         await super().start()
-        if self._oai_serving_tokenization is None:
+        if getattr(self, "_oai_serving_tokenization", None) is None:
             self._oai_serving_tokenization = getattr(self._app_state, "serving_tokenization", None)
 
     def _prepare_engine_config(self, callback_ctx: Any) -> Any:

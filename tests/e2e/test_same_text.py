@@ -99,7 +99,7 @@ def test_same_text_as_one_engine(
 
     def ask(case: Case) -> str:
         # A salt of its own keeps the first run's blocks from serving the second.
-        answer = client.completions.create(
+        answer: Any = client.completions.create(
             model=MODEL,
             prompt=case.prompt,
             max_tokens=MAX_TOKENS,
