@@ -69,6 +69,10 @@ class PeerUnreachable(RetryableError):
     """No connection to the peer could be made, or it broke."""
 
 
+class TransportUnavailable(RetryableError):
+    """This way of moving bytes does not work with this peer; another one may."""
+
+
 class DeadlineExceeded(RetryableError):
     """The peer did not answer in time."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from transfer.addressing import SCHEMES_BEST_FIRST
 from transfer.errors import ConfigurationError, Phase
 
 MAX_SLICE_BYTES = 1 << 30
+AUTO = "auto"
 MIN_SECONDS = 0.001
 MAX_SECONDS = 86400.0
 
@@ -27,12 +29,16 @@ class TransferSettings:
         connect_timeout_s: for one connection, handshake included.
         read_deadline_s: default for a whole read, from submission to confirmation.
         stall_timeout_s: a peer that moves nothing for so long in the middle of a message is cut.
+        transports: ``auto``, or the schemes that data may go by, for example ``["tcp"]``: this
+            engine reads by no other and serves no other. Control messages always go over the TCP
+            port.
         max_connections: connections that a listener keeps; more are turned away.
         socket_buffer_bytes: of every socket; 0 leaves it to the kernel, which tunes it.
     """
 
     host: str = "127.0.0.1"
     port: int = 0
+    transports: str | tuple[str, ...] = AUTO
     streams_per_peer: int = 2
     max_reads_per_peer: int = 4
     slice_bytes: int = 8 << 20
@@ -48,6 +54,7 @@ class TransferSettings:
         if not isinstance(self.host, str) or not 0 < len(self.host) <= 255:
             raise _wrong("host", self.host, "a host name or an IP address")
         _check_whole("port", self.port, 0, 65535)
+        object.__setattr__(self, "transports", _checked_transports(self.transports))
         _check_whole("streams_per_peer", self.streams_per_peer, 1, 64)
         _check_whole("max_reads_per_peer", self.max_reads_per_peer, 1, 256)
         _check_whole("slice_bytes", self.slice_bytes, 4096, MAX_SLICE_BYTES)
@@ -56,6 +63,20 @@ class TransferSettings:
         _check_whole("socket_buffer_bytes", self.socket_buffer_bytes, 0, 1 << 30)
         for name in ("ticket_ttl_s", "connect_timeout_s", "read_deadline_s", "stall_timeout_s"):
             _check_seconds(name, getattr(self, name))
+
+
+def _checked_transports(value: object) -> str | tuple[str, ...]:
+    if value == AUTO:
+        return AUTO
+    if (
+        not isinstance(value, list | tuple)
+        or not value
+        or any(scheme not in SCHEMES_BEST_FIRST for scheme in value)
+        or len(set(value)) != len(value)
+    ):
+        known = ", ".join(SCHEMES_BEST_FIRST)
+        raise _wrong("transports", value, f'"{AUTO}" or a list of different ones of {known}')
+    return tuple(value)
 
 
 def _check_whole(name: str, value: object, low: int, high: int) -> None:

@@ -183,6 +183,20 @@ def slice_plan(plan: ReadPlan, max_bytes: int, max_rows: int) -> Iterator[ReadPl
             yield ReadPlan(local=local[at:upto], remote=remote[at:upto])
 
 
+def without_first(plan: ReadPlan, done_bytes: int) -> ReadPlan:
+    """What is left of a plan whose first ``done_bytes`` bytes were moved."""
+    row_ends = np.cumsum(plan.local[:, 1])
+    row = int(np.searchsorted(row_ends, done_bytes, side="right"))
+    local, remote = plan.local[row:].copy(), plan.remote[row:].copy()
+    if row < row_ends.size:
+        left = row_ends[row] - np.uint64(done_bytes)
+        cut = local[0, 1] - left
+        for side in (local, remote):
+            side[0, 0] += cut
+            side[0, 1] = left
+    return ReadPlan(local=local, remote=remote)
+
+
 def _bounds(spans: SpanArray) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Sorted starts and the ends that go with them."""
     starts = spans[:, 0]

@@ -75,12 +75,15 @@ class PeerInfo:
 
     Attributes:
         layout: opaque to the engine; the layer above describes its memory in it.
+        addresses: where its memory can be read other than by the transport that carried the
+            handshake. Unlike those of a record they cannot be of an earlier start.
     """
 
     peer: PeerId
     incarnation: str
     layout_hash: str
     layout: bytes
+    addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeAlias
 
 import numpy as np
 import pytest
 
 from tests.support.owner_process import OwnerReport, owner_process
+from tests.support.stalling_memory import StallingMemory
 from tests.support.stalling_proxy import StallingProxy
+from tests.support.transfer_cases import TransferCase, why_no_process_memory
 from tests.support.transfer_engines import (
     Buffer,
     Directory,
@@ -22,7 +27,6 @@ from tests.support.transfer_engines import (
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle
 from transfer.errors import DeadlineExceeded, HandoffRefused, PeerUnreachable
-from transfer.settings import TransferSettings
 from transfer.spans import block_spans
 from transfer.types import ReadPlan
 
@@ -30,15 +34,19 @@ NUM_BLOCKS = 256
 BLOCK_BYTES = 65_536
 STALL_AT_BYTES = 3 << 20
 
+Stall: TypeAlias = StallingProxy | StallingMemory
+
 
 class Reader:
-    """The reading side, in this process."""
+    """The reading side, in this process, and how to start owners that it can read from."""
 
-    def __init__(self) -> None:
+    def __init__(self, case: TransferCase) -> None:
+        self.case = case
         self.directory = Directory()
         self.local = Buffer(NUM_BLOCKS, BLOCK_BYTES, fill=0)
-        settings = TransferSettings(slice_bytes=256 << 10)
-        self.engine: TransferEngine = make_engine(self.directory, "reader", settings=settings)
+        self.engine: TransferEngine = make_engine(
+            self.directory, "reader", settings=case.settings(slice_bytes=256 << 10)
+        )
         self.engine.register(self.local.address, self.local.bytes.nbytes)
 
     def read(self, report: OwnerReport, number: int, deadline_s: float = 20) -> TransferHandle:
@@ -49,14 +57,30 @@ class Reader:
             report.record.peer, report.credentials(number), lambda _: plan, deadline_s
         )
 
+    def owner(
+        self, incarnation: str
+    ) -> AbstractContextManager[tuple[subprocess.Popen[str], OwnerReport]]:
+        return owner_process(incarnation, NUM_BLOCKS, BLOCK_BYTES, settings=self.case.forced)
+
+    @contextmanager
+    def stalled(self, report: OwnerReport) -> Iterator[Stall]:
+        """Reads from the owner stop after 3 MiB until it resumes."""
+        make = StallingMemory if self.case.one_sided else StallingProxy
+        with make(report.address, STALL_AT_BYTES) as stall:
+            self.directory.publish(report.record)
+            self.directory.move(report.record.peer, stall.address)
+            yield stall
+
     def has_it_all(self) -> bool:
         """The owner fills its buffer from the same seed."""
         return bool(np.array_equal(self.local.bytes, Buffer(NUM_BLOCKS, BLOCK_BYTES).bytes))
 
 
-@pytest.fixture
-def reader() -> Iterator[Reader]:
-    made = Reader()
+@pytest.fixture(params=["tcp", "shm"])
+def reader(request: pytest.FixtureRequest) -> Iterator[Reader]:
+    if request.param == "shm" and (why := why_no_process_memory()):
+        pytest.skip(why)
+    made = Reader(TransferCase(request.param, {"transports": [request.param]}))
     with made.engine:
         yield made
 
@@ -66,7 +90,7 @@ def half_way(handle: TransferHandle) -> None:
 
 
 def test_bytes_cross_processes(reader: Reader) -> None:
-    with owner_process("one", NUM_BLOCKS, BLOCK_BYTES) as (_, report):
+    with reader.owner("one") as (_, report):
         reader.directory.publish(report.record)
         succeeds(reader.read(report, 0))
         assert reader.has_it_all()
@@ -74,42 +98,39 @@ def test_bytes_cross_processes(reader: Reader) -> None:
 
 def test_an_owner_that_is_killed_half_way(reader: Reader) -> None:
     with (
-        owner_process("one", NUM_BLOCKS, BLOCK_BYTES) as (process, report),
-        StallingProxy(report.address, STALL_AT_BYTES) as proxy,
+        reader.owner("one") as (process, report),
+        reader.stalled(report) as stall,
     ):
-        reader.directory.publish(report.record)
-        reader.directory.move(report.record.peer, proxy.address)
         handle = reader.read(report, 0)
         half_way(handle)
         process.kill()
         process.wait()
         begun = time.monotonic()
-        proxy.resume()
+        stall.resume()
         fails(handle, PeerUnreachable)
         assert time.monotonic() - begun < 2
 
 
 def test_an_owner_that_is_stopped_half_way(reader: Reader) -> None:
     with (
-        owner_process("one", NUM_BLOCKS, BLOCK_BYTES) as (process, report),
-        StallingProxy(report.address, STALL_AT_BYTES) as proxy,
+        reader.owner("one") as (process, report),
+        reader.stalled(report) as stall,
     ):
-        reader.directory.publish(report.record)
-        reader.directory.move(report.record.peer, proxy.address)
         handle = reader.read(report, 0, deadline_s=1.0)
         half_way(handle)
         process.send_signal(signal.SIGSTOP)
-        proxy.resume()
+        stall.resume()
         begun = time.monotonic()
         fails(handle, DeadlineExceeded)
         assert time.monotonic() - begun < 2
         process.send_signal(signal.SIGCONT)
-        succeeds(reader.read(report, 0))
+        # Over shm the bytes were there and the release was sent: the owner takes it in now.
+        succeeds(reader.read(report, 1 if reader.case.one_sided else 0))
         assert reader.has_it_all()
 
 
 def test_an_owner_that_is_stopped_before_it_is_asked(reader: Reader) -> None:
-    with owner_process("one", NUM_BLOCKS, BLOCK_BYTES) as (process, report):
+    with reader.owner("one") as (process, report):
         reader.directory.publish(report.record)
         process.send_signal(signal.SIGSTOP)
         fails(reader.read(report, 0, deadline_s=0.5), DeadlineExceeded)
@@ -126,12 +147,12 @@ def test_an_owner_that_is_stopped_before_it_is_asked(reader: Reader) -> None:
 
 
 def test_an_owner_that_is_killed_and_starts_anew(reader: Reader) -> None:
-    with owner_process("one", NUM_BLOCKS, BLOCK_BYTES) as (process, report):
+    with reader.owner("one") as (process, report):
         reader.directory.publish(report.record)
         succeeds(reader.read(report, 0))
         process.kill()
     fails(reader.read(report, 1), PeerUnreachable)
-    with owner_process("two", NUM_BLOCKS, BLOCK_BYTES) as (_, report_anew):
+    with reader.owner("two") as (_, report_anew):
         reader.directory.publish(report_anew.record)
         fails(reader.read(report, 1), HandoffRefused, "two")
         reader.local.bytes.fill(0)
@@ -140,7 +161,7 @@ def test_an_owner_that_is_killed_and_starts_anew(reader: Reader) -> None:
 
 
 def test_idle_engines_use_no_processor(reader: Reader) -> None:
-    with owner_process("one", NUM_BLOCKS, BLOCK_BYTES) as (process, report):
+    with reader.owner("one") as (process, report):
         reader.directory.publish(report.record)
         succeeds(reader.read(report, 0))
         time.sleep(0.1)

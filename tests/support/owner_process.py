@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.support.transfer_engines import LAYOUT_HASH, Buffer, Directory, make_engine
-from transfer.engine.handoffs import Offer
+from transfer.engine.handoff import Offer
 from transfer.settings import TransferSettings
 from transfer.types import Credentials, PeerId, WorkerRecord
 
@@ -44,10 +45,15 @@ class OwnerReport:
 
 @contextmanager
 def owner_process(
-    incarnation: str, num_blocks: int, block_bytes: int, offers: int = 4
+    incarnation: str,
+    num_blocks: int,
+    block_bytes: int,
+    offers: int = 4,
+    settings: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[subprocess.Popen[str], OwnerReport]]:
-    """A running owner; killed at the end."""
+    """A running owner, with other transfer settings than the defaults; killed at the end."""
     arguments = [incarnation, str(num_blocks), str(block_bytes), str(offers)]
+    arguments.append(json.dumps({"slice_bytes": 256 << 10, **(settings or {})}))
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.support.owner_process", *arguments],
         cwd=ROOT,
@@ -64,13 +70,13 @@ def owner_process(
 
 
 def main() -> None:
-    incarnation, num_blocks, block_bytes, offers = sys.argv[1:]
+    incarnation, num_blocks, block_bytes, offers, settings = sys.argv[1:]
     buffer = Buffer(int(num_blocks), int(block_bytes))
     engine = make_engine(
         Directory(),
         "owner",
         incarnation=incarnation,
-        settings=TransferSettings(slice_bytes=256 << 10),
+        settings=TransferSettings(**json.loads(settings)),
     )
     engine.register(buffer.address, buffer.bytes.nbytes)
     with engine:

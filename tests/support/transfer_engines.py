@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from transfer.discovery.base import PeerEvent, PeerEventKind
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
-from transfer.engine.handoffs import EndedHandoff, Offer
+from transfer.engine.handoff import EndedHandoff, Offer
 from transfer.errors import PeerUnknown, Phase, TransferError
 from transfer.settings import TransferSettings
 from transfer.spans import block_spans
@@ -127,7 +128,16 @@ class Pair:
     reader: TransferEngine
     remote: Buffer
     local: Buffer
+    settings: TransferSettings
     owner_id: PeerId = field(default_factory=lambda: PeerId("owner", 0))
+
+    def engine(self, name: str, **arguments: Any) -> TransferEngine:
+        """One more engine in the same directory, with the same settings unless told otherwise."""
+        return make_engine(self.directory, name, **{"settings": self.settings, **arguments})
+
+    def with_reader(self, reader: TransferEngine, local: Buffer) -> Pair:
+        """The same owner with another reader."""
+        return replace(self, reader=reader, local=local)
 
     def offer(
         self,
@@ -169,7 +179,7 @@ def engine_pair(
     num_blocks: int = 64,
     block_bytes: int = 4096,
     *,
-    settings: TransferSettings | None = None,
+    settings: TransferSettings,
 ) -> Iterator[Pair]:
     """Two started engines that know each other."""
     directory = Directory()
@@ -180,7 +190,7 @@ def engine_pair(
     owner.register(remote.address, remote.bytes.nbytes)
     reader.register(local.address, local.bytes.nbytes)
     with owner, reader:
-        yield Pair(directory, owner, reader, remote, local)
+        yield Pair(directory, owner, reader, remote, local, settings)
 
 
 def take_ended(engine: TransferEngine, timeout_s: float = 5.0) -> list[EndedHandoff]:

@@ -19,6 +19,7 @@ from transfer.spans import (
     overlaps_itself,
     slice_plan,
     total_bytes,
+    without_first,
 )
 from transfer.types import ReadPlan, SpanArray
 
@@ -159,6 +160,14 @@ def test_slices_are_bounded_and_together_the_plan(
         assert 0 < total_bytes(piece.local) <= max_bytes
         assert 0 < piece.local.shape[0] <= max_rows
         assert np.array_equal(piece.local[:, 1], piece.remote[:, 1])
+
+
+@given(plans(), st.data())
+def test_the_rest_of_a_plan_is_what_was_not_moved(plan: ReadPlan, data: st.DataObject) -> None:
+    done = data.draw(st.integers(0, total_bytes(plan.local)))
+    rest = without_first(plan, done)
+    assert addresses(rest.local) == addresses(plan.local)[done:]
+    assert addresses(rest.remote) == addresses(plan.remote)[done:]
 
 
 def test_slices_are_full_when_rows_allow() -> None:

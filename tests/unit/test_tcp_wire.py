@@ -42,6 +42,7 @@ DECODERS: list[Callable[[bytes], object]] = [
     wire.decode_hello,
     wire.decode_welcome,
     wire.decode_read,
+    wire.decode_begin,
     wire.decode_release,
     wire.decode_abort,
     wire.decode_renew,
@@ -81,15 +82,18 @@ def test_hello_round_trip(engine_id: str, rank: int, incarnation: str) -> None:
     assert wire.decode_hello(wire.encode_hello(caller)) == caller
 
 
-@given(TEXT, TEXT, st.binary(max_size=200))
-def test_welcome_round_trip(engine_id: str, layout_hash: str, layout: bytes) -> None:
-    info = PeerInfo(PeerId(engine_id, 3), "i", layout_hash, layout)
+@given(TEXT, TEXT, st.binary(max_size=200), st.lists(TEXT, max_size=16).map(tuple))
+def test_welcome_round_trip(
+    engine_id: str, layout_hash: str, layout: bytes, addresses: tuple[str, ...]
+) -> None:
+    info = PeerInfo(PeerId(engine_id, 3), "i", layout_hash, layout, addresses)
     assert wire.decode_welcome(wire.encode_welcome(info)) == info
 
 
 @given(CREDENTIALS, st.booleans(), TEXT)
 def test_release_and_abort_round_trip(proof: Credentials, used: bool, reason: str) -> None:
-    assert wire.decode_release(wire.encode_release(proof, used=used)) == (proof, used)
+    body = wire.encode_release(proof, used=used, read_id=reason)
+    assert wire.decode_release(body) == (proof, reason, used)
     assert wire.decode_abort(wire.encode_abort(proof, reason)) == (proof, reason)
 
 
@@ -103,6 +107,9 @@ def test_read_round_trip(proof: Credentials, block_ids: list[int]) -> None:
     spans = block_spans(1 << 40, 4096, 4096, block_ids)
     decoded, rows = wire.decode_read(wire.encode_credentials(proof) + spans.tobytes())
     assert decoded == proof
+    assert rows.tolist() == spans.tolist()
+    begun, read_id, rows = wire.decode_begin(wire.encode_begin(proof, "id", spans))
+    assert (begun, read_id) == (proof, "id")
     assert rows.tolist() == spans.tolist()
 
 
@@ -134,6 +141,7 @@ def test_errors_keep_their_kind(sent: type[TransferError], received: type[Transf
         lambda: wire.encode_credentials(Credentials("h", "i", 1 << 64, "t", "r")),
         lambda: wire.encode_renew([PROOF] * 513),
         lambda: wire.encode_welcome(PeerInfo(PeerId("p", 0), "i", "h", bytes((1 << 20) + 1))),
+        lambda: wire.encode_welcome(PeerInfo(PeerId("p", 0), "i", "h", b"", ("a",) * 17)),
     ],
 )
 def test_what_the_peer_would_refuse_is_not_sent(encode: Callable[[], bytes]) -> None:
@@ -153,7 +161,7 @@ def test_any_bytes_give_a_value_or_a_typed_error(decode: Callable[[bytes], objec
     @example(b"\xff" * 64)
     @example(b"\x00" * 64)
     @example(wire.encode_credentials(PROOF))
-    @example(wire.encode_release(PROOF, used=True)[:-1] + b"\x02")
+    @example(wire.encode_release(PROOF, used=True, read_id="")[:-1] + b"\x02")
     @example(wire.encode_renew([PROOF]) + b"!")
     def check(data: bytes) -> None:
         with contextlib.suppress(ProtocolError):

@@ -26,7 +26,7 @@ from transfer.connector.ticket import Ticket
 from transfer.discovery import make_discovery
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
-from transfer.engine.handoffs import EndedHandoff, HandoffState, Offer
+from transfer.engine.handoff import EndedHandoff, HandoffState, Offer
 from transfer.errors import ConfigurationError, HandoffRefused, LayoutMismatch, Phase
 from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
 

@@ -14,7 +14,8 @@ from typing import Self
 
 from transfer.engine.budget import ByteBudget
 from transfer.engine.handle import TransferHandle
-from transfer.engine.handoffs import EndedHandoff, HandoffTable, Offer, OfferSnapshot
+from transfer.engine.handoff import EndedHandoff, Offer, OfferSnapshot
+from transfer.engine.handoffs import HandoffTable
 from transfer.engine.links import Link, PeerLinks
 from transfer.engine.memory import MemoryRegion, MemoryTable
 from transfer.engine.owner import Owner
@@ -147,7 +148,7 @@ class TransferEngine:
             if self._state is EngineState.RUNNING:
                 raise _misconfigured("the engine was started before")
             owner = Owner(self._info, self._table, self._memory)
-            listeners = [transport.listen(owner) for transport in self._transports.all()]
+            listeners = self._transports.listen(owner, owner.reached_at)
             self._timer.start()
             with self._lock:
                 self._listeners = listeners
@@ -261,7 +262,7 @@ class TransferEngine:
             credentials,
             "release",
             lambda link, timeout_s: link.control.release(
-                credentials, used=used, timeout_s=timeout_s
+                credentials, used=used, read_id="", timeout_s=timeout_s
             ),
         )
 

@@ -12,9 +12,17 @@ import hmac
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import replace
 
+from transfer.engine.handoff import (
+    EndedHandoff,
+    Handoff,
+    HandoffState,
+    Offer,
+    OfferSnapshot,
+    Permit,
+    Release,
+)
 from transfer.errors import HandoffRefused, Phase, RegistrationError
 from transfer.spans import check_spans, coverage, empty_spans, lies_within
 from transfer.transports.base import Caller
@@ -23,104 +31,8 @@ from transfer.types import Credentials, PeerId, SpanArray
 REMEMBERED_ENDS = 4096
 """Ended hand-offs that are kept to tell a late reader why, and to answer a repeated release."""
 
-
-class HandoffState(StrEnum):
-    OFFERED = "offered"
-    READING = "reading"
-    RELEASED = "released"
-    ABORTED = "aborted"
-    EXPIRED = "expired"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Offer:
-    """What an owner lets others read.
-
-    Attributes:
-        handoff_id: uuid, 32 hex digits; never offered twice.
-        fence: number never reused within the engine's incarnation.
-        token: secret that a reader must show.
-        grant: what may be read; any order, rows may touch.
-        readers: how many distinct readers must release before the hand-off ends.
-        ttl_s: life without a read or a renewal, each of which begins it anew.
-        num_blocks: for statistics only.
-    """
-
-    handoff_id: str
-    fence: int
-    token: str
-    grant: SpanArray
-    readers: int
-    ttl_s: float
-    num_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class EndedHandoff:
-    """A hand-off that is over: its blocks may be freed.
-
-    Attributes:
-        state: ``RELEASED``, ``ABORTED`` or ``EXPIRED``.
-        reason: for people.
-        age_s: from the offer to the end.
-    """
-
-    handoff_id: str
-    fence: int
-    state: HandoffState
-    reason: str
-    num_blocks: int
-    age_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class OfferSnapshot:
-    """One live hand-off, for statistics.
-
-    Attributes:
-        readers_left: releases still missing.
-        expires_in_s: seconds until it expires if nobody renews.
-    """
-
-    handoff_id: str
-    state: HandoffState
-    num_blocks: int
-    readers_left: int
-    age_s: float
-    expires_in_s: float
-
-
-class Permit:
-    """Leave to read, given by :meth:`HandoffTable.begin_read`."""
-
-    __slots__ = ("_handoff", "_revoke", "valid")
-
-    def __init__(self, handoff: _Handoff, revoke: Callable[[], None]) -> None:
-        self._handoff = handoff
-        self._revoke = revoke
-        self.valid = True
-
-    def __repr__(self) -> str:
-        return f"<Permit {self._handoff.offer.handoff_id} {'valid' if self.valid else 'revoked'}>"
-
-
-@dataclass(slots=True, eq=False)
-class _Handoff:
-    offer: Offer
-    cover: SpanArray
-    offered_at_s: float
-    deadline_s: float
-    state: HandoffState = HandoffState.OFFERED
-    reason: str = ""
-    ended_at_s: float = 0.0
-    # Reader names: how each was counted off, and which process reads for those that were not.
-    released: dict[str, bool] = field(default_factory=dict)
-    reading: dict[str, Caller] = field(default_factory=dict)
-    permits: set[Permit] = field(default_factory=set)
-
-    @property
-    def live(self) -> bool:
-        return self.state in (HandoffState.OFFERED, HandoffState.READING)
+MAX_ONE_SIDED_READS = 1024
+"""One-sided reads that one hand-off admits, those that were broken off and begun anew included."""
 
 
 class HandoffTable:
@@ -135,9 +47,9 @@ class HandoffTable:
         self._incarnation = incarnation
         self._clock = clock
         self._lock = threading.Lock()
-        self._live: dict[str, _Handoff] = {}
-        self._over: OrderedDict[str, _Handoff] = OrderedDict()
-        self._untaken: list[_Handoff] = []
+        self._live: dict[str, Handoff] = {}
+        self._over: OrderedDict[str, Handoff] = OrderedDict()
+        self._untaken: list[Handoff] = []
 
     def __repr__(self) -> str:
         with self._lock:
@@ -167,7 +79,7 @@ class HandoffTable:
         with self._lock:
             if offer.handoff_id in self._live or offer.handoff_id in self._over:
                 raise _refused("offered before", offer.handoff_id, Phase.REGISTER)
-            self._live[offer.handoff_id] = _Handoff(offer, cover, now, now + offer.ttl_s)
+            self._live[offer.handoff_id] = Handoff(offer, cover, now, now + offer.ttl_s)
 
     def begin_read(
         self,
@@ -181,37 +93,47 @@ class HandoffTable:
         Raises:
             HandoffRefused: credentials, state or spans do not allow it.
         """
-        try:
-            check_spans(spans)
-        except RegistrationError as error:
-            raise _refused(error.message, credentials.handoff_id) from error
-        self._expire_if_due(credentials.handoff_id)
+        self._check_before_read(credentials, spans)
         with self._lock:
-            handoff = self._admitted(credentials, Phase.READ)
-            if credentials.reader in handoff.released:
-                raise _refused("this reader has released it", credentials.handoff_id)
-            if not lies_within(spans, handoff.cover):
-                raise _refused("spans outside of what is offered", credentials.handoff_id)
+            handoff = self._begun(caller, credentials, spans)
             permit = Permit(handoff, revoke)
             handoff.permits.add(permit)
-            handoff.reading[credentials.reader] = caller
-            handoff.state = HandoffState.READING
-            self._extend(handoff)
             return permit
+
+    def begin_one_sided_read(
+        self, caller: Caller, credentials: Credentials, spans: SpanArray, read_id: str
+    ) -> None:
+        """Admit one read; see :class:`~transfer.transports.base.OwnerService`.
+
+        Raises:
+            HandoffRefused: credentials, state or spans do not allow it.
+        """
+        self._check_before_read(credentials, spans)
+        with self._lock:
+            handoff = self._begun(caller, credentials, spans)
+            reads = handoff.one_sided
+            if not read_id or reads.get(read_id, credentials.reader) != credentials.reader:
+                raise _refused("read id empty or another reader's", credentials.handoff_id)
+            if len(reads) >= MAX_ONE_SIDED_READS and read_id not in reads:
+                raise _refused("begun too often", credentials.handoff_id)
+            reads[read_id] = credentials.reader
 
     def end_read(self, permit: Permit) -> None:
         """The spans of ``permit`` are not touched any more. Idempotent."""
         with self._lock:
-            permit._handoff.permits.discard(permit)
+            permit.handoff.permits.discard(permit)
 
-    def release(self, credentials: Credentials, *, used: bool) -> None:
+    def release(self, credentials: Credentials, *, used: bool, read_id: str = "") -> None:
         """Count a reader off; the last one ends the hand-off.
 
-        Returning means that the blocks were pinned from the offer until now. A repeated release
-        counts once and is answered like the first, even after the end.
+        Returning means that the blocks were pinned from the offer until now or, if the same read
+        was confirmed before, until then. A repeated release counts once and is answered like the
+        first, even after the end.
 
         Args:
             used: False when the reader did not and will not read.
+            read_id: of the one-sided read that is over. Another read under the same reader's name
+                may have gone on after the blocks were free, which nobody could stop.
 
         Raises:
             HandoffRefused: the blocks may have been reused meanwhile.
@@ -221,14 +143,22 @@ class HandoffTable:
             handoff = self._known(credentials, Phase.CONFIRM)
             before = handoff.released.get(credentials.reader)
             if before is not None:
-                if used and not before:
+                if used and not before.used:
                     raise _refused(
                         "this reader forfeited it", credentials.handoff_id, Phase.CONFIRM
+                    )
+                if used and before.read_id != read_id:
+                    raise _refused(
+                        "another read of this reader released it",
+                        credentials.handoff_id,
+                        Phase.CONFIRM,
                     )
                 return
             if not handoff.live:
                 raise self._is_over(handoff, Phase.CONFIRM)
-            handoff.released[credentials.reader] = used
+            if read_id and handoff.one_sided.get(read_id) != credentials.reader:
+                raise _refused("that read never began", credentials.handoff_id, Phase.CONFIRM)
+            handoff.released[credentials.reader] = Release(used, read_id)
             handoff.reading.pop(credentials.reader, None)
             if len(handoff.released) >= handoff.offer.readers:
                 # No revoking: every reader said that it has what it wants, and the owner's side
@@ -341,7 +271,26 @@ class HandoffTable:
                 for handoff in self._live.values()
             ]
 
-    def _known(self, credentials: Credentials, phase: Phase) -> _Handoff:
+    def _check_before_read(self, credentials: Credentials, spans: SpanArray) -> None:
+        try:
+            check_spans(spans)
+        except RegistrationError as error:
+            raise _refused(error.message, credentials.handoff_id) from error
+        self._expire_if_due(credentials.handoff_id)
+
+    def _begun(self, caller: Caller, credentials: Credentials, spans: SpanArray) -> Handoff:
+        """The hand-off, in which a read of ``spans`` is admitted. Holds the lock."""
+        handoff = self._admitted(credentials, Phase.READ)
+        if credentials.reader in handoff.released:
+            raise _refused("this reader has released it", credentials.handoff_id)
+        if not lies_within(spans, handoff.cover):
+            raise _refused("spans outside of what is offered", credentials.handoff_id)
+        handoff.reading[credentials.reader] = caller
+        handoff.state = HandoffState.READING
+        self._extend(handoff)
+        return handoff
+
+    def _known(self, credentials: Credentials, phase: Phase) -> Handoff:
         """The hand-off, live or over, when the credentials fit it. Holds the lock."""
         if credentials.incarnation != self._incarnation:
             raise _refused("offered by another start of the owner", credentials.handoff_id, phase)
@@ -354,13 +303,13 @@ class HandoffTable:
             raise _refused("wrong fence", credentials.handoff_id, phase)
         return handoff
 
-    def _admitted(self, credentials: Credentials, phase: Phase) -> _Handoff:
+    def _admitted(self, credentials: Credentials, phase: Phase) -> Handoff:
         handoff = self._known(credentials, phase)
         if not handoff.live:
             raise self._is_over(handoff, phase)
         return handoff
 
-    def _extend(self, handoff: _Handoff) -> None:
+    def _extend(self, handoff: Handoff) -> None:
         handoff.deadline_s = max(handoff.deadline_s, self._clock() + handoff.offer.ttl_s)
 
     def _expire_if_due(self, handoff_id: str) -> None:
@@ -374,7 +323,7 @@ class HandoffTable:
             )
         _revoke(revoked)
 
-    def _end(self, handoff: _Handoff, state: HandoffState, reason: str) -> list[Permit]:
+    def _end(self, handoff: Handoff, state: HandoffState, reason: str) -> list[Permit]:
         """Move a live hand-off to an end state; gives the permits to revoke without the lock."""
         handoff.state = state
         handoff.reason = reason
@@ -383,6 +332,7 @@ class HandoffTable:
             permit.valid = False
         # Thousands of ended hand-offs are remembered: not with their spans.
         handoff.cover = empty_spans()
+        handoff.one_sided.clear()
         handoff.offer = replace(handoff.offer, grant=empty_spans())
         del self._live[handoff.offer.handoff_id]
         self._over[handoff.offer.handoff_id] = handoff
@@ -392,13 +342,13 @@ class HandoffTable:
         return list(handoff.permits)
 
     @staticmethod
-    def _is_over(handoff: _Handoff, phase: Phase) -> HandoffRefused:
+    def _is_over(handoff: Handoff, phase: Phase) -> HandoffRefused:
         return _refused(f"{handoff.state.value}: {handoff.reason}", handoff.offer.handoff_id, phase)
 
 
 def _revoke(permits: list[Permit]) -> None:
     for permit in permits:
-        permit._revoke()
+        permit.revoke()
 
 
 def _secret(token: str) -> bytes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transfer.engine.peers import Discovery
+from transfer.engine.routes import DataRoutes
 from transfer.errors import (
     DeadlineExceeded,
     HandoffRefused,
@@ -18,19 +20,21 @@ from transfer.errors import (
     TransferCancelled,
 )
 from transfer.settings import TransferSettings
-from transfer.transports.base import Caller, ControlChannel, DataChannel
+from transfer.transports.base import Caller, ControlChannel
 from transfer.transports.registry import Transports
 from transfer.types import PeerId, PeerInfo, WorkerRecord
+
+logger = logging.getLogger(__name__)
 
 _DISCOVERY_WAIT_S = 2.0
 
 
 class Link:
-    """Control and data channel to one start of an owner."""
+    """Control channel and ways to read from one start of an owner."""
 
-    def __init__(self, control: ControlChannel, data: DataChannel) -> None:
+    def __init__(self, control: ControlChannel, routes: DataRoutes) -> None:
         self.control = control
-        self.data = data
+        self.routes = routes
         self.users = 0
         self.retired = False
 
@@ -39,7 +43,7 @@ class Link:
         return self.control.info
 
     def close(self) -> None:
-        self.data.close()
+        self.routes.close()
         self.control.close()
 
 
@@ -67,6 +71,7 @@ class PeerLinks:
         self._current: Link | None = None
         self._in_use: set[Link] = set()
         self._closed = False
+        self._announced = ""
 
     def __repr__(self) -> str:
         with self._lock:
@@ -157,9 +162,9 @@ class PeerLinks:
         link = None
         try:
             self._check_info(control.info, incarnation)
-            transport, address = self._transports.data_routes(record.addresses)[0]
-            data = transport.open_data(address, self._caller, control)
-            link = self._adopt(Link(control, data))
+            found = self._transports.data_routes(record.addresses, control.info.addresses)
+            routes = DataRoutes(found, self._caller, control, self._announce)
+            link = self._adopt(Link(control, routes))
             return link
         finally:
             if link is None:
@@ -172,11 +177,19 @@ class PeerLinks:
                 self._current = link
                 self._occupy(link)
         if closed:
-            link.data.close()
+            link.routes.close()
             raise TransferCancelled(
                 "the engine is closed", phase=Phase.CONNECT, peer=str(self._owner)
             )
         return link
+
+    def _announce(self, route: str) -> None:
+        """Say how bytes come from the owner, unless that was the last thing said."""
+        with self._lock:
+            news = route != self._announced
+            self._announced = route
+        if news:
+            logger.info("reads from %s go over %s", self._owner, route)
 
     def _check_layout(self, said: WorkerRecord | PeerInfo) -> None:
         if said.layout_hash and said.layout_hash != self._layout_hash:

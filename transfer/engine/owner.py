@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from transfer.engine.handoffs import HandoffTable, Permit
+from transfer.engine.handoff import Permit
+from transfer.engine.handoffs import HandoffTable
 from transfer.engine.memory import MemoryTable
 from transfer.errors import HandoffRefused, Phase, RegistrationError
 from transfer.transports.base import Caller, ReadPermit
@@ -22,6 +24,10 @@ class Owner:
     def info(self) -> PeerInfo:
         return self._info
 
+    def reached_at(self, addresses: tuple[str, ...]) -> None:
+        """Tell readers from now on that memory can also be read at ``addresses``."""
+        self._info = replace(self._info, addresses=addresses)
+
     def begin_read(
         self,
         caller: Caller,
@@ -31,23 +37,35 @@ class Owner:
     ) -> Permit:
         permit = self._table.begin_read(caller, credentials, spans, revoke)
         try:
-            self._memory.check(spans, what="the offered spans", phase=Phase.READ)
-        except RegistrationError as error:
+            self._check_registered(credentials, spans)
+        except HandoffRefused:
             self._table.end_read(permit)
-            raise HandoffRefused(
-                error.message, phase=Phase.READ, handoff_id=credentials.handoff_id
-            ) from error
+            raise
         return permit
 
     def end_read(self, permit: ReadPermit) -> None:
         if isinstance(permit, Permit):
             self._table.end_read(permit)
 
-    def release(self, credentials: Credentials, *, used: bool) -> None:
-        self._table.release(credentials, used=used)
+    def begin_one_sided_read(
+        self, caller: Caller, credentials: Credentials, spans: SpanArray, read_id: str
+    ) -> None:
+        self._table.begin_one_sided_read(caller, credentials, spans, read_id)
+        self._check_registered(credentials, spans)
+
+    def release(self, credentials: Credentials, *, used: bool, read_id: str) -> None:
+        self._table.release(credentials, used=used, read_id=read_id)
 
     def renew(self, credentials: Credentials) -> None:
         self._table.renew(credentials)
 
     def abort_by_reader(self, credentials: Credentials, reason: str) -> None:
         self._table.abort_by_reader(credentials, reason)
+
+    def _check_registered(self, credentials: Credentials, spans: SpanArray) -> None:
+        try:
+            self._memory.check(spans, what="the offered spans", phase=Phase.READ)
+        except RegistrationError as error:
+            raise HandoffRefused(
+                error.message, phase=Phase.READ, handoff_id=credentials.handoff_id
+            ) from error

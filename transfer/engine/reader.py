@@ -22,9 +22,11 @@ from transfer.errors import (
     RegistrationError,
     RetryableError,
     TransferError,
+    TransportUnavailable,
 )
 from transfer.settings import TransferSettings
 from transfer.spans import check_spans, merge_adjacent, overlaps_itself, total_bytes
+from transfer.transports.base import DataChannel
 from transfer.types import Credentials, PeerId, PeerInfo, Planner, ReadPlan
 
 logger = logging.getLogger(__name__)
@@ -196,6 +198,7 @@ class _Read:
         self._budget = budget
         self._plan: ReadPlan | None = None
         self._all_read = False
+        self._read_id = ""
 
     def run(self) -> None:
         """Return when the owner confirmed; raise whatever else ends the read."""
@@ -215,21 +218,35 @@ class _Read:
             if not self._all_read:
                 self._read(link)
             handle.advance(TransferState.CONFIRMING)
-            link.control.release(self._credentials, used=True, timeout_s=self._left_s())
+            link.control.release(
+                self._credentials, used=True, read_id=self._read_id, timeout_s=self._left_s()
+            )
 
     def _read(self, link: Link) -> None:
-        handle = self._handle
         if self._plan is None:
             self._plan = self._checked_plan(link.info)
-        plan = self._plan
+        while not self._all_read:
+            channel = link.routes.channel
+            try:
+                self._read_from(channel, self._plan)
+                self._all_read = True
+            except TransportUnavailable as error:
+                self._handle.interrupt.check()
+                link.routes.lose(channel, error)
+                self._handle.advance(TransferState.CONNECTING)
+
+    def _read_from(self, channel: DataChannel, plan: ReadPlan) -> None:
+        handle = self._handle
+        if not plan.local.size:
+            return
         with (
             self._budget.taken(total_bytes(plan.local), handle.interrupt),
-            link.data.open_read(self._credentials, plan, self._left_s()) as session,
+            channel.open_read(self._credentials, plan, self._left_s()) as session,
         ):
+            self._read_id = session.read_id
             handle.attach(session)
             handle.advance(TransferState.READING)
             session.run(handle.interrupt)
-        self._all_read = True
 
     def _checked_plan(self, info: PeerInfo) -> ReadPlan:
         try:

@@ -80,8 +80,25 @@ class OwnerService(Protocol):
         """The spans of ``permit`` are not touched any more."""
         ...
 
-    def release(self, credentials: Credentials, *, used: bool) -> None:
-        """Count the reader off; returning means that the blocks were pinned until now."""
+    def begin_one_sided_read(
+        self, caller: Caller, credentials: Credentials, spans: SpanArray, read_id: str
+    ) -> None:
+        """Check and admit one read of ``spans`` in which the owner takes no part.
+
+        Blocks are not kept for it beyond the end of the hand-off: that the read was in vain shows
+        when it is released.
+
+        Args:
+            read_id: made up by the reader, never used for another read; a read may begin in parts.
+        """
+        ...
+
+    def release(self, credentials: Credentials, *, used: bool, read_id: str) -> None:
+        """Count the reader off; returning means that the blocks were pinned until now.
+
+        Args:
+            read_id: of the one-sided read that is over; empty for others.
+        """
         ...
 
     def renew(self, credentials: Credentials) -> None: ...
@@ -138,6 +155,9 @@ class Interrupt:
 class ReadSession(ABC):
     """One read that has what it needs to begin. Used by one thread, then closed."""
 
+    read_id: str = ""
+    """Names a one-sided read to its owner; empty when the owner itself sends the bytes."""
+
     @property
     @abstractmethod
     def bytes_moved(self) -> int:
@@ -150,6 +170,7 @@ class ReadSession(ABC):
         Raises:
             HandoffRefused: the owner does not allow it.
             PeerUnreachable: the connection broke; a fresh one may do.
+            TransportUnavailable: another transport may do.
             TransferError: the interrupt's own error, soon after it was set.
         """
 
@@ -177,7 +198,9 @@ class DataChannel(ABC):
         """Prepare a read; no byte of local memory is written yet.
 
         Raises:
+            HandoffRefused: the owner does not allow it.
             PeerUnreachable: the owner cannot be reached.
+            TransportUnavailable: another transport may do.
             DeadlineExceeded: not within ``timeout_s``.
         """
 
@@ -202,7 +225,16 @@ class ControlChannel(ABC):
         """Whether the channel is known to be of no more use."""
 
     @abstractmethod
-    def release(self, credentials: Credentials, *, used: bool, timeout_s: float) -> None: ...
+    def begin_read(
+        self, credentials: Credentials, spans: SpanArray, read_id: str, timeout_s: float
+    ) -> None:
+        """Ask leave for a one-sided read; see :meth:`OwnerService.begin_one_sided_read`."""
+
+    @abstractmethod
+    def release(
+        self, credentials: Credentials, *, used: bool, read_id: str, timeout_s: float
+    ) -> None:
+        """See :meth:`OwnerService.release`."""
 
     @abstractmethod
     def renew(self, credentials: Sequence[Credentials], timeout_s: float) -> list[bool]:
@@ -245,11 +277,18 @@ class Transport(ABC):
 
         Raises:
             ConfigurationError: the configured address cannot be listened on.
+            TransportUnavailable: this machine does not have what it takes.
         """
 
     @abstractmethod
     def open_data(self, address: str, caller: Caller, control: ControlChannel) -> DataChannel:
-        """A channel for reads. May, but need not, connect already."""
+        """A channel for reads. May, but need not, connect already.
+
+        Raises:
+            TransportUnavailable: it cannot reach the peer, whatever is tried.
+            PeerUnreachable: the peer is gone.
+            DeadlineExceeded: it does not answer.
+        """
 
 
 class ControlTransport(Transport):

@@ -2,36 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 
 from transfer.addressing import usable_addresses
-from transfer.errors import PeerUnreachable, Phase
-from transfer.settings import TransferSettings
-from transfer.transports.base import ControlTransport, Transport
+from transfer.errors import ConfigurationError, PeerUnreachable, Phase, TransportUnavailable
+from transfer.settings import AUTO, TransferSettings
+from transfer.transports.base import ControlTransport, Listener, OwnerService, Transport
+from transfer.transports.shm import ShmTransport
 from transfer.transports.tcp import TcpTransport
+
+logger = logging.getLogger(__name__)
+
+_DATA_ONLY: dict[str, Callable[[TransferSettings], Transport]] = {ShmTransport.scheme: ShmTransport}
+"""Transports that need another one for control, by scheme."""
 
 
 class Transports:
-    """The transports of one engine, by scheme."""
+    """The transports of one engine, by scheme.
+
+    Raises:
+        ConfigurationError: the settings ask for one that there is not.
+    """
 
     def __init__(self, settings: TransferSettings) -> None:
         self.control: ControlTransport = TcpTransport(settings)
-        self._by_scheme: dict[str, Transport] = {self.control.scheme: self.control}
+        self._forced = settings.transports != AUTO
+        allowed = settings.transports if self._forced else (*_DATA_ONLY, self.control.scheme)
+        self._by_scheme: dict[str, Transport] = {}
+        for scheme in allowed:
+            if scheme == self.control.scheme:
+                self._by_scheme[scheme] = self.control
+            elif scheme in _DATA_ONLY:
+                self._by_scheme[scheme] = _DATA_ONLY[scheme](settings)
+            else:
+                raise ConfigurationError(
+                    f"transports names {scheme}, which this version does not have",
+                    phase=Phase.REGISTER,
+                )
 
     def __repr__(self) -> str:
         return f"<Transports {', '.join(self._by_scheme)}>"
 
-    def all(self) -> Iterable[Transport]:
-        """Every transport that this engine serves on."""
-        return self._by_scheme.values()
+    def listen(
+        self, service: OwnerService, reached_at: Callable[[tuple[str, ...]], None]
+    ) -> list[Listener]:
+        """Serve on every transport, the one for control first.
 
-    def data_routes(self, addresses: Iterable[str]) -> list[tuple[Transport, str]]:
-        """Ways to read from a peer, the best one first; none raises as below."""
-        usable = usable_addresses(addresses, self._by_scheme.keys())
-        routes = [(self._by_scheme[address.partition("://")[0]], address) for address in usable]
-        if not routes:
-            raise self._no_route(addresses)
-        return routes
+        Args:
+            reached_at: told the addresses of all but that one before it accepts anybody.
+
+        Raises:
+            ConfigurationError: an address cannot be listened on, or the settings name a transport
+                that does not work here.
+        """
+        listeners: list[Listener] = []
+        listening = False
+        try:
+            for transport in self._by_scheme.values():
+                if transport is not self.control:
+                    listeners += self._listen_if_possible(transport, service)
+            reached_at(tuple(listener.address for listener in listeners))
+            listeners.insert(0, self.control.listen(service))
+            listening = True
+            return listeners
+        finally:
+            if not listening:
+                for listener in listeners:
+                    listener.close()
+
+    def data_routes(
+        self, published: Iterable[str], told: Iterable[str]
+    ) -> list[tuple[Transport, str]]:
+        """Ways to read from a peer, the best one first.
+
+        Args:
+            published: addresses of its record.
+            told: addresses that the peer itself named in the handshake.
+
+        Raises:
+            PeerUnreachable: no address can be used by this engine.
+        """
+        control = usable_addresses(published, [self.control.scheme])
+        usable = usable_addresses([*told, *control], self._by_scheme.keys())
+        if not usable:
+            raise self._no_route([*published, *told])
+        return [(self._by_scheme[address.partition("://")[0]], address) for address in usable]
 
     def control_address(self, addresses: Iterable[str]) -> str:
         """Where to open the control connection.
@@ -43,6 +99,17 @@ class Transports:
         if not usable:
             raise self._no_route(addresses)
         return usable[0]
+
+    def _listen_if_possible(self, transport: Transport, service: OwnerService) -> list[Listener]:
+        try:
+            return [transport.listen(service)]
+        except TransportUnavailable as error:
+            if self._forced:
+                raise ConfigurationError(
+                    f"transports names {transport.scheme}: {error.message}", phase=Phase.REGISTER
+                ) from error
+            logger.info("cannot be read over %s: %s", transport.scheme, error.message)
+            return []
 
     def _no_route(self, addresses: Iterable[str]) -> PeerUnreachable:
         return PeerUnreachable(

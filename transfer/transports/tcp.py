@@ -39,7 +39,7 @@ from transfer.transports.base import (
 from transfer.transports.tcp_listener import TcpListener
 from transfer.transports.tcp_stream import SpanCursor, TcpStream, translated
 from transfer.transports.tcp_wire import Header, MessageType
-from transfer.types import Credentials, PeerInfo, ReadPlan
+from transfer.types import Credentials, PeerInfo, ReadPlan, SpanArray
 
 _PIPELINED_REQUESTS = 2
 # A request must fit the sockets' buffers: the owner does not take it in while it sends.
@@ -85,8 +85,20 @@ class TcpControl(ControlChannel):
     def broken(self) -> bool:
         return self._broken
 
-    def release(self, credentials: Credentials, *, used: bool, timeout_s: float) -> None:
-        body = wire.encode_release(credentials, used=used)
+    def begin_read(
+        self, credentials: Credentials, spans: SpanArray, read_id: str, timeout_s: float
+    ) -> None:
+        deadline = time.monotonic() + timeout_s
+        for at in range(0, spans.shape[0], wire.MAX_READ_ROWS):
+            part = spans[at : at + wire.MAX_READ_ROWS]
+            body = wire.encode_begin(credentials, read_id, part)
+            left_s = deadline - time.monotonic()
+            self._call(MessageType.BEGIN, body, MessageType.OK, left_s, Phase.READ, credentials)
+
+    def release(
+        self, credentials: Credentials, *, used: bool, read_id: str, timeout_s: float
+    ) -> None:
+        body = wire.encode_release(credentials, used=used, read_id=read_id)
         self._call(MessageType.RELEASE, body, MessageType.OK, timeout_s, Phase.CONFIRM, credentials)
 
     def renew(self, credentials: Sequence[Credentials], timeout_s: float) -> list[bool]:

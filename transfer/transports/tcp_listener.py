@@ -194,9 +194,13 @@ class _Conversation:
             case MessageType.READ:
                 self._read(caller, header.request_id, body)
                 return
+            case MessageType.BEGIN:
+                credentials, read_id, spans = wire.decode_begin(body)
+                self._service.begin_one_sided_read(caller, credentials, spans, read_id)
+                answer = wire.message(MessageType.OK, header.request_id)
             case MessageType.RELEASE:
-                credentials, used = wire.decode_release(body)
-                self._service.release(credentials, used=used)
+                credentials, read_id, used = wire.decode_release(body)
+                self._service.release(credentials, used=used, read_id=read_id)
                 answer = wire.message(MessageType.OK, header.request_id)
             case MessageType.RENEW:
                 renewed = wire.encode_renewed(list(map(self._renew, wire.decode_renew(body))))

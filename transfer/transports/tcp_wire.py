@@ -17,7 +17,8 @@ Text is a 16-bit length and UTF-8. Credentials are handoff_id, incarnation, toke
 text, and the fence in 64 bits. Rows of spans are raw: address and length, 64 bits each.
 
 A READ is answered by DATA, whose body is the bytes of the spans in the order of the request, or
-by ERROR. Answers come in the order of the requests.
+by ERROR. Answers come in the order of the requests. BEGIN asks leave to read the same spans by
+another transport, in which the owner takes no part; its read id comes back in RELEASE.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ MAGIC = b"BATN"
 VERSION = 1
 HEADER = struct.Struct("<4sBBHQQ")
 
+MAX_ADDRESSES = 16
 MAX_LAYOUT_BYTES = 1 << 20
 MAX_READ_ROWS = 262_144
 MAX_RENEWALS = 512
@@ -67,13 +69,15 @@ class MessageType(IntEnum):
     ABORT = 8
     OK = 9
     ERROR = 10
+    BEGIN = 11
 
 
 _CONTROL_BODY_BYTES = 1 << 20
 _MAX_BODY_BYTES = dict.fromkeys(MessageType, _CONTROL_BODY_BYTES) | {
     MessageType.HELLO: 4096,
-    MessageType.WELCOME: MAX_LAYOUT_BYTES + 4096,
+    MessageType.WELCOME: MAX_LAYOUT_BYTES + 16384,
     MessageType.READ: MAX_READ_ROWS * _ROW_BYTES + 4096,
+    MessageType.BEGIN: MAX_READ_ROWS * _ROW_BYTES + 4096,
     MessageType.DATA: MAX_SLICE_BYTES,
     MessageType.RELEASE: 4096,
     MessageType.ABORT: 4096,
@@ -143,12 +147,16 @@ def decode_hello(body: bytes | bytearray) -> Caller:
 def encode_welcome(info: PeerInfo) -> bytes:
     if len(info.layout) > MAX_LAYOUT_BYTES:
         raise _malformed(f"layout of {len(info.layout)} bytes, at most {MAX_LAYOUT_BYTES}")
+    if len(info.addresses) > MAX_ADDRESSES:
+        raise _malformed(f"{len(info.addresses)} addresses, at most {MAX_ADDRESSES}")
     return b"".join(
         (
             _text(info.peer.engine_id),
             _U32.pack(info.peer.rank),
             _text(info.incarnation),
             _text(info.layout_hash),
+            _U16.pack(len(info.addresses)),
+            *map(_text, info.addresses),
             info.layout,
         )
     )
@@ -158,10 +166,14 @@ def decode_welcome(body: bytes | bytearray) -> PeerInfo:
     fields = _Fields(body)
     peer = PeerId(fields.text(), fields.u32())
     incarnation, layout_hash = fields.text(), fields.text()
+    count = fields.u16()
+    if count > MAX_ADDRESSES:
+        raise _malformed(f"{count} addresses, at most {MAX_ADDRESSES} are read")
+    addresses = tuple(fields.text() for _ in range(count))
     layout = fields.rest()
     if len(layout) > MAX_LAYOUT_BYTES:
         raise _malformed(f"layout of {len(layout)} bytes, at most {MAX_LAYOUT_BYTES} are read")
-    return PeerInfo(peer, incarnation, layout_hash, layout)
+    return PeerInfo(peer, incarnation, layout_hash, layout, addresses)
 
 
 def encode_credentials(credentials: Credentials) -> bytes:
@@ -181,23 +193,29 @@ def encode_credentials(credentials: Credentials) -> bytes:
 def decode_read(body: bytes | bytearray) -> tuple[Credentials, SpanArray]:
     """Credentials and remote spans; the spans are a copy and not checked against anything."""
     fields = _Fields(body)
-    credentials = fields.credentials()
-    rows = fields.rest()
-    count, odd = divmod(len(rows), _ROW_BYTES)
-    if odd or not 0 < count <= MAX_READ_ROWS:
-        raise _malformed(f"spans of {len(rows)} bytes are not 1 to {MAX_READ_ROWS} rows")
-    return credentials, np.frombuffer(rows, dtype="<u8").reshape(count, 2)
+    return fields.credentials(), fields.rows()
 
 
-def encode_release(credentials: Credentials, *, used: bool) -> bytes:
-    return encode_credentials(credentials) + bytes([used])
+def encode_begin(credentials: Credentials, read_id: str, spans: SpanArray) -> bytes:
+    return encode_credentials(credentials) + _text(read_id) + spans.tobytes()
 
 
-def decode_release(body: bytes | bytearray) -> tuple[Credentials, bool]:
+def decode_begin(body: bytes | bytearray) -> tuple[Credentials, str, SpanArray]:
+    """As :func:`decode_read`, with the read's id."""
     fields = _Fields(body)
-    credentials, used = fields.credentials(), fields.flag()
+    return fields.credentials(), fields.text(), fields.rows()
+
+
+def encode_release(credentials: Credentials, *, used: bool, read_id: str) -> bytes:
+    return encode_credentials(credentials) + _text(read_id) + bytes([used])
+
+
+def decode_release(body: bytes | bytearray) -> tuple[Credentials, str, bool]:
+    """Credentials, the read's id and whether the bytes were used."""
+    fields = _Fields(body)
+    credentials, read_id, used = fields.credentials(), fields.text(), fields.flag()
     fields.end()
-    return credentials, used
+    return credentials, read_id, used
 
 
 def encode_abort(credentials: Credentials, reason: str) -> bytes:
@@ -313,6 +331,13 @@ class _Fields:
     def credentials(self) -> Credentials:
         handoff_id, incarnation, token, reader = (self.text() for _ in range(4))
         return Credentials(handoff_id, incarnation, self.u64(), token, reader)
+
+    def rows(self) -> SpanArray:
+        rows = self.rest()
+        count, odd = divmod(len(rows), _ROW_BYTES)
+        if odd or not 0 < count <= MAX_READ_ROWS:
+            raise _malformed(f"spans of {len(rows)} bytes are not 1 to {MAX_READ_ROWS} rows")
+        return np.frombuffer(rows, dtype="<u8").reshape(count, 2)
 
     def rest(self) -> bytes:
         return bytes(self._take(len(self._view) - self._at))

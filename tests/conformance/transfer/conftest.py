@@ -8,17 +8,18 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.transfer_cases import TransferCase, why_no_process_memory
 from tests.support.transfer_engines import Pair, engine_pair, wait_until
-from transfer.settings import TransferSettings
-from transfer.transports.registry import Transports
 
-SCHEMES = [transport.scheme for transport in Transports(TransferSettings()).all()]
+CASES = ["tcp", "shm"]
 
 
-@pytest.fixture(params=SCHEMES)
-def scheme(request: pytest.FixtureRequest) -> str:
-    """The transport under test, by its scheme."""
-    return str(request.param)
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> TransferCase:
+    """The transport under test."""
+    if request.param == "shm" and (why := why_no_process_memory()):
+        pytest.skip(why)
+    return TransferCase(request.param, {"transports": [request.param]})
 
 
 def _descriptors() -> set[str]:
@@ -34,8 +35,7 @@ def _no_leaks() -> Iterator[None]:
 
 
 @pytest.fixture
-def pair(scheme: str) -> Iterator[Pair]:
+def pair(case: TransferCase) -> Iterator[Pair]:
     """An owner and a reader with 64 blocks of 4 KiB each."""
-    with engine_pair() as made:
-        assert all(address.startswith(scheme) for address in made.owner.addresses)
+    with engine_pair(settings=case.settings()) as made:
         yield made

@@ -6,10 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TypeAlias
 
 import pytest
 
+from tests.support.stalling_memory import StallingMemory
 from tests.support.stalling_proxy import StallingProxy
+from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import (
     Directory,
     Pair,
@@ -22,7 +25,7 @@ from tests.support.transfer_engines import (
     wait_until,
 )
 from transfer.engine.handle import TransferHandle, TransferState
-from transfer.engine.handoffs import HandoffState
+from transfer.engine.handoff import HandoffState
 from transfer.errors import (
     ConfigurationError,
     DeadlineExceeded,
@@ -32,27 +35,27 @@ from transfer.errors import (
     Phase,
     TransferCancelled,
 )
-from transfer.settings import TransferSettings
 from transfer.types import PeerId, PeerInfo, ReadPlan
 
 STALL_AT_BYTES = 3 << 20
 
+Stall: TypeAlias = StallingProxy | StallingMemory
+
 
 @pytest.fixture
-def big_pair(scheme: str) -> Iterator[Pair]:
+def big_pair(case: TransferCase) -> Iterator[Pair]:
     """8 MiB in 64 KiB blocks, read in many slices."""
-    with engine_pair(128, 65_536, settings=TransferSettings(slice_bytes=256 << 10)) as made:
+    with engine_pair(128, 65_536, settings=case.settings(slice_bytes=256 << 10)) as made:
         yield made
 
 
 @pytest.fixture
-def stalled(big_pair: Pair, scheme: str) -> Iterator[StallingProxy]:
-    """Reads of ``big_pair`` stop after 3 MiB until the proxy resumes."""
-    if scheme != "tcp":
-        pytest.skip("only TCP can be led through a proxy")
-    with StallingProxy(big_pair.owner.addresses[0], STALL_AT_BYTES) as proxy:
-        big_pair.directory.move(big_pair.owner_id, proxy.address)
-        yield proxy
+def stalled(big_pair: Pair, case: TransferCase) -> Iterator[Stall]:
+    """Reads of ``big_pair`` stop after 3 MiB until it resumes."""
+    make = StallingMemory if case.one_sided else StallingProxy
+    with make(big_pair.owner.addresses[0], STALL_AT_BYTES) as stall:
+        big_pair.directory.move(big_pair.owner_id, stall.address)
+        yield stall
 
 
 def half_way(handle: TransferHandle) -> None:
@@ -125,7 +128,7 @@ def test_an_abort_between_reading_and_confirming_fails_the_read(
     assert handle.bytes_moved == pair.remote.bytes.nbytes
 
 
-def test_an_abort_while_bytes_move_fails_the_read(big_pair: Pair, stalled: StallingProxy) -> None:
+def test_an_abort_while_bytes_move_fails_the_read(big_pair: Pair, stalled: Stall) -> None:
     proof = big_pair.offer()
     handle = big_pair.read(proof)
     half_way(handle)
@@ -135,7 +138,7 @@ def test_an_abort_while_bytes_move_fails_the_read(big_pair: Pair, stalled: Stall
     assert [one.state for one in take_ended(big_pair.owner)] == [HandoffState.ABORTED]
 
 
-def test_cancel_stops_the_bytes(big_pair: Pair, stalled: StallingProxy) -> None:
+def test_cancel_stops_the_bytes(big_pair: Pair, stalled: Stall) -> None:
     handle = big_pair.read(big_pair.offer())
     half_way(handle)
     handle.cancel()
@@ -153,7 +156,7 @@ def test_cancel_stops_the_bytes(big_pair: Pair, stalled: StallingProxy) -> None:
     assert big_pair.local_is_remote()
 
 
-def test_cancelling_one_read_leaves_others_alone(big_pair: Pair, stalled: StallingProxy) -> None:
+def test_cancelling_one_read_leaves_others_alone(big_pair: Pair, stalled: Stall) -> None:
     half = range(64), range(64, 128)
     handles = [
         big_pair.read(
@@ -184,8 +187,8 @@ def test_cancel_at_any_time(big_pair: Pair, times: int) -> None:
         assert not big_pair.local.bytes.any()
 
 
-def test_cancel_while_queued_is_at_once(scheme: str) -> None:
-    with engine_pair(settings=TransferSettings(max_reads_per_peer=1)) as pair:
+def test_cancel_while_queued_is_at_once(case: TransferCase) -> None:
+    with engine_pair(settings=case.settings(max_reads_per_peer=1)) as pair:
         go_on = threading.Event()
 
         def slow(_: PeerInfo) -> ReadPlan:
@@ -224,7 +227,7 @@ def test_cancel_of_a_final_read_does_nothing(pair: Pair) -> None:
     assert handle.state is TransferState.DONE
 
 
-def test_a_deadline_half_way(big_pair: Pair, stalled: StallingProxy) -> None:
+def test_a_deadline_half_way(big_pair: Pair, stalled: Stall) -> None:
     begun = time.monotonic()
     handle = big_pair.read(big_pair.offer(), deadline_s=0.4)
     fails(handle, DeadlineExceeded, "0.4 s")
@@ -232,7 +235,7 @@ def test_a_deadline_half_way(big_pair: Pair, stalled: StallingProxy) -> None:
     stalled.resume()
 
 
-def test_a_broken_connection_is_tried_once_more(big_pair: Pair, stalled: StallingProxy) -> None:
+def test_a_broken_connection_is_tried_once_more(big_pair: Pair, stalled: Stall) -> None:
     handle = big_pair.read(big_pair.offer())
     half_way(handle)
     stalled.resume()
@@ -241,9 +244,7 @@ def test_a_broken_connection_is_tried_once_more(big_pair: Pair, stalled: Stallin
     assert big_pair.local_is_remote()
 
 
-def test_a_connection_that_broke_while_idle_is_replaced(
-    big_pair: Pair, stalled: StallingProxy
-) -> None:
+def test_a_connection_that_broke_while_idle_is_replaced(big_pair: Pair, stalled: Stall) -> None:
     stalled.resume()
     for _ in range(3):
         big_pair.local.bytes.fill(0)
@@ -252,16 +253,14 @@ def test_a_connection_that_broke_while_idle_is_replaced(
         stalled.cut()
 
 
-def test_a_connection_that_stays_broken_fails_the_read(
-    big_pair: Pair, stalled: StallingProxy
-) -> None:
+def test_a_connection_that_stays_broken_fails_the_read(big_pair: Pair, stalled: Stall) -> None:
     handle = big_pair.read(big_pair.offer())
     half_way(handle)
     stalled.close()
     fails(handle, PeerUnreachable)
 
 
-def test_a_peer_that_leaves_fails_its_reads_at_once(big_pair: Pair, stalled: StallingProxy) -> None:
+def test_a_peer_that_leaves_fails_its_reads_at_once(big_pair: Pair, stalled: Stall) -> None:
     handle = big_pair.read(big_pair.offer())
     half_way(handle)
     begun = time.monotonic()
@@ -271,7 +270,7 @@ def test_a_peer_that_leaves_fails_its_reads_at_once(big_pair: Pair, stalled: Sta
     stalled.resume()
 
 
-def test_a_reader_that_leaves_ends_what_it_read(big_pair: Pair, stalled: StallingProxy) -> None:
+def test_a_reader_that_leaves_ends_what_it_read(big_pair: Pair, stalled: Stall) -> None:
     handle = big_pair.read(big_pair.offer(readers=2))
     half_way(handle)
     big_pair.directory.withdraw(PeerId("reader", 0))
@@ -282,7 +281,7 @@ def test_a_reader_that_leaves_ends_what_it_read(big_pair: Pair, stalled: Stallin
     fails(handle, HandoffRefused, "died")
 
 
-def test_closing_the_reader_half_way(big_pair: Pair, stalled: StallingProxy) -> None:
+def test_closing_the_reader_half_way(big_pair: Pair, stalled: Stall) -> None:
     handles = [big_pair.read(big_pair.offer()) for _ in range(6)]
     assert wait_until(lambda: any(handle.bytes_moved for handle in handles))
     begun = time.monotonic()
@@ -298,7 +297,7 @@ def test_closing_the_reader_half_way(big_pair: Pair, stalled: StallingProxy) -> 
         big_pair.read(big_pair.offer())
 
 
-def test_closing_the_owner_half_way(big_pair: Pair, stalled: StallingProxy) -> None:
+def test_closing_the_owner_half_way(big_pair: Pair, stalled: Stall) -> None:
     handle = big_pair.read(big_pair.offer())
     half_way(handle)
     begun = time.monotonic()
@@ -323,7 +322,7 @@ def test_closing_delivers_what_was_to_be_told(pair: Pair) -> None:
 
 
 def test_life_of_an_engine(pair: Pair) -> None:
-    engine = make_engine(pair.directory, "third")
+    engine = pair.engine("third")
     assert "new not listening" in repr(engine)
     with pytest.raises(TransferCancelled, match="new"):
         engine.submit_renew(pair.owner_id, [pair.offer()])
@@ -339,15 +338,15 @@ def test_life_of_an_engine(pair: Pair) -> None:
         engine.start()
 
 
-def test_an_engine_that_never_started_closes(scheme: str) -> None:
-    engine = make_engine(Directory(), "idle")
+def test_an_engine_that_never_started_closes(case: TransferCase) -> None:
+    engine = make_engine(Directory(), "idle", settings=case.settings())
     engine.close()
     engine.close()
 
 
-def test_a_port_that_is_taken(pair: Pair) -> None:
+def test_a_port_that_is_taken(pair: Pair, case: TransferCase) -> None:
     port = int(pair.owner.addresses[0].rpartition(":")[2])
-    engine = make_engine(pair.directory, "late", settings=TransferSettings(port=port))
+    engine = pair.engine("late", settings=case.settings(port=port))
     with pytest.raises(ConfigurationError, match=str(port)):
         engine.start()
     engine.close()
@@ -357,11 +356,11 @@ def test_an_owner_that_starts_anew_is_found_again(pair: Pair) -> None:
     old = pair.offer()
     succeeds(pair.read(pair.offer()))
     pair.owner.close()
-    anew = make_engine(pair.directory, "owner", incarnation="owner-2")
+    anew = pair.engine("owner", incarnation="owner-2")
     anew.register(pair.remote.address, pair.remote.bytes.nbytes)
     with anew:
         fails(pair.read(old), HandoffRefused, "owner-2")
-        second = Pair(pair.directory, anew, pair.reader, pair.remote, pair.local)
+        second = replace(pair, owner=anew)
         pair.local.bytes.fill(0)
         succeeds(second.read(replace(second.offer(), incarnation="owner-2")))
         fails(pair.read(old), HandoffRefused, "owner-2")
@@ -369,7 +368,7 @@ def test_an_owner_that_starts_anew_is_found_again(pair: Pair) -> None:
 
 
 def test_reads_from_a_start_that_is_over_fail_when_the_next_one_shows(
-    big_pair: Pair, stalled: StallingProxy
+    big_pair: Pair, stalled: Stall
 ) -> None:
     handle = big_pair.read(big_pair.offer())
     half_way(handle)
@@ -391,15 +390,13 @@ def test_errors_name_peer_and_handoff(pair: Pair) -> None:
 
 
 def test_the_budget_makes_reads_wait_and_cancel_wakes_them(
-    scheme: str, big_pair: Pair, stalled: StallingProxy
+    case: TransferCase, big_pair: Pair, stalled: Stall
 ) -> None:
-    tight = make_engine(
-        big_pair.directory,
-        "tight",
-        settings=TransferSettings(max_inflight_bytes=4096, slice_bytes=256 << 10),
+    tight = big_pair.engine(
+        "tight", settings=case.settings(max_inflight_bytes=4096, slice_bytes=256 << 10)
     )
     with tight:
-        other = Pair(big_pair.directory, big_pair.owner, tight, big_pair.remote, big_pair.local)
+        other = replace(big_pair, reader=tight)
         tight.register(big_pair.local.address, big_pair.local.bytes.nbytes)
         first, second = other.read(other.offer()), other.read(other.offer())
         assert wait_until(lambda: first.bytes_moved + second.bytes_moved > 1 << 20)

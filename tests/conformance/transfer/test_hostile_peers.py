@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import (
     Pair,
     engine_pair,
@@ -23,7 +24,6 @@ from tests.support.transfer_engines import (
 )
 from transfer.addressing import parse_address
 from transfer.errors import PeerUnreachable, ProtocolError, TransferError
-from transfer.settings import TransferSettings
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Caller
 from transfer.transports.tcp_wire import MessageType
@@ -32,10 +32,10 @@ from transfer.types import Credentials, PeerId
 HELLO = wire.message(MessageType.HELLO, 0, wire.encode_hello(Caller(PeerId("stranger", 0), "s-1")))
 
 
-@pytest.fixture(autouse=True)
-def _only_tcp(scheme: str) -> None:
-    if scheme != "tcp":
-        pytest.skip("bytes of the TCP protocol")
+@pytest.fixture
+def case() -> TransferCase:
+    """Only TCP: these tests send and receive the bytes of its protocol."""
+    return TransferCase("tcp", {"transports": ["tcp"]})
 
 
 def connect(pair: Pair) -> socket.socket:
@@ -104,8 +104,8 @@ def test_a_request_for_more_than_a_slice_may_have(pair: Pair) -> None:
     assert wait_until(lambda: pair.owner.offers()[0].state == "reading")
 
 
-def test_a_slow_stranger_is_cut_off(scheme: str) -> None:
-    with engine_pair(settings=TransferSettings(stall_timeout_s=0.2)) as pair:
+def test_a_slow_stranger_is_cut_off(case: TransferCase) -> None:
+    with engine_pair(settings=case.settings(stall_timeout_s=0.2)) as pair:
         for data in (b"", b"BA", HELLO[:-1], HELLO + HELLO[:5]):
             with connect(pair) as sock:
                 sock.sendall(data)
@@ -126,23 +126,23 @@ def stuck_reader(pair: Pair) -> tuple[socket.socket, Credentials]:
     return sock, proof
 
 
-def test_a_reader_that_takes_nothing_in_cannot_delay_the_end(scheme: str) -> None:
-    with engine_pair(64, 65_536) as pair:
+def test_a_reader_that_takes_nothing_in_cannot_delay_the_end(case: TransferCase) -> None:
+    with engine_pair(64, 65_536, settings=case.settings()) as pair:
         sock, proof = stuck_reader(pair)
         with sock:
             pair.owner.abort(proof.handoff_id, "given up")
             assert take_ended(pair.owner, 2.0)
 
 
-def test_a_reader_that_takes_nothing_in_is_cut_off(scheme: str) -> None:
-    with engine_pair(64, 65_536, settings=TransferSettings(stall_timeout_s=0.2)) as pair:
+def test_a_reader_that_takes_nothing_in_is_cut_off(case: TransferCase) -> None:
+    with engine_pair(64, 65_536, settings=case.settings(stall_timeout_s=0.2)) as pair:
         sock, _ = stuck_reader(pair)
         with sock:
             assert wait_until(lambda: "0 connections" in repr(pair.owner._listeners[0]))
 
 
-def test_connections_are_bounded(scheme: str) -> None:
-    with engine_pair(settings=TransferSettings(max_connections=2)) as pair:
+def test_connections_are_bounded(case: TransferCase) -> None:
+    with engine_pair(settings=case.settings(max_connections=2)) as pair:
         strangers = [connect(pair) for _ in range(2)]
         try:
             for stranger in strangers:

@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import (
     Buffer,
     Pair,
     engine_pair,
     fails,
-    make_engine,
     never_planned,
     succeeds,
     take_ended,
 )
-from transfer.engine.handoffs import HandoffState
+from transfer.engine.handoff import HandoffState
 from transfer.errors import (
     FatalError,
     HandoffRefused,
@@ -28,7 +28,6 @@ from transfer.errors import (
     Phase,
     RegistrationError,
 )
-from transfer.settings import TransferSettings
 from transfer.types import PeerId, PeerInfo, ReadPlan
 
 BLOCKS = 64
@@ -49,17 +48,17 @@ def test_a_read_moves_every_byte_and_ends_the_handoff(pair: Pair) -> None:
 @pytest.mark.parametrize(
     "tuning",
     [
-        TransferSettings(),
-        TransferSettings(streams_per_peer=1, slice_bytes=4096),
-        TransferSettings(streams_per_peer=4, slice_bytes=5000, socket_buffer_bytes=4096),
-        TransferSettings(socket_buffer_bytes=1 << 20),
+        {},
+        {"streams_per_peer": 1, "slice_bytes": 4096},
+        {"streams_per_peer": 4, "slice_bytes": 5000, "socket_buffer_bytes": 4096},
+        {"socket_buffer_bytes": 1 << 20},
     ],
     ids=["default", "one stream", "tiny buffers", "big buffers"],
 )
-def test_scattered_lists(scheme: str, tuning: TransferSettings) -> None:
+def test_scattered_lists(case: TransferCase, tuning: dict[str, int]) -> None:
     block_ids = st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS)
 
-    with engine_pair(BLOCKS, 12_345, settings=tuning) as pair:
+    with engine_pair(BLOCKS, 12_345, settings=case.settings(**tuning)) as pair:
 
         @settings(max_examples=15, deadline=None)
         @given(block_ids, st.randoms(use_true_random=False), st.integers(1, 12_345))
@@ -83,8 +82,8 @@ def test_scattered_lists(scheme: str, tuning: TransferSettings) -> None:
 @pytest.mark.parametrize(
     ("num_rows", "block_bytes"), [(1024, 65_536), (100_000, 4096)], ids=["64 MiB", "100000 rows"]
 )
-def test_big_reads(scheme: str, num_rows: int, block_bytes: int) -> None:
-    with engine_pair(512, block_bytes) as pair:
+def test_big_reads(case: TransferCase, num_rows: int, block_bytes: int) -> None:
+    with engine_pair(512, block_bytes, settings=case.settings()) as pair:
         local = Buffer(num_rows, block_bytes, fill=0)
         pair.reader.register(local.address, local.bytes.nbytes)
         random = np.random.default_rng(1)
@@ -110,7 +109,8 @@ def test_the_planner_sees_the_owner(pair: Pair) -> None:
         return ReadPlan(pair.local.spans([0]), pair.remote.spans([5]))
 
     succeeds(pair.read(pair.offer(), planner))
-    assert seen == [PeerInfo(pair.owner_id, "owner-1", "same", b"layout")]
+    told = tuple(address for address in pair.owner.addresses if not address.startswith("tcp:"))
+    assert seen == [PeerInfo(pair.owner_id, "owner-1", "same", b"layout", told)]
     assert pair.local.block(0) == pair.remote.block(5)
 
 
@@ -122,7 +122,7 @@ def test_a_big_layout_arrives(pair: Pair) -> None:
         seen.append(info.layout)
         raise LayoutMismatch("not ours", phase=Phase.CONNECT)
 
-    with make_engine(pair.directory, "wordy", layout=layout):
+    with pair.engine("wordy", layout=layout):
         proof = replace(pair.offer(), incarnation="wordy-1")
         handle = pair.reader.submit_read(PeerId("wordy", 0), proof, planner, 5)
         fails(handle, LayoutMismatch, "not ours")
@@ -220,14 +220,14 @@ def test_an_unknown_peer(pair: Pair) -> None:
 
 
 def test_another_layout_hash_is_told_before_anything_is_asked(pair: Pair) -> None:
-    with make_engine(pair.directory, "other", layout_hash="different"):
+    with pair.engine("other", layout_hash="different"):
         proof = replace(pair.offer(), incarnation="other-1")
         handle = pair.reader.submit_read(PeerId("other", 0), proof, never_planned, 5)
         fails(handle, LayoutMismatch, "different")
 
 
-def test_many_reads_at_once(scheme: str) -> None:
-    tuning = TransferSettings(max_reads_per_peer=3, max_inflight_bytes=100_000)
+def test_many_reads_at_once(case: TransferCase) -> None:
+    tuning = case.settings(max_reads_per_peer=3, max_inflight_bytes=100_000)
     with engine_pair(256, settings=tuning) as pair:
         handles = [
             pair.read(
@@ -246,12 +246,12 @@ def test_many_reads_at_once(scheme: str) -> None:
 def test_many_readers_of_one_owner(pair: Pair) -> None:
     proof = pair.offer(readers=4)
     buffers = [Buffer(64, fill=0) for _ in range(4)]
-    engines = [make_engine(pair.directory, f"reader-{number}") for number in range(4)]
+    engines = [pair.engine(f"reader-{number}") for number in range(4)]
     for number, (engine, buffer) in enumerate(zip(engines, buffers, strict=True)):
         assert pair.owner.take_ended() == []
         engine.register(buffer.address, buffer.bytes.nbytes)
         with engine:
-            own = Pair(pair.directory, pair.owner, engine, pair.remote, buffer)
+            own = pair.with_reader(engine, buffer)
             succeeds(own.read(replace(proof, reader=str(number))))
         assert np.array_equal(buffer.bytes, pair.remote.bytes)
     assert [one.state for one in take_ended(pair.owner)] == [HandoffState.RELEASED]

@@ -1,0 +1,45 @@
+"""The transports that the conformance suite runs over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from transfer.settings import TransferSettings
+from transfer.transports.process_memory import read_process_memory
+
+
+@dataclass(frozen=True)
+class TransferCase:
+    """One transport and what it needs.
+
+    Attributes:
+        forced: settings that make engines use it and no other.
+    """
+
+    name: str
+    forced: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self, **tuning: Any) -> TransferSettings:
+        """Settings of an engine that uses this transport only."""
+        return TransferSettings(**{**self.forced, **tuning})
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether readers copy without the owner's help."""
+        return self.name == "shm"
+
+
+def why_no_process_memory() -> str:
+    """Why this machine cannot run the tests over shm; empty when it can."""
+    found = np.zeros(8, dtype=np.uint8)
+    spans = np.array([[found.ctypes.data, 8]], dtype=np.uint64)
+    try:
+        read_process_memory(os.getpid(), spans, spans)
+    except OSError as error:
+        return f"process_vm_readv: {error}"
+    return ""

@@ -1,0 +1,138 @@
+"""Which transports an engine has, and which way it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from transfer.engine.routes import DataRoutes
+from transfer.errors import ConfigurationError, PeerUnreachable, Phase, TransportUnavailable
+from transfer.settings import TransferSettings
+from transfer.transports.base import (
+    Caller,
+    Capabilities,
+    ControlChannel,
+    DataChannel,
+    Listener,
+    OwnerService,
+    ReadSession,
+    Transport,
+)
+from transfer.transports.registry import Transports
+from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
+
+TCP, SHM = "tcp://10.0.0.1:7000", "shm://there"
+
+
+def unavailable(why: str) -> TransportUnavailable:
+    return TransportUnavailable(why, phase=Phase.CONNECT)
+
+
+class Channel(DataChannel):
+    closed = False
+
+    def open_read(self, credentials: Credentials, plan: ReadPlan, timeout_s: float) -> ReadSession:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Way(Transport):
+    """A transport that does not work when it has a reason."""
+
+    capabilities = Capabilities(same_host=False, one_sided=False, encrypted=False)
+
+    def __init__(self, scheme: str, why_not: str = "") -> None:
+        self.scheme = scheme
+        self.why_not = why_not
+
+    def listen(self, service: OwnerService) -> Listener:
+        raise unavailable(self.why_not)
+
+    def open_data(self, address: str, caller: Caller, control: ControlChannel) -> Channel:
+        if self.why_not:
+            raise unavailable(self.why_not)
+        return Channel()
+
+
+@dataclass
+class Control:
+    info: PeerInfo = field(default_factory=lambda: PeerInfo(PeerId("p", 0), "i", "h", b""))
+
+
+def routes(said: list[str], *ways: Way) -> DataRoutes:
+    control: ControlChannel = Control()  # type: ignore[assignment]  # only its info is used
+    return DataRoutes(
+        [(way, "") for way in ways], Caller(PeerId("d", 0), "d1"), control, said.append
+    )
+
+
+def test_the_best_way_is_taken_and_said() -> None:
+    said: list[str] = []
+    routes(said, Way("shm"), Way("tcp"))
+    routes(said, Way("tcp"))
+    routes(said, Way("shm", "other host"), Way("tcp"))
+    assert said == [
+        "shm: the best of shm, tcp",
+        "tcp: the only one that both ends allow",
+        "tcp: other host",
+    ]
+
+
+def test_a_way_that_is_lost_is_left_once() -> None:
+    said: list[str] = []
+    found = routes(said, Way("shm"), Way("rdma", "no device"), Way("tcp"))
+    first = found.channel
+    found.lose(first, unavailable("memory is gone"))
+    second = found.channel
+    found.lose(first, unavailable("memory is gone"))
+    assert found.channel is second is not first
+    assert said[1:] == ["tcp: memory is gone; no device"]
+    assert [channel.closed for channel in (first, second) if isinstance(channel, Channel)] == [
+        True,
+        False,
+    ]
+    with pytest.raises(TransportUnavailable, match="gone; no device; too"):
+        found.lose(second, unavailable("too"))
+
+
+def test_no_way_at_all() -> None:
+    with pytest.raises(TransportUnavailable, match="other host"):
+        routes([], Way("shm", "other host"))
+
+
+def test_ways_that_are_opened_after_closing_are_closed() -> None:
+    found = routes([], Way("shm"), Way("tcp"))
+    found.close()
+    found.lose(found.channel, unavailable("gone"))
+    assert isinstance(found.channel, Channel)
+    assert found.channel.closed
+
+
+def schemes(settings: TransferSettings, *told: str) -> list[str]:
+    found = Transports(settings).data_routes([TCP, "shm://stale"], told)
+    return [f"{transport.scheme} {address}" for transport, address in found]
+
+
+def test_best_first_and_only_what_is_allowed() -> None:
+    assert schemes(TransferSettings(), SHM, "quantum://q") == [f"shm {SHM}", f"tcp {TCP}"]
+    assert schemes(TransferSettings(transports=("tcp",)), SHM) == [f"tcp {TCP}"]
+    assert schemes(TransferSettings(transports=("shm",)), SHM) == [f"shm {SHM}"]
+    with pytest.raises(PeerUnreachable, match="none of its addresses"):
+        schemes(TransferSettings(transports=("shm",)))
+
+
+def test_settings_of_transports() -> None:
+    assert TransferSettings(transports=["tcp", "shm"]).transports == (  # type: ignore[arg-type]
+        "tcp",
+        "shm",
+    )
+    assert "shm" in repr(Transports(TransferSettings()))
+
+
+@pytest.mark.parametrize("value", ["tcp", (), [], ["tcp", "tcp"], ["quantum"], [1], None, {}, [[]]])
+def test_settings_of_transports_that_are_refused(value: object) -> None:
+    with pytest.raises(ConfigurationError, match="transports"):
+        TransferSettings(transports=value)  # type: ignore[arg-type]

@@ -1,0 +1,126 @@
+"""One hand-off as its owner sees it: what is offered, who reads, how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from transfer.transports.base import Caller
+from transfer.types import SpanArray
+
+
+class HandoffState(StrEnum):
+    OFFERED = "offered"
+    READING = "reading"
+    RELEASED = "released"
+    ABORTED = "aborted"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Offer:
+    """What an owner lets others read.
+
+    Attributes:
+        handoff_id: uuid, 32 hex digits; never offered twice.
+        fence: number never reused within the engine's incarnation.
+        token: secret that a reader must show.
+        grant: what may be read; any order, rows may touch.
+        readers: how many distinct readers must release before the hand-off ends.
+        ttl_s: life without a read or a renewal, each of which begins it anew.
+        num_blocks: for statistics only.
+    """
+
+    handoff_id: str
+    fence: int
+    token: str
+    grant: SpanArray
+    readers: int
+    ttl_s: float
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndedHandoff:
+    """A hand-off that is over: its blocks may be freed.
+
+    Attributes:
+        state: ``RELEASED``, ``ABORTED`` or ``EXPIRED``.
+        reason: for people.
+        age_s: from the offer to the end.
+    """
+
+    handoff_id: str
+    fence: int
+    state: HandoffState
+    reason: str
+    num_blocks: int
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class OfferSnapshot:
+    """One live hand-off, for statistics.
+
+    Attributes:
+        readers_left: releases still missing.
+        expires_in_s: seconds until it expires if nobody renews.
+    """
+
+    handoff_id: str
+    state: HandoffState
+    num_blocks: int
+    readers_left: int
+    age_s: float
+    expires_in_s: float
+
+
+class Permit:
+    """Leave to read, given by :meth:`HandoffTable.begin_read`."""
+
+    __slots__ = ("handoff", "revoke", "valid")
+
+    def __init__(self, handoff: Handoff, revoke: Callable[[], None]) -> None:
+        self.handoff = handoff
+        self.revoke = revoke
+        self.valid = True
+
+    def __repr__(self) -> str:
+        return f"<Permit {self.handoff.offer.handoff_id} {'valid' if self.valid else 'revoked'}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """How a reader was counted off.
+
+    Attributes:
+        used: whether it read.
+        read_id: of the one-sided read that it confirmed; empty for others.
+    """
+
+    used: bool
+    read_id: str
+
+
+@dataclass(slots=True, eq=False)
+class Handoff:
+    """One hand-off, as the table keeps it; the table's lock guards it."""
+
+    offer: Offer
+    cover: SpanArray
+    offered_at_s: float
+    deadline_s: float
+    state: HandoffState = HandoffState.OFFERED
+    reason: str = ""
+    ended_at_s: float = 0.0
+    # Reader names: how each was counted off, and which process reads for those that were not.
+    released: dict[str, Release] = field(default_factory=dict)
+    reading: dict[str, Caller] = field(default_factory=dict)
+    # One-sided reads that began: their ids, and the reader's name.
+    one_sided: dict[str, str] = field(default_factory=dict)
+    permits: set[Permit] = field(default_factory=set)
+
+    @property
+    def live(self) -> bool:
+        return self.state in (HandoffState.OFFERED, HandoffState.READING)
