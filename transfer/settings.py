@@ -32,6 +32,10 @@ class TransferSettings:
         transports: ``auto``, or the schemes that data may go by, for example ``["tcp"]``: this
             engine reads by no other and serves no other. Control messages always go over the TCP
             port.
+        rdma_device: RDMA devices to use, as ``mlx5_0`` or ``mlx5_0:1`` with the port, several with
+            commas between; reads are spread over all. Empty takes the best one.
+        rdma_gid_index: which of a port's addresses to use; -1 takes what the environment variable
+            ``MC_GID_INDEX`` says, or else the best one.
         max_connections: connections that a listener keeps; more are turned away.
         socket_buffer_bytes: of every socket; 0 leaves it to the kernel, which tunes it.
     """
@@ -47,6 +51,8 @@ class TransferSettings:
     connect_timeout_s: float = 2.0
     read_deadline_s: float = 30.0
     stall_timeout_s: float = 10.0
+    rdma_device: str = ""
+    rdma_gid_index: int = -1
     max_connections: int = 512
     socket_buffer_bytes: int = 0
 
@@ -59,6 +65,9 @@ class TransferSettings:
         _check_whole("max_reads_per_peer", self.max_reads_per_peer, 1, 256)
         _check_whole("slice_bytes", self.slice_bytes, 4096, MAX_SLICE_BYTES)
         _check_whole("max_inflight_bytes", self.max_inflight_bytes, 4096, 1 << 50)
+        if not isinstance(self.rdma_device, str):
+            raise _wrong("rdma_device", self.rdma_device, "names of devices with commas between")
+        _check_whole("rdma_gid_index", self.rdma_gid_index, -1, 65535)
         _check_whole("max_connections", self.max_connections, 1, 65535)
         _check_whole("socket_buffer_bytes", self.socket_buffer_bytes, 0, 1 << 30)
         for name in ("ticket_ttl_s", "connect_timeout_s", "read_deadline_s", "stall_timeout_s"):

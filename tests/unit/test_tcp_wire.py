@@ -19,6 +19,7 @@ from transfer.errors import (
     ProtocolError,
     RegistrationError,
     TransferError,
+    TransportUnavailable,
 )
 from transfer.spans import block_spans
 from transfer.transports import tcp_wire as wire
@@ -43,6 +44,7 @@ DECODERS: list[Callable[[bytes], object]] = [
     wire.decode_welcome,
     wire.decode_read,
     wire.decode_begin,
+    wire.decode_attach,
     wire.decode_release,
     wire.decode_abort,
     wire.decode_renew,
@@ -108,9 +110,13 @@ def test_read_round_trip(proof: Credentials, block_ids: list[int]) -> None:
     decoded, rows = wire.decode_read(wire.encode_credentials(proof) + spans.tobytes())
     assert decoded == proof
     assert rows.tolist() == spans.tolist()
-    begun, read_id, rows = wire.decode_begin(wire.encode_begin(proof, "id", spans))
-    assert (begun, read_id) == (proof, "id")
+    begun, *texts, rows = wire.decode_begin(wire.encode_begin(proof, "id", "rdma", spans))
+    assert (begun, texts) == (proof, ["id", "rdma"])
     assert rows.tolist() == spans.tolist()
+
+
+def test_attach_round_trip() -> None:
+    assert wire.decode_attach(wire.encode_attach("rdma", b"\x00own")) == ("rdma", b"\x00own")
 
 
 @pytest.mark.parametrize(
@@ -122,6 +128,7 @@ def test_read_round_trip(proof: Credentials, block_ids: list[int]) -> None:
         (ProtocolError, ProtocolError),
         (LayoutMismatch, LayoutMismatch),
         (PeerUnreachable, PeerUnreachable),
+        (TransportUnavailable, TransportUnavailable),
     ],
 )
 def test_errors_keep_their_kind(sent: type[TransferError], received: type[TransferError]) -> None:

@@ -91,10 +91,10 @@ class TransferEngine:
         self._tp_size = tp_size
         self._discovery = discovery
         self._settings = settings
-        self._memory = MemoryTable()
         self._table = HandoffTable(incarnation, time.monotonic)
         self._budget = ByteBudget(settings.max_inflight_bytes)
         self._transports = Transports(settings)
+        self._memory = MemoryTable(self._transports)
         self._timer = DeadlineTimer(f"baton-timer-{peer}")
         self._lock = threading.Lock()
         self._closing = threading.Lock()

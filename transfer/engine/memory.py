@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -48,10 +48,19 @@ class MemoryRegion:
         self.close()
 
 
+class MemoryWatcher(Protocol):
+    """Is told of memory that comes and goes, on the thread that registers it."""
+
+    def add_memory(self, address: int, length: int) -> None: ...
+
+    def remove_memory(self, address: int, length: int) -> None: ...
+
+
 class MemoryTable:
     """All registered regions of one engine. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, watcher: MemoryWatcher) -> None:
+        self._watcher = watcher
         self._lock = threading.Lock()
         self._regions: list[MemoryRegion] = []
         self._cover: SpanArray = empty_spans()
@@ -71,6 +80,7 @@ class MemoryTable:
                 f"{length} bytes at {address:#x} are not a range of memory", phase=Phase.REGISTER
             )
         region = MemoryRegion(self, address, length)
+        self._watcher.add_memory(address, length)
         with self._lock:
             self._regions.append(region)
             self._recompute()
@@ -79,9 +89,12 @@ class MemoryTable:
     def discard(self, region: MemoryRegion) -> None:
         """Remove ``region`` if it is there."""
         with self._lock:
-            if region in self._regions:
+            known = region in self._regions
+            if known:
                 self._regions.remove(region)
                 self._recompute()
+        if known:
+            self._watcher.remove_memory(region.address, region.length)
 
     def check(self, spans: SpanArray, *, what: str, phase: Phase) -> None:
         """See that all spans lie in registered memory.

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from transfer.errors import TransferError
+from transfer.errors import Phase, TransferError, TransportUnavailable
 from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan, SpanArray
 
 
@@ -224,11 +224,35 @@ class ControlChannel(ABC):
     def broken(self) -> bool:
         """Whether the channel is known to be of no more use."""
 
+    @property
+    def hangup_fd(self) -> int:
+        """A descriptor on which ``POLLRDHUP`` shows that the connection ended; -1 if none.
+
+        For those who wait for other things meanwhile; open for as long as the channel is.
+        """
+        return -1
+
+    @abstractmethod
+    def exchange(self, scheme: str, request: bytes, timeout_s: float) -> bytes:
+        """Set up what transport ``scheme`` needs; see :meth:`Attachment.exchange`."""
+
     @abstractmethod
     def begin_read(
-        self, credentials: Credentials, spans: SpanArray, read_id: str, timeout_s: float
-    ) -> None:
-        """Ask leave for a one-sided read; see :meth:`OwnerService.begin_one_sided_read`."""
+        self,
+        credentials: Credentials,
+        spans: SpanArray,
+        read_id: str,
+        timeout_s: float,
+        keys_of: str = "",
+    ) -> list[bytes]:
+        """Ask leave for a one-sided read; see :meth:`OwnerService.begin_one_sided_read`.
+
+        Args:
+            keys_of: scheme of the transport whose :meth:`Attachment.keys` are wanted as well.
+
+        Returns:
+            One answer per part in which the spans were sent; none without ``keys_of``.
+        """
 
     @abstractmethod
     def release(
@@ -252,8 +276,35 @@ class ControlChannel(ABC):
         """Shut down and free the connection. Idempotent."""
 
 
+class Attachment(ABC):
+    """What a transport of the owner keeps for one reader, as long as its control connection lasts.
+
+    Methods raise ``TransportUnavailable`` when another transport may do, and ``ProtocolError``.
+    """
+
+    @abstractmethod
+    def exchange(self, request: bytes | bytearray) -> bytes:
+        """Set up what a reader needs before it reads; what is said is the transport's own."""
+
+    @abstractmethod
+    def keys(self, spans: SpanArray) -> bytes:
+        """What the reader must have to reach ``spans``, which it was admitted to."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The reader is gone: it reaches nothing any more. Idempotent."""
+
+
 class Listener(ABC):
     """Serves an owner's memory to its readers on threads of its own."""
+
+    def attach(self, caller: Caller) -> Attachment:
+        """A reader wants to set something up over its control connection.
+
+        Raises:
+            TransportUnavailable: this transport has nothing to set up.
+        """
+        raise TransportUnavailable("nothing to set up", phase=Phase.CONNECT, peer=str(caller.peer))
 
     @property
     @abstractmethod
@@ -270,6 +321,12 @@ class Transport(ABC):
 
     scheme: str
     capabilities: Capabilities
+
+    def add_memory(self, address: int, length: int) -> None:  # noqa: B027  # most need not know
+        """A range of memory was registered with the engine, before or after ``listen``."""
+
+    def remove_memory(self, address: int, length: int) -> None:  # noqa: B027
+        """It was unregistered; on return nobody reaches it by this transport any more."""
 
     @abstractmethod
     def listen(self, service: OwnerService) -> Listener:
@@ -293,6 +350,16 @@ class Transport(ABC):
 
 class ControlTransport(Transport):
     """A transport that carries control too."""
+
+    @abstractmethod
+    def listen(
+        self, service: OwnerService, others: Mapping[str, Listener] | None = None
+    ) -> Listener:
+        """As :meth:`Transport.listen`.
+
+        Args:
+            others: listeners of transports that readers set up over control, by scheme.
+        """
 
     @abstractmethod
     def open_control(self, address: str, caller: Caller, timeout_s: float) -> ControlChannel:

@@ -9,12 +9,16 @@ from transfer.addressing import usable_addresses
 from transfer.errors import ConfigurationError, PeerUnreachable, Phase, TransportUnavailable
 from transfer.settings import AUTO, TransferSettings
 from transfer.transports.base import ControlTransport, Listener, OwnerService, Transport
+from transfer.transports.rdma.transport import RdmaTransport
 from transfer.transports.shm import ShmTransport
 from transfer.transports.tcp import TcpTransport
 
 logger = logging.getLogger(__name__)
 
-_DATA_ONLY: dict[str, Callable[[TransferSettings], Transport]] = {ShmTransport.scheme: ShmTransport}
+_DATA_ONLY: dict[str, Callable[[TransferSettings], Transport]] = {
+    ShmTransport.scheme: ShmTransport,
+    RdmaTransport.scheme: RdmaTransport,
+}
 """Transports that need another one for control, by scheme."""
 
 
@@ -57,19 +61,32 @@ class Transports:
                 that does not work here.
         """
         listeners: list[Listener] = []
+        by_scheme: dict[str, Listener] = {}
         listening = False
         try:
             for transport in self._by_scheme.values():
                 if transport is not self.control:
-                    listeners += self._listen_if_possible(transport, service)
+                    for listener in self._listen_if_possible(transport, service):
+                        listeners.append(listener)
+                        by_scheme[transport.scheme] = listener
             reached_at(tuple(listener.address for listener in listeners))
-            listeners.insert(0, self.control.listen(service))
+            listeners.insert(0, self.control.listen(service, by_scheme))
             listening = True
             return listeners
         finally:
             if not listening:
                 for listener in listeners:
                     listener.close()
+
+    def add_memory(self, address: int, length: int) -> None:
+        """Tell every transport of memory that was registered."""
+        for transport in self._by_scheme.values():
+            transport.add_memory(address, length)
+
+    def remove_memory(self, address: int, length: int) -> None:
+        """Tell every transport of memory that was unregistered."""
+        for transport in self._by_scheme.values():
+            transport.remove_memory(address, length)
 
     def data_routes(
         self, published: Iterable[str], told: Iterable[str]

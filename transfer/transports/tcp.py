@@ -11,7 +11,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from transfer.addressing import parse_address
 from transfer.errors import (
@@ -56,8 +56,10 @@ class TcpTransport(ControlTransport):
     def __init__(self, settings: TransferSettings) -> None:
         self._settings = settings
 
-    def listen(self, service: OwnerService) -> Listener:
-        return TcpListener(service, self._settings)
+    def listen(
+        self, service: OwnerService, others: Mapping[str, Listener] | None = None
+    ) -> Listener:
+        return TcpListener(service, self._settings, others or {})
 
     def open_control(self, address: str, caller: Caller, timeout_s: float) -> TcpControl:
         stream, info = _connect(address, caller, timeout_s, self._settings)
@@ -85,15 +87,35 @@ class TcpControl(ControlChannel):
     def broken(self) -> bool:
         return self._broken
 
+    @property
+    def hangup_fd(self) -> int:
+        return self._stream.fd
+
+    def exchange(self, scheme: str, request: bytes, timeout_s: float) -> bytes:
+        body = wire.encode_attach(scheme, request)
+        answer = self._call(
+            MessageType.ATTACH, body, MessageType.ATTACHED, timeout_s, Phase.CONNECT
+        )
+        return bytes(answer)
+
     def begin_read(
-        self, credentials: Credentials, spans: SpanArray, read_id: str, timeout_s: float
-    ) -> None:
+        self,
+        credentials: Credentials,
+        spans: SpanArray,
+        read_id: str,
+        timeout_s: float,
+        keys_of: str = "",
+    ) -> list[bytes]:
         deadline = time.monotonic() + timeout_s
+        expected = MessageType.KEYS if keys_of else MessageType.OK
+        answers = []
         for at in range(0, spans.shape[0], wire.MAX_READ_ROWS):
             part = spans[at : at + wire.MAX_READ_ROWS]
-            body = wire.encode_begin(credentials, read_id, part)
+            body = wire.encode_begin(credentials, read_id, keys_of, part)
             left_s = deadline - time.monotonic()
-            self._call(MessageType.BEGIN, body, MessageType.OK, left_s, Phase.READ, credentials)
+            answer = self._call(MessageType.BEGIN, body, expected, left_s, Phase.READ, credentials)
+            answers.append(bytes(answer))
+        return answers if keys_of else []
 
     def release(
         self, credentials: Credentials, *, used: bool, read_id: str, timeout_s: float

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 import threading
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -17,11 +18,12 @@ from transfer.errors import (
     Phase,
     ProtocolError,
     TransferError,
+    TransportUnavailable,
 )
 from transfer.settings import MAX_SLICE_BYTES, TransferSettings
 from transfer.spans import total_bytes
 from transfer.transports import tcp_wire as wire
-from transfer.transports.base import Caller, Listener, OwnerService
+from transfer.transports.base import Attachment, Caller, Listener, OwnerService
 from transfer.transports.tcp_stream import SpanCursor, TcpStream
 from transfer.transports.tcp_wire import Header, MessageType
 from transfer.types import Credentials, SpanArray
@@ -38,8 +40,14 @@ class TcpListener(Listener):
         ConfigurationError: the address cannot be listened on.
     """
 
-    def __init__(self, service: OwnerService, settings: TransferSettings) -> None:
+    def __init__(
+        self,
+        service: OwnerService,
+        settings: TransferSettings,
+        others: Mapping[str, Listener],
+    ) -> None:
         self._service = service
+        self._others = others
         self._settings = settings
         self._lock = threading.Lock()
         self._closed = False
@@ -132,7 +140,7 @@ class TcpListener(Listener):
 
     def _serve(self, stream: TcpStream) -> None:
         try:
-            _Conversation(stream, self._service, self._settings).run()
+            _Conversation(stream, self._service, self._settings, self._others).run()
         except ProtocolError as error:
             logger.warning("connection from %s closed: %s", stream.peer, error.message)
         except OSError as error:
@@ -147,10 +155,16 @@ class _Conversation:
     """Requests and answers of one connection, one after the other."""
 
     def __init__(
-        self, stream: TcpStream, service: OwnerService, settings: TransferSettings
+        self,
+        stream: TcpStream,
+        service: OwnerService,
+        settings: TransferSettings,
+        others: Mapping[str, Listener],
     ) -> None:
         self._stream = stream
         self._service = service
+        self._others = others
+        self._attachments: dict[str, Attachment] = {}
         self._stall_s = settings.stall_timeout_s
         self._header = bytearray(wire.HEADER.size)
 
@@ -161,6 +175,13 @@ class _Conversation:
             OSError: the stream ended or broke.
             ProtocolError: the peer sent something else than this protocol.
         """
+        try:
+            self._converse()
+        finally:
+            for attachment in self._attachments.values():
+                attachment.close()
+
+    def _converse(self) -> None:
         stall_s = self._stall_s
         self._stream.set_timeouts(receive_s=stall_s, send_s=stall_s)
         header = self._receive_header()
@@ -195,9 +216,11 @@ class _Conversation:
                 self._read(caller, header.request_id, body)
                 return
             case MessageType.BEGIN:
-                credentials, read_id, spans = wire.decode_begin(body)
-                self._service.begin_one_sided_read(caller, credentials, spans, read_id)
-                answer = wire.message(MessageType.OK, header.request_id)
+                answer = self._begin(caller, header.request_id, body)
+            case MessageType.ATTACH:
+                scheme, request = wire.decode_attach(body)
+                answered = self._attachment(caller, scheme).exchange(request)
+                answer = wire.message(MessageType.ATTACHED, header.request_id, answered)
             case MessageType.RELEASE:
                 credentials, read_id, used = wire.decode_release(body)
                 self._service.release(credentials, used=used, read_id=read_id)
@@ -219,6 +242,25 @@ class _Conversation:
         except HandoffRefused:
             return False
         return True
+
+    def _begin(self, caller: Caller, request_id: int, body: bytearray) -> bytes:
+        credentials, read_id, keys_of, spans = wire.decode_begin(body)
+        self._service.begin_one_sided_read(caller, credentials, spans, read_id)
+        if not keys_of:
+            return wire.message(MessageType.OK, request_id)
+        keys = self._attachment(caller, keys_of).keys(spans)
+        return wire.message(MessageType.KEYS, request_id, keys)
+
+    def _attachment(self, caller: Caller, scheme: str) -> Attachment:
+        attachment = self._attachments.get(scheme)
+        if attachment is None:
+            listener = self._others.get(scheme)
+            if listener is None:
+                raise TransportUnavailable(
+                    f"the owner does not serve {scheme:.20}", phase=Phase.CONNECT
+                )
+            attachment = self._attachments[scheme] = listener.attach(caller)
+        return attachment
 
     def _read(self, caller: Caller, request_id: int, body: bytearray) -> None:
         credentials, spans = wire.decode_read(body)

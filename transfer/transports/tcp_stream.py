@@ -148,6 +148,11 @@ class TcpStream:
             sock.close()
             raise
 
+    @property
+    def fd(self) -> int:
+        """The descriptor; -1 once closed."""
+        return self._socket.fileno()
+
     def set_timeouts(self, receive_s: float, send_s: float) -> None:
         """Bound the time that a call waits for the next byte; 0 is for ever."""
         for option, timeout_s in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):

@@ -18,7 +18,9 @@ text, and the fence in 64 bits. Rows of spans are raw: address and length, 64 bi
 
 A READ is answered by DATA, whose body is the bytes of the spans in the order of the request, or
 by ERROR. Answers come in the order of the requests. BEGIN asks leave to read the same spans by
-another transport, in which the owner takes no part; its read id comes back in RELEASE.
+another transport, in which the owner takes no part; its read id comes back in RELEASE. A BEGIN
+that names a transport is answered by KEYS, which only that transport understands, as it alone does
+the bodies of ATTACH and ATTACHED.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from transfer.errors import (
     Phase,
     ProtocolError,
     TransferError,
+    TransportUnavailable,
 )
 from transfer.settings import MAX_SLICE_BYTES
 from transfer.transports.base import Caller
@@ -70,6 +73,9 @@ class MessageType(IntEnum):
     OK = 9
     ERROR = 10
     BEGIN = 11
+    KEYS = 12
+    ATTACH = 13
+    ATTACHED = 14
 
 
 _CONTROL_BODY_BYTES = 1 << 20
@@ -93,6 +99,7 @@ class ErrorCode(IntEnum):
     PROTOCOL = 2
     BUSY = 3
     LAYOUT = 4
+    UNAVAILABLE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,14 +203,26 @@ def decode_read(body: bytes | bytearray) -> tuple[Credentials, SpanArray]:
     return fields.credentials(), fields.rows()
 
 
-def encode_begin(credentials: Credentials, read_id: str, spans: SpanArray) -> bytes:
-    return encode_credentials(credentials) + _text(read_id) + spans.tobytes()
+def encode_begin(credentials: Credentials, read_id: str, keys_of: str, spans: SpanArray) -> bytes:
+    return b"".join(
+        (encode_credentials(credentials), _text(read_id), _text(keys_of), spans.tobytes())
+    )
 
 
-def decode_begin(body: bytes | bytearray) -> tuple[Credentials, str, SpanArray]:
-    """As :func:`decode_read`, with the read's id."""
+def decode_begin(body: bytes | bytearray) -> tuple[Credentials, str, str, SpanArray]:
+    """As :func:`decode_read`, with the read's id and whose keys are wanted."""
     fields = _Fields(body)
-    return fields.credentials(), fields.text(), fields.rows()
+    return fields.credentials(), fields.text(), fields.text(), fields.rows()
+
+
+def encode_attach(scheme: str, request: bytes) -> bytes:
+    return _text(scheme) + request
+
+
+def decode_attach(body: bytes | bytearray) -> tuple[str, bytes]:
+    """The transport's scheme and its own bytes."""
+    fields = _Fields(body)
+    return fields.text(), fields.rest()
 
 
 def encode_release(credentials: Credentials, *, used: bool, read_id: str) -> bytes:
@@ -263,6 +282,8 @@ def encode_error(error: TransferError) -> bytes:
         code = ErrorCode.PROTOCOL
     elif isinstance(error, PeerUnreachable):
         code = ErrorCode.BUSY
+    elif isinstance(error, TransportUnavailable):
+        code = ErrorCode.UNAVAILABLE
     else:
         code = ErrorCode.REFUSED
     return bytes([code]) + _text(_shortened(error.message))
@@ -280,6 +301,7 @@ def decode_error(
         ErrorCode.PROTOCOL: ProtocolError,
         ErrorCode.BUSY: PeerUnreachable,
         ErrorCode.LAYOUT: LayoutMismatch,
+        ErrorCode.UNAVAILABLE: TransportUnavailable,
     }
     if code not in kinds:
         raise _malformed(f"unknown error code {code}")

@@ -1,0 +1,120 @@
+"""Memory that the devices know."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, field
+
+from transfer.transports.rdma.device import Rail
+from transfer.transports.rdma.keys import KeyMap
+from transfer.transports.rdma.verbs import Registration, VerbsError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Region:
+    uses: int = 0
+    registrations: list[Registration] = field(default_factory=list)
+
+
+class RegisteredMemory:
+    """What the engine registered, registered with every device as well. Thread-safe.
+
+    A range that is registered twice is known to the devices once. One that a device does not take
+    is left out with a warning: reads of it go by another transport.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rails: list[Rail] = []
+        self._regions: dict[tuple[int, int], _Region] = {}
+        self._local = KeyMap.of([], 1)
+        self._remote = self._local
+
+    def __repr__(self) -> str:
+        return f"<RegisteredMemory {len(self._regions)} regions, {len(self._rails)} devices>"
+
+    @property
+    def local(self) -> KeyMap:
+        """Keys for writing what was read, per device."""
+        return self._local
+
+    @property
+    def remote(self) -> KeyMap:
+        """Keys for peers, per device."""
+        return self._remote
+
+    def open(self, rails: list[Rail]) -> None:
+        """Use these devices from now on, also for what was added before."""
+        with self._lock:
+            self._rails = rails
+            for (address, length), region in self._regions.items():
+                self._register(address, length, region)
+            self._refresh()
+
+    def add(self, address: int, length: int) -> None:
+        """A range was registered with the engine."""
+        with self._lock:
+            region = self._regions.setdefault((address, length), _Region())
+            region.uses += 1
+            if region.uses == 1:
+                self._register(address, length, region)
+                self._refresh()
+
+    def remove(self, address: int, length: int) -> None:
+        """It was unregistered: when this returns no device touches it any more."""
+        with self._lock:
+            region = self._regions.get((address, length))
+            if region is None:
+                return
+            region.uses -= 1
+            if region.uses == 0:
+                del self._regions[address, length]
+                self._refresh()
+                self._deregister(region)
+
+    def close(self) -> None:
+        """Forget the devices; before they are closed. Idempotent."""
+        with self._lock:
+            self._rails = []
+            for region in self._regions.values():
+                self._deregister(region)
+            self._refresh()
+
+    def _register(self, address: int, length: int, region: _Region) -> None:
+        for rail in self._rails:
+            try:
+                region.registrations.append(rail.device.register(address, length))
+            except VerbsError as error:
+                logger.warning(
+                    "%s does not take %d bytes at %#x (%s; see `ulimit -l`): reads of them go by "
+                    "another transport",
+                    rail.device.name,
+                    length,
+                    address,
+                    error,
+                )
+                self._deregister(region)
+                return
+
+    def _deregister(self, region: _Region) -> None:
+        for registration in region.registrations:
+            registration.close()
+        region.registrations = []
+
+    def _refresh(self) -> None:
+        known = [
+            (address, length, region.registrations)
+            for (address, length), region in self._regions.items()
+            if region.registrations
+        ]
+        rails = max(1, len(self._rails))
+        # Replaced, never changed: read without the lock.
+        self._local = KeyMap.of(
+            ((at, size, tuple(one.local_key for one in made)) for at, size, made in known), rails
+        )
+        self._remote = KeyMap.of(
+            ((at, size, tuple(one.remote_key for one in made)) for at, size, made in known), rails
+        )
