@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
+
+logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 T = TypeVar("T")
 
@@ -24,8 +27,13 @@ class Background:
         """Starts ``work`` in the running loop."""
         task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
         return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("a notice did not get through: %s", error)
 
     async def drain(self) -> None:
         """Waits until all are done."""

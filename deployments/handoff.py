@@ -35,7 +35,7 @@ from deployments.prefill import PrefillAnswer
 from deployments.replica import DecodeCall
 from transfer.params import tickets_to_params
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 
 class Caller(Protocol):

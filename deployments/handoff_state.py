@@ -76,7 +76,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class FirstChunk:
-    """Decode has the prompt's KV and produced output."""
+    """Decode produced output, so it has read a ticket; with one reader in all, the only one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +188,11 @@ class Handoff:
             case DecodeLost(replica_id=replica_id) if self.stage is Stage.DECODING:
                 return self._decode_lost(replica_id)
             case DecodeLost() if self.stage is Stage.STREAMING:
-                self.stage = Stage.FINISHED
-                return [Answer(None, streaming=True)]
+                return [*self._finish(), Answer(None, streaming=True)]
             case FirstChunk() if self.stage is Stage.DECODING:
                 self.stage = Stage.STREAMING
-                self._owner, self._tickets = None, ()
+                if _readers(self._tickets) == 1:
+                    self._tickets = ()
                 return []
             case Refused(error=error) if self.stage in (Stage.PREFILLING, Stage.DECODING):
                 return [*self._finish(), Answer(error)]
@@ -200,6 +200,7 @@ class Handoff:
                 # Ended without a single chunk: the client must not be left without an answer.
                 return [*self._finish(), Answer(None)]
             case DecodeEnded() if self.stage is Stage.STREAMING:
+                self._tickets = ()
                 return self._finish()
             case ClientGone():
                 return self._finish()
@@ -251,3 +252,8 @@ class Handoff:
             self._owner, self._tickets = event.replica_id, event.tickets
             return self._give_up()
         return []
+
+
+def _readers(tickets: tuple[dict[str, Any], ...]) -> int:
+    """How many reads the tickets are for: several prompts, or several samples of one."""
+    return sum(int(ticket.get("readers", 1)) for ticket in tickets)

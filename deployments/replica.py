@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from deployments.background import Background
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.prefill import PrefillAnswer
 from deployments.replica_router import RouteHint
+
+RETRY_PICK_S = 0.2
+"""How long to wait for a replica of a side that had none a moment ago."""
 
 
 @dataclass(slots=True)
@@ -47,6 +51,7 @@ class ReplicaCaller:
         self._handles = {"prefill": prefill, "decode": decode}
         self._pick_timeout_s = pick_timeout_s
         self._background = Background()
+        self._missing: set[str] = set()
 
     async def prefill(
         self,
@@ -176,13 +181,19 @@ class ReplicaCaller:
     async def _select(
         self, stack: AsyncExitStack, role: str, handle: DeploymentHandle, hint: RouteHint
     ) -> Any:
+        # While a side is missing, only the first request pays for finding out.
+        timeout_s = min(self._pick_timeout_s, RETRY_PICK_S if role in self._missing else math.inf)
         try:
-            async with asyncio.timeout(self._pick_timeout_s):
-                return await stack.enter_async_context(handle.choose_replica(hint))
+            async with asyncio.timeout(timeout_s):
+                selection = await stack.enter_async_context(handle.choose_replica(hint))
         except TimeoutError as error:
-            raise NoReplica(role, self._pick_timeout_s) from error
+            if hint == RouteHint():
+                self._missing.add(role)
+            raise NoReplica(role, timeout_s) from error
         except (DeploymentUnavailableError, BackPressureError) as error:
             raise NoReplica(role, 0.0) from error
+        self._missing.discard(role)
+        return selection
 
 
 def _translated(error: Exception, role: str, replica_id: str) -> Exception:

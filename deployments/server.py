@@ -47,7 +47,7 @@ class BatonServer(LLMServer):
         return own_replica_id()
 
     async def check_health(self) -> None:
-        """Fails when the engine is dead, or the transfer engine or its registration is."""
+        """Fails when the engine is dead, or its transfer engine is."""
         await super().check_health()
         if self.engine is not None:
             require_healthy(

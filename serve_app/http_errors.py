@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMClientError, VLLMNotFoundError
 
 from deployments.errors import ServiceUnavailable
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 _TYPES = {
     401: "authentication_error",

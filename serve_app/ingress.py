@@ -43,7 +43,7 @@ from serve_app.metrics import scrape
 from serve_app.router import bypass_reason
 from serve_app.sse import as_events
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 Body: TypeAlias = ChatCompletionRequest | CompletionRequest
 

@@ -44,6 +44,8 @@ _RAY_TIMEOUT_S: Final = 120.0
 _PROBE_TIMEOUT_S: Final = 2.0
 _EXCEPTION_LINE: Final = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*$", re.MULTILINE)
 _LONGEST_GIST: Final = 400
+_RAY_HOST: Final = "127.0.0.2"
+"""Loopback. Ray takes 127.0.0.1 for "any" and would advertise the machine's own address."""
 _LONGEST_TEMP_PATH: Final = 40
 """Ray puts Unix sockets 65 characters below its folder; their paths end at 107."""
 
@@ -208,7 +210,7 @@ def _etcd(folder: Path) -> tuple[Service, str]:
 def _ray(plan: Plan, folder: Path, *, dashboard: bool) -> tuple[Service, str]:
     """A Ray head on loopback, and its address."""
     gcs, client, dashboard_port, agent, metrics = free_ports(5)
-    command = [_beside_python("ray"), "start", "--head", f"--node-ip-address={DEFAULT_HOST}"]
+    command = [_beside_python("ray"), "start", "--head", f"--node-ip-address={_RAY_HOST}"]
     command += [f"--port={gcs}", f"--ray-client-server-port={client}"]
     command += [f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={agent}"]
     command += [f"--metrics-export-port={metrics}", "--min-worker-port=0", "--max-worker-port=0"]
@@ -227,7 +229,7 @@ def _ray(plan: Plan, folder: Path, *, dashboard: bool) -> tuple[Service, str]:
         env=ray_environment(plan.settings),
         daemon=True,
     )
-    return service, f"{DEFAULT_HOST}:{gcs}"
+    return service, f"{_RAY_HOST}:{gcs}"
 
 
 def _serve(plan: Plan, folder: Path, config: Path, ray_address: str, timeout_s: float) -> Service:

@@ -9,7 +9,7 @@ import re
 import aiohttp
 import ray
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 TIMEOUT_S = 5.0
 _WANTED = re.compile(r"(# (HELP|TYPE) )?ray_(baton|vllm|serve)_")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import http.client
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -104,8 +106,8 @@ def etcd_endpoints(settings: Settings) -> tuple[Endpoint, ...]:
 
 
 def is_reachable(endpoints: Sequence[Endpoint]) -> bool:
-    """Whether one of them accepts connections."""
-    return any(_accepts(endpoint) for endpoint in endpoints)
+    """Whether an etcd answers at one of them; behind TLS, whether something accepts connections."""
+    return any(_answers(endpoint) for endpoint in endpoints)
 
 
 def may_start_etcd(endpoints: Sequence[Endpoint]) -> bool:
@@ -116,12 +118,19 @@ def may_start_etcd(endpoints: Sequence[Endpoint]) -> bool:
     return all((endpoint.host, endpoint.port) in _OWN_ETCD for endpoint in endpoints)
 
 
-def _accepts(endpoint: Endpoint) -> bool:
-    address = (endpoint.host.strip("[]"), endpoint.port)
+def _answers(endpoint: Endpoint) -> bool:
+    host = endpoint.host.strip("[]")
     try:
-        with socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S):
-            return True
-    except OSError:
+        if endpoint.scheme == "https":
+            with socket.create_connection((host, endpoint.port), timeout=_CONNECT_TIMEOUT_S):
+                return True
+        connection = http.client.HTTPConnection(host, endpoint.port, timeout=_CONNECT_TIMEOUT_S)
+        with contextlib.closing(connection):
+            connection.request("GET", "/version")
+            answer = connection.getresponse().read(4096)
+            # An etcd behind TLS tells a plain client so.
+            return b"etcdserver" in answer or b"HTTPS server" in answer
+    except (OSError, http.client.HTTPException):
         return False
 
 
@@ -192,8 +201,9 @@ def _check_port(address: HttpAddress) -> Finding:
 
 
 def _check_transfer(settings: Settings) -> Iterator[Finding]:
-    transfer = TransferSettings(**settings.transfer)
-    problem = bind_problem(transfer.host, transfer.port)
+    transfer = TransferSettings(**{"host": "auto", **settings.transfer})
+    # `auto` is the address of whichever node a replica lands on: any address of this one will do.
+    problem = bind_problem("" if transfer.host == "auto" else transfer.host, transfer.port)
     if problem is not None:
         yield Finding("error", f"transfer: {problem}")
     else:

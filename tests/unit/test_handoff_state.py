@@ -44,6 +44,7 @@ def decode(*exclude: str, tickets: tuple[Any, ...] = (), pause_s: float = 0.0) -
 
 Step = tuple[Event, list[Instruction]]
 BOTH = (T1, T2)
+TWO_READERS = ({**T1, "readers": 2},)
 TO_DECODE: list[Step] = [(Start(), [prefill()]), (PREFILLED, [decode(tickets=BOTH)])]
 TO_STREAM: list[Step] = [*TO_DECODE, (FirstChunk(), [])]
 
@@ -107,7 +108,22 @@ PATHS: dict[str, list[Step]] = {
         (DecodeLost(None), [decode(tickets=BOTH, pause_s=0.2)]),
         (DecodeLost(None), [GIVE_UP, Answer(None)]),
     ],
-    "decode lost in mid-stream": [*TO_STREAM, (DecodeLost("d0"), [Answer(None, streaming=True)])],
+    "decode lost in mid-stream, two prompts": [
+        *TO_STREAM,
+        (DecodeLost("d0"), [GIVE_UP, Answer(None, streaming=True)]),
+    ],
+    "decode lost in mid-stream, one prompt": [
+        (Start(), [prefill()]),
+        (Prefilled("p1", BOTH[:1]), [decode(tickets=BOTH[:1])]),
+        (FirstChunk(), []),
+        (DecodeLost("d0"), [Answer(None, streaming=True)]),
+    ],
+    "decode lost in mid-stream, two samples of one prompt": [
+        (Start(), [prefill()]),
+        (Prefilled("p1", TWO_READERS), [decode(tickets=TWO_READERS)]),
+        (FirstChunk(), []),
+        (DecodeLost("d0"), [GiveUp("p1", ("h1",)), Answer(None, streaming=True)]),
+    ],
     "decode ends without a word": [*TO_DECODE, (DecodeEnded(), [GIVE_UP, Answer(None)])],
     "client gone at once": [(ClientGone(), [])],
     "client gone during prefill": [(Start(), [prefill()]), (ClientGone(), [])],
@@ -124,7 +140,16 @@ PATHS: dict[str, list[Step]] = {
         (ClientGone(), [GIVE_UP]),
         (ClientGone(), []),
     ],
-    "client gone in mid-stream: decode has the blocks": [*TO_STREAM, (ClientGone(), [])],
+    "client gone in mid-stream: decode has the blocks": [
+        (Start(), [prefill()]),
+        (Prefilled("p1", BOTH[:1]), [decode(tickets=BOTH[:1])]),
+        (FirstChunk(), []),
+        (ClientGone(), []),
+    ],
+    "client gone in mid-stream: one of two prompts may be unread": [
+        *TO_STREAM,
+        (ClientGone(), [GIVE_UP]),
+    ],
 }
 
 
@@ -279,7 +304,9 @@ class AnyOrder(RuleBasedStateMachine):
     def first_chunk(self) -> None:
         assert isinstance(self.running, CallDecode)
         if self.client_here:
-            self.consumed.update(ticket["handoff_id"] for ticket in self.running.tickets)
+            # One reader in all: it has read. Several: nobody knows which one spoke first.
+            if len(self.running.tickets) == 1:
+                self.consumed.add(self.running.tickets[0]["handoff_id"])
             self.streamed = True
         self.tell(FirstChunk(), ends_call=False)
 
@@ -308,6 +335,9 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(decoding)
     @rule()
     def decode_ends(self) -> None:
+        assert isinstance(self.running, CallDecode)
+        if self.streamed and self.client_here:
+            self.consumed.update(ticket["handoff_id"] for ticket in self.running.tickets)
         self.tell(DecodeEnded())
 
     @rule()

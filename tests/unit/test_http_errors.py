@@ -237,13 +237,13 @@ def test_headers_of_an_http_error_are_kept() -> None:
 
 
 def test_unexpected_error_is_logged_and_not_shown(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.ERROR, logger="serve_app.http_errors"):
+    with caplog.at_level(logging.ERROR, logger="ray.serve"):
         response = ask("GET", "/raise/bug")
 
     error = error_of(response, 500)
     assert error["type"] == "server_error"
     assert "secret" not in response.text
-    (record,) = [item for item in caplog.records if item.name == "serve_app.http_errors"]
+    (record,) = [item for item in caplog.records if item.name == "ray.serve"]
     assert "/raise/bug" in record.getMessage()
     assert record.exc_info is not None
     assert isinstance(record.exc_info[1], KeyError)

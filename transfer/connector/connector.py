@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
+from transfer.connector.logs import log_with_vllm
 from transfer.connector.metadata import BatonMetadata, WorkerHandshake
 from transfer.connector.scheduler import BatonScheduler
 from transfer.connector.settings import ConnectorSettings
@@ -47,6 +48,7 @@ class BatonConnector(KVConnectorBase_V1):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        log_with_vllm()
         _refuse_unsupported(vllm_config, kv_cache_config)
         transfer = self._kv_transfer_config
         settings = ConnectorSettings.from_extra_config(transfer.kv_connector_extra_config)

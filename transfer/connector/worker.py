@@ -272,6 +272,7 @@ class BatonWorker:
         self._failed_blocks.update(read.local_block_ids)
         if handle is not None and handle.state is TransferState.CANCELLED:
             self.stats.count_read(Outcome.CANCELLED, tokens=0)
+            self._forfeit(read)
             return
         error = None if handle is None else handle.error
         refused = handle is None or isinstance(error, HandoffRefused | LayoutMismatch)
@@ -280,8 +281,11 @@ class BatonWorker:
         if error is not None:
             logger.warning("read for request %s failed, recomputing: %s", read.request_id, error)
             if not refused:
-                owner, credentials = self._addressee(Holding(read.request_id, read.ticket))
-                self.engine.submit_release(owner, credentials, used=False)
+                self._forfeit(read)
+
+    def _forfeit(self, read: NewRead) -> None:
+        owner, credentials = self._addressee(Holding(read.request_id, read.ticket))
+        self.engine.submit_release(owner, credentials, used=False)
 
     def _addressee(self, holding: Holding) -> tuple[PeerId, Credentials]:
         ticket: Ticket = holding.ticket
