@@ -81,6 +81,10 @@ class TransferCancelled(FatalError):
     """The caller cancelled the transfer, or the engine was closed."""
 
 
+class TlsRefused(FatalError):
+    """One end speaks TLS and the other does not, or a certificate is not accepted."""
+
+
 class HandoffRefused(FatalError):
     """The owner refused the hand-off: unknown, ended, wrong fence, token or incarnation."""
 

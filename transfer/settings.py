@@ -37,6 +37,12 @@ class TransferSettings:
         rdma_gid_index: which of a port's addresses to use; -1 takes what the environment variable
             ``MC_GID_INDEX`` says, or else the best one.
         max_connections: connections that a listener keeps; more are turned away.
+        tls_ca: PEM file of the authority whose certificates are accepted. With the next two, and
+            only with both, every connection is TLS 1.2 or newer, and both ends must show one.
+        tls_cert: PEM file of this worker's certificate, its issuers after it.
+        tls_key: PEM file of the key to it, without a password.
+        tls_server_name: name that owners' certificates must be for; empty means the host of the
+            address by which they are reached.
         socket_buffer_bytes: of every socket; 0 leaves it to the kernel, which tunes it.
     """
 
@@ -55,6 +61,10 @@ class TransferSettings:
     rdma_gid_index: int = -1
     max_connections: int = 512
     socket_buffer_bytes: int = 0
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_server_name: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not 0 < len(self.host) <= 255:
@@ -72,6 +82,19 @@ class TransferSettings:
         _check_whole("socket_buffer_bytes", self.socket_buffer_bytes, 0, 1 << 30)
         for name in ("ticket_ttl_s", "connect_timeout_s", "read_deadline_s", "stall_timeout_s"):
             _check_seconds(name, getattr(self, name))
+        self._check_tls()
+
+    def _check_tls(self) -> None:
+        files = ("tls_ca", "tls_cert", "tls_key")
+        for name in (*files, "tls_server_name"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or len(value) > 4096:
+                raise _wrong(name, value, "text")
+        missing = [name for name in files if not getattr(self, name)]
+        if missing and len(missing) < len(files):
+            raise _wrong(missing[0], "", "set too: tls_ca, tls_cert and tls_key go together")
+        if self.tls_server_name and missing:
+            raise _wrong("tls_server_name", self.tls_server_name, "empty without tls_ca")
 
 
 def _checked_transports(value: object) -> str | tuple[str, ...]:

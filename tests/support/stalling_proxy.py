@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from typing import Self
 
 from transfer.addressing import parse_address
 
@@ -30,7 +31,7 @@ class StallingProxy:
         self.address = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
         self._start(self._accept)
 
-    def __enter__(self) -> StallingProxy:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,6 +18,7 @@ from transfer.errors import (
     Phase,
     ProtocolError,
     RegistrationError,
+    TlsRefused,
     TransferError,
     TransportUnavailable,
 )
@@ -128,6 +129,7 @@ def test_attach_round_trip() -> None:
         (ProtocolError, ProtocolError),
         (LayoutMismatch, LayoutMismatch),
         (PeerUnreachable, PeerUnreachable),
+        (TlsRefused, TlsRefused),
         (TransportUnavailable, TransportUnavailable),
     ],
 )

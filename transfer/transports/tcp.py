@@ -13,13 +13,11 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from transfer.addressing import parse_address
 from transfer.errors import (
     DeadlineExceeded,
     FatalError,
     PeerUnreachable,
     Phase,
-    ProtocolError,
     TransferError,
 )
 from transfer.settings import TransferSettings
@@ -36,9 +34,11 @@ from transfer.transports.base import (
     OwnerService,
     ReadSession,
 )
+from transfer.transports.tcp_dialer import Dialer, receive_answer, unexpected
 from transfer.transports.tcp_listener import TcpListener
 from transfer.transports.tcp_stream import SpanCursor, TcpStream, translated
 from transfer.transports.tcp_wire import Header, MessageType
+from transfer.transports.tls import TlsContexts
 from transfer.types import Credentials, PeerInfo, ReadPlan, SpanArray
 
 _PIPELINED_REQUESTS = 2
@@ -48,25 +48,32 @@ _MIN_SLICE_BYTES = 1 << 20
 
 
 class TcpTransport(ControlTransport):
-    """TCP by the settings of the engine."""
+    """TCP by the settings of the engine, with TLS if they ask for it.
+
+    Raises:
+        ConfigurationError: the files for TLS cannot be used.
+    """
 
     scheme = "tcp"
-    capabilities = Capabilities(same_host=False, one_sided=False, encrypted=False)
 
     def __init__(self, settings: TransferSettings) -> None:
         self._settings = settings
+        self._tls = TlsContexts.of(settings)
+        self._dialer = Dialer(settings, self._tls)
+        encrypted = self._tls is not None
+        self.capabilities = Capabilities(same_host=False, one_sided=False, encrypted=encrypted)
 
     def listen(
         self, service: OwnerService, others: Mapping[str, Listener] | None = None
     ) -> Listener:
-        return TcpListener(service, self._settings, others or {})
+        return TcpListener(service, self._settings, self._tls, others or {})
 
     def open_control(self, address: str, caller: Caller, timeout_s: float) -> TcpControl:
-        stream, info = _connect(address, caller, timeout_s, self._settings)
+        stream, info = self._dialer.connect(address, caller, timeout_s)
         return TcpControl(stream, info)
 
     def open_data(self, address: str, caller: Caller, control: ControlChannel) -> TcpData:
-        return TcpData(address, caller, control.info, self._settings)
+        return TcpData(address, caller, control.info, self._settings, self._dialer)
 
 
 class TcpControl(ControlChannel):
@@ -167,7 +174,7 @@ class TcpControl(ControlChannel):
                 whole = True
                 raise wire.decode_error(answer, phase, self._peer, handoff_id)
             if header.type is not expected:
-                raise _unexpected(header, self._peer)
+                raise unexpected(header, self._peer)
             whole = True
             return answer
         finally:
@@ -184,19 +191,25 @@ class TcpControl(ControlChannel):
         self._stream.set_timeouts(receive_s=left_s, send_s=left_s)
         request_id = next(self._request_ids)
         self._stream.send(wire.message(request, request_id, body))
-        return _receive_answer(self._stream, request_id, left_s, self._peer)
+        return receive_answer(self._stream, request_id, left_s, self._peer)
 
 
 class TcpData(DataChannel):
     """A pool of data streams to one owner."""
 
     def __init__(
-        self, address: str, caller: Caller, info: PeerInfo, settings: TransferSettings
+        self,
+        address: str,
+        caller: Caller,
+        info: PeerInfo,
+        settings: TransferSettings,
+        dialer: Dialer,
     ) -> None:
         self._address = address
         self._caller = caller
         self._info = info
         self._settings = settings
+        self._dialer = dialer
         self._lock = threading.Lock()
         self._idle: list[TcpStream] = []
         self._closed = False
@@ -244,7 +257,7 @@ class TcpData(DataChannel):
             if self._idle:
                 return self._idle.pop()
         left_s = deadline - time.monotonic()
-        stream, info = _connect(self._address, self._caller, left_s, self._settings)
+        stream, info = self._dialer.connect(self._address, self._caller, left_s)
         if (info.peer, info.incarnation) != (self._info.peer, self._info.incarnation):
             stream.close()
             raise PeerUnreachable(
@@ -361,63 +374,14 @@ class TcpReadSession(ReadSession):
     def _receive_slice(self, stream: TcpStream, request_id: int, cursor: SpanCursor) -> None:
         header = wire.decode_header(stream.receive(wire.HEADER.size))
         if header.request_id != request_id:
-            raise _unexpected(header, self._peer)
+            raise unexpected(header, self._peer)
         if header.type is MessageType.ERROR:
             body = stream.receive(header.body_bytes)
             raise wire.decode_error(body, Phase.READ, self._peer, self._credentials.handoff_id)
         if header.type is not MessageType.DATA or header.body_bytes != cursor.total_bytes:
-            raise _unexpected(header, self._peer)
+            raise unexpected(header, self._peer)
         stream.receive_spans(cursor, self._count)
 
     def _count(self, moved: int) -> None:
         with self._lock:
             self._moved += moved
-
-
-def _connect(
-    address: str, caller: Caller, timeout_s: float, settings: TransferSettings
-) -> tuple[TcpStream, PeerInfo]:
-    """Connect and shake hands within ``timeout_s``."""
-    target = parse_address(address)
-    timeout_s = min(timeout_s, settings.connect_timeout_s)
-    deadline = time.monotonic() + timeout_s
-    if timeout_s <= 0:
-        raise DeadlineExceeded("no time left to connect", phase=Phase.CONNECT, peer=address)
-    with translated(Phase.CONNECT, address):
-        stream = TcpStream.connect(
-            target.host, target.port, timeout_s, settings.socket_buffer_bytes
-        )
-        shaken = False
-        try:
-            left_s = max(0.001, deadline - time.monotonic())
-            stream.set_timeouts(receive_s=left_s, send_s=left_s)
-            stream.send(wire.message(MessageType.HELLO, 0, wire.encode_hello(caller)))
-            header, body = _receive_answer(stream, 0, left_s, address)
-            if header.type is MessageType.ERROR:
-                raise wire.decode_error(body, Phase.CONNECT, address)
-            if header.type is not MessageType.WELCOME:
-                raise _unexpected(header, address)
-            info = wire.decode_welcome(body)
-            shaken = True
-            return stream, info
-        finally:
-            if not shaken:
-                stream.close()
-
-
-def _receive_answer(
-    stream: TcpStream, request_id: int, timeout_s: float, peer: str
-) -> tuple[Header, bytearray]:
-    header = wire.decode_header(stream.receive(wire.HEADER.size, timeout_s))
-    if header.request_id != request_id or header.type is MessageType.DATA:
-        raise _unexpected(header, peer)
-    return header, stream.receive(header.body_bytes, timeout_s)
-
-
-def _unexpected(header: Header, peer: str) -> ProtocolError:
-    return ProtocolError(
-        f"unexpected {header.type.name} of {header.body_bytes} bytes in answer to request "
-        f"{header.request_id}",
-        phase=Phase.READ,
-        peer=peer,
-    )

@@ -17,6 +17,7 @@ from transfer.errors import (
     PeerUnreachable,
     Phase,
     ProtocolError,
+    TlsRefused,
     TransferError,
     TransportUnavailable,
 )
@@ -26,11 +27,14 @@ from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Attachment, Caller, Listener, OwnerService
 from transfer.transports.tcp_stream import SpanCursor, TcpStream
 from transfer.transports.tcp_wire import Header, MessageType
+from transfer.transports.tls import TlsContexts
+from transfer.transports.tls_stream import TlsStream
 from transfer.types import Credentials, SpanArray
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 128
+_TLS_HANDSHAKE = b"\x16\x03"
 
 
 class TcpListener(Listener):
@@ -44,9 +48,11 @@ class TcpListener(Listener):
         self,
         service: OwnerService,
         settings: TransferSettings,
+        tls: TlsContexts | None,
         others: Mapping[str, Listener],
     ) -> None:
         self._service = service
+        self._tls = tls
         self._others = others
         self._settings = settings
         self._lock = threading.Lock()
@@ -103,12 +109,18 @@ class TcpListener(Listener):
                 threading.Event().wait(1.0)
                 continue
             try:
-                stream = TcpStream(accepted, f"{host}:{port}", self._settings.socket_buffer_bytes)
+                stream = self._stream(accepted, f"{host}:{port}")
             except OSError as error:
                 accepted.close()
                 logger.info("connection from %s:%s broke at once: %s", host, port, error)
                 continue
             self._admit(stream)
+
+    def _stream(self, accepted: socket.socket, peer: str) -> TcpStream:
+        buffer_bytes = self._settings.socket_buffer_bytes
+        if self._tls is None:
+            return TcpStream(accepted, peer, buffer_bytes)
+        return TlsStream.accepted(self._tls, accepted, peer, buffer_bytes)
 
     def _admit(self, stream: TcpStream) -> None:
         thread = threading.Thread(
@@ -131,8 +143,9 @@ class TcpListener(Listener):
         logger.warning("connection from %s turned away: there are %s", stream.peer, limit)
         busy = PeerUnreachable(f"the owner has its {limit} connections", phase=Phase.CONNECT)
         try:
-            # Fits the socket's empty buffer and so does not block.
-            stream.send(wire.message(MessageType.ERROR, 0, wire.encode_error(busy)))
+            if stream.secured:
+                # Fits the socket's empty buffer and so does not block.
+                stream.send(wire.message(MessageType.ERROR, 0, wire.encode_error(busy)))
         except OSError:
             pass  # it is gone: nobody to tell
         finally:
@@ -141,7 +154,7 @@ class TcpListener(Listener):
     def _serve(self, stream: TcpStream) -> None:
         try:
             _Conversation(stream, self._service, self._settings, self._others).run()
-        except ProtocolError as error:
+        except (ProtocolError, TlsRefused) as error:
             logger.warning("connection from %s closed: %s", stream.peer, error.message)
         except OSError as error:
             logger.debug("connection from %s ended: %s", stream.peer, error)
@@ -174,6 +187,7 @@ class _Conversation:
         Raises:
             OSError: the stream ended or broke.
             ProtocolError: the peer sent something else than this protocol.
+            TlsRefused: only one end speaks TLS, or the peer's certificate is not accepted.
         """
         try:
             self._converse()
@@ -183,8 +197,9 @@ class _Conversation:
 
     def _converse(self) -> None:
         stall_s = self._stall_s
+        self._stream.secure(stall_s)
         self._stream.set_timeouts(receive_s=stall_s, send_s=stall_s)
-        header = self._receive_header()
+        header = self._first_header()
         if header.type is not MessageType.HELLO:
             raise ProtocolError(f"begins with {header.type.name}", phase=Phase.CONNECT)
         caller = wire.decode_hello(self._receive_body(header))
@@ -202,6 +217,17 @@ class _Conversation:
                 if isinstance(error, ProtocolError):
                     raise
                 logger.info("refused %s of %s: %s", header.type.name, caller.peer, error)
+
+    def _first_header(self) -> Header:
+        try:
+            return self._receive_header()
+        except ProtocolError:
+            if not self._header.startswith(_TLS_HANDSHAKE):
+                raise
+        refused = TlsRefused("this port does not speak TLS", phase=Phase.CONNECT)
+        self._stream.send(wire.message(MessageType.ERROR, 0, wire.encode_error(refused)))
+        self._stream.linger()
+        raise refused
 
     def _receive_header(self) -> Header:
         self._stream.receive_into(memoryview(self._header), self._stall_s)

@@ -12,6 +12,7 @@ import errno
 import os
 import select
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -20,8 +21,9 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from transfer.errors import DeadlineExceeded, PeerUnreachable, Phase
-from transfer.types import SpanArray
+from transfer.errors import DeadlineExceeded, PeerUnreachable, Phase, TlsRefused
+from transfer.spans import slice_plan
+from transfer.types import ReadPlan, SpanArray
 
 IOV_MAX = 1024
 """Rows that one call takes; Linux refuses more."""
@@ -29,6 +31,9 @@ IOV_MAX = 1024
 _KEEPALIVE_IDLE_S = 30
 _KEEPALIVE_INTERVAL_S = 10
 _KEEPALIVE_PROBES = 3
+
+_LINGER_S = 0.5
+_LINGER_BYTES = 64 << 10
 
 
 class _MessageHeader(ctypes.Structure):
@@ -96,6 +101,15 @@ class SpanCursor:
             self._aim()
         return count
 
+    def pieces(self, max_bytes: int) -> Iterator[tuple[SpanArray, int]]:
+        """All spans in pieces of at most ``max_bytes`` bytes, with their bytes, each to be moved
+        before the next one is asked for. Instead of :meth:`move`."""
+        whole = ReadPlan(local=self._rows, remote=self._rows)
+        for piece in slice_plan(whole, max_bytes, IOV_MAX):
+            size = int(piece.local[:, 1].sum())
+            yield piece.local, size
+            self.done_bytes += size
+
     def _aim(self) -> None:
         row = int(np.searchsorted(self._ends, self.done_bytes, side="right"))
         rows = self._rows.shape[0]
@@ -161,7 +175,20 @@ class TcpStream:
             value = struct.pack("@ll", *divmod(micros, 1_000_000))
             self._socket.setsockopt(socket.SOL_SOCKET, option, value)
 
-    def send(self, data: bytes) -> None:
+    @property
+    def secured(self) -> bool:
+        """Whether what is sent now is sent as it should be."""
+        return True
+
+    def secure(self, timeout_s: float) -> None:
+        """Do what has to be done before the first message of an accepted connection.
+
+        Raises:
+            OSError: the stream broke or ended, or took too long (``TimeoutError``).
+            TlsRefused: the peer has nothing to show.
+        """
+
+    def send(self, data: bytes | memoryview) -> None:
         self._socket.sendall(data)
 
     def receive_into(self, view: memoryview, stall_s: float | None = None) -> None:
@@ -210,7 +237,17 @@ class TcpStream:
         with self._lock:
             if not self._closed:
                 with suppress(OSError):  # the peer ended it before
-                    self._socket.shutdown(socket.SHUT_RDWR)
+                    # Not that of a TLS socket, which would go on in the clear.
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def linger(self) -> None:
+        """Take in what the peer sent, for a moment: closing would destroy the answer to it."""
+        with suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_WR)
+            self._socket.settimeout(_LINGER_S)
+            left = _LINGER_BYTES
+            while left > 0 and (data := socket.socket.recv(self._socket, left)):
+                left -= len(data)
 
     def close(self) -> None:
         """Free the descriptor. Only when no other thread is in a call. Idempotent."""
@@ -240,10 +277,27 @@ def translated(phase: Phase, peer: str, handoff_id: str = "") -> Iterator[None]:
         raise DeadlineExceeded(
             f"no answer in time: {error}", phase=phase, peer=peer, handoff_id=handoff_id
         ) from error
+    except ssl.SSLError as error:
+        raise tls_error(error, phase, peer, handoff_id) from error
     except OSError as error:
         raise PeerUnreachable(
             f"connection failed: {error}", phase=phase, peer=peer, handoff_id=handoff_id
         ) from error
+
+
+def tls_error(
+    error: ssl.SSLError, phase: Phase, peer: str, handoff_id: str = ""
+) -> PeerUnreachable | TlsRefused:
+    """One of ours for one of OpenSSL's."""
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError):
+        return PeerUnreachable(
+            f"connection failed: {error}", phase=phase, peer=peer, handoff_id=handoff_id
+        )
+    if isinstance(error, ssl.SSLCertVerificationError):
+        why = f"the certificate is not accepted: {error.verify_message or error}"
+    else:
+        why = f"TLS failed, does the other end speak it and trust ours? {error.reason or error}"
+    return TlsRefused(why, phase=phase, peer=peer, handoff_id=handoff_id)
 
 
 def _ended() -> ConnectionResetError:

@@ -28,7 +28,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import numpy as np
 
@@ -38,6 +38,7 @@ from transfer.errors import (
     PeerUnreachable,
     Phase,
     ProtocolError,
+    TlsRefused,
     TransferError,
     TransportUnavailable,
 )
@@ -61,6 +62,7 @@ _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
 
+@unique
 class MessageType(IntEnum):
     HELLO = 1
     WELCOME = 2
@@ -92,6 +94,7 @@ _MAX_BODY_BYTES = dict.fromkeys(MessageType, _CONTROL_BODY_BYTES) | {
 }
 
 
+@unique
 class ErrorCode(IntEnum):
     """Why an owner did not do what was asked."""
 
@@ -100,6 +103,7 @@ class ErrorCode(IntEnum):
     BUSY = 3
     LAYOUT = 4
     UNAVAILABLE = 5
+    TLS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +286,8 @@ def encode_error(error: TransferError) -> bytes:
         code = ErrorCode.PROTOCOL
     elif isinstance(error, PeerUnreachable):
         code = ErrorCode.BUSY
+    elif isinstance(error, TlsRefused):
+        code = ErrorCode.TLS
     elif isinstance(error, TransportUnavailable):
         code = ErrorCode.UNAVAILABLE
     else:
@@ -301,6 +307,7 @@ def decode_error(
         ErrorCode.PROTOCOL: ProtocolError,
         ErrorCode.BUSY: PeerUnreachable,
         ErrorCode.LAYOUT: LayoutMismatch,
+        ErrorCode.TLS: TlsRefused,
         ErrorCode.UNAVAILABLE: TransportUnavailable,
     }
     if code not in kinds:

@@ -8,18 +8,34 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.certificates import Authority, TlsFiles
 from tests.support.transfer_cases import TransferCase, why_no_process_memory
 from tests.support.transfer_engines import Pair, engine_pair, wait_until
 
-CASES = ["tcp", "shm"]
+CASES = ["tcp", "tcp+tls", "shm"]
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Issues the certificates that engines of these tests accept."""
+    return Authority(tmp_path_factory.mktemp("certificates"), "ca")
+
+
+@pytest.fixture(scope="session")
+def tls(authority: Authority) -> TlsFiles:
+    """A certificate for loopback."""
+    return authority.issue("worker", "127.0.0.1", "localhost")
 
 
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> TransferCase:
+def case(request: pytest.FixtureRequest, tls: TlsFiles) -> TransferCase:
     """The transport under test."""
     if request.param == "shm" and (why := why_no_process_memory()):
         pytest.skip(why)
-    return TransferCase(request.param, {"transports": [request.param]})
+    scheme, _, with_tls = request.param.partition("+")
+    return TransferCase(
+        request.param, {"transports": [scheme], **(tls.settings() if with_tls else {})}
+    )
 
 
 def _descriptors() -> set[str]:
