@@ -24,7 +24,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.baton-setup
 # Empty for root and where sudo is missing: apt then says itself what it lacks.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
-CODE := serve_app deployments transfer tests requirements
+CODE := serve_app deployments transfer tests requirements bench
 
 .PHONY: help setup serve test check format model lock clean
 

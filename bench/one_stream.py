@@ -152,8 +152,8 @@ def render(rounds: int, idle: dict[str, float], timings: dict[tuple[str, int], T
         "",
         (
             f"`python -m bench.one_stream`, {os.cpu_count()} cores, load "
-            f"{os.getloadavg()[0]:.2f}, medians of {rounds} interleaved rounds, {TOKENS} tokens each, "
-            "SmolLM2-135M in bfloat16."
+            f"{os.getloadavg()[0]:.2f}, medians of {rounds} interleaved rounds, "
+            f"{TOKENS} tokens each, SmolLM2-135M in bfloat16."
         ),
         "",
         (

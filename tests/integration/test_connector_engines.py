@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -69,7 +69,7 @@ def pair(
 class Counters:
     """What one decode request changed in the servers' metrics."""
 
-    NAMES = {
+    NAMES: ClassVar = {
         "tokens": ("decode", "baton:transfer_tokens_total", {}),
         "recomputed": ("decode", "baton:recomputed_tokens_total", {}),
         "bytes": ("decode", "baton:transfer_bytes_total", {}),
@@ -163,7 +163,7 @@ def test_blocks_in_the_local_prefix_cache_are_not_fetched(
 ) -> None:
     prefill, decode = pair
     shared, tail = _prompt(6 * BLOCK, salt=901), _prompt(2 * BLOCK + 5, salt=902)
-    decode.complete(shared + [3])
+    decode.complete([*shared, 3])
     prompt = shared + tail
     expected = _colocated(decode, prompt)
     counters = Counters(*pair)
@@ -186,7 +186,8 @@ def test_full_local_hit_reads_nothing_and_frees_the_owner(
     assert answer["choices"][0]["text"] == expected
     _wait_for(lambda: counters.pinned() == 0)
     changes = counters.changes()
-    assert changes["forfeited"] == 1 and changes["released"] == 1
+    assert changes["forfeited"] == 1
+    assert changes["released"] == 1
     assert "bytes" not in changes
 
 

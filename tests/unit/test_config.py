@@ -91,7 +91,7 @@ def test_reading_settings_does_not_change_what_was_given() -> None:
 @pytest.mark.parametrize(
     ("path", "known"),
     [
-        ("modell", "model, engine, prefill, decode, transfer, discovery, router"),
+        ("modle_", "model, engine, prefill, decode, transfer, discovery, router"),
         ("model.name", "id, source"),
         ("prefill.replica", "replicas, autoscaling, tensor_parallel_size, engine, env"),
         ("decode.resources.gpus", "cpus_per_replica, cpus_per_worker, gpus_per_worker"),
