@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.transfer_cases import TransferCase
@@ -28,9 +28,11 @@ from transfer.errors import (
     Phase,
     RegistrationError,
 )
-from transfer.types import PeerId, PeerInfo, ReadPlan
+from transfer.spans import overlaps_itself
+from transfer.types import PeerId, PeerInfo, ReadPlan, SpanArray
 
 BLOCKS = 64
+MAX_LIST_BYTES = 64 << 20
 
 
 def test_a_read_moves_every_byte_and_ends_the_handoff(pair: Pair) -> None:
@@ -96,6 +98,63 @@ def test_big_reads(case: TransferCase, num_rows: int, block_bytes: int) -> None:
             assert np.array_equal(arrived[local_ids[rows]], sent[remote_ids[rows]])
 
 
+def test_lists_of_any_sizes(case: TransferCase) -> None:
+    """Rows of unequal lengths in any order, 1 byte to 64 MiB in all, next to bytes that must stay
+    as they are."""
+    area_bytes = 72 << 20
+    remote, local = Buffer(1, area_bytes), Buffer(1, area_bytes, fill=0)
+    sizes = st.one_of(
+        st.integers(1, 100),
+        st.integers(0, 26).flatmap(lambda power: st.integers(1 << power, (2 << power) - 1)),
+    ).map(lambda size: min(size, MAX_LIST_BYTES))
+
+    with engine_pair(settings=case.settings()) as pair:
+        pair.owner.register(remote.address, area_bytes)
+        pair.reader.register(local.address, area_bytes)
+
+        @settings(max_examples=12, deadline=None)
+        @given(sizes, st.integers(1, 5000), st.integers(0, 1 << 32))
+        @example(1, 1, 0)
+        @example(MAX_LIST_BYTES, 1, 1)
+        @example(MAX_LIST_BYTES, 5000, 2)
+        def check(size: int, num_rows: int, seed: int) -> None:
+            plan = random_plan(local.address, remote.address, size, num_rows, seed)
+            proof = pair.offer(grant=plan.remote)
+            succeeds(pair.read(proof, plan))
+            wanted = np.zeros(area_bytes, dtype=np.uint8)
+            offsets = zip(
+                (plan.local[:, 0] - np.uint64(local.address)).tolist(),
+                (plan.remote[:, 0] - np.uint64(remote.address)).tolist(),
+                plan.local[:, 1].tolist(),
+                strict=True,
+            )
+            for to, source, length in offsets:
+                wanted[to : to + length] = remote.bytes[source : source + length]
+            assert np.array_equal(local.bytes, wanted)
+            local.bytes.fill(0)
+
+        check()
+
+
+def random_plan(local_base: int, remote_base: int, size: int, num_rows: int, seed: int) -> ReadPlan:
+    """``size`` bytes in at most ``num_rows`` rows, in another order and with other gaps on each
+    side."""
+    random = np.random.default_rng(seed)
+    cuts = np.unique(random.integers(1, size, num_rows - 1)) if size > 1 else np.empty(0, np.int64)
+    lengths = np.diff(np.concatenate(([0], cuts, [size])))
+
+    def side(base: int) -> SpanArray:
+        order = random.permutation(lengths.size)
+        gaps = random.integers(0, 2, lengths.size) * random.integers(0, 1000, lengths.size)
+        starts = np.cumsum(lengths[order] + gaps) - lengths[order]
+        spans = np.empty((lengths.size, 2), dtype=np.uint64)
+        spans[order, 0] = starts + base
+        spans[:, 1] = lengths
+        return spans
+
+    return ReadPlan(local=side(local_base), remote=side(remote_base))
+
+
 def test_an_empty_plan_is_a_read(pair: Pair) -> None:
     succeeds(pair.read(pair.offer(), ReadPlan(pair.local.spans([]), pair.remote.spans([]))))
     assert take_ended(pair.owner)
@@ -144,6 +203,15 @@ def test_local_spans_that_overlap_are_refused(pair: Pair) -> None:
     assert not pair.local.bytes.any()
 
 
+@given(st.permutations(range(6)), st.integers(1, 4095), st.integers(0, 4))
+def test_any_overlap_is_found(order: list[int], shared: int, at: int) -> None:
+    local = Buffer(8, fill=0).spans(order)
+    assert not overlaps_itself(local)
+    rows = local[:, 0].argsort()
+    local[rows[at], 1] += shared
+    assert overlaps_itself(local)
+
+
 def test_local_spans_must_be_registered(pair: Pair) -> None:
     foreign = Buffer(2, fill=0)
     plan = ReadPlan(foreign.spans([0]), pair.remote.spans([0]))
@@ -173,6 +241,39 @@ def test_memory_unregistered_after_the_offer_is_not_read(pair: Pair) -> None:
     region.close()
     plan = ReadPlan(pair.local.spans([0]), more.spans([0]))
     fails(pair.read(proof, plan), HandoffRefused, "registered")
+
+
+def test_memory_that_is_registered_again(pair: Pair) -> None:
+    more, target = Buffer(4), Buffer(4, fill=0)
+    plan = ReadPlan(target.spans(range(4)), more.spans(range(4)))
+    for time in range(3):
+        more.bytes.fill(time + 1)
+        with (
+            pair.owner.register(more.address, more.bytes.nbytes),
+            pair.reader.register(target.address, target.bytes.nbytes),
+        ):
+            proof = pair.offer(grant=more.spans(range(4)))
+            succeeds(pair.read(proof, plan))
+            assert (target.bytes == time + 1).all()
+        with pytest.raises(RegistrationError):
+            pair.offer(grant=more.spans([0]))
+        fails(pair.read(pair.offer(), plan), RegistrationError)
+
+
+def test_memory_that_is_registered_twice_stays_until_both_are_closed(pair: Pair) -> None:
+    more = Buffer(4)
+    whole = pair.owner.register(more.address, more.bytes.nbytes)
+    half = pair.owner.register(more.address, more.bytes.nbytes // 2)
+    plan = ReadPlan(pair.local.spans([0, 1]), more.spans([0, 1]))
+    proof = pair.offer(grant=more.spans(range(4)))
+    whole.close()
+    succeeds(pair.read(proof, plan))
+    assert pair.local.block(1) == more.block(1)
+    with pytest.raises(RegistrationError):
+        pair.offer(grant=more.spans(range(4)))
+    half.close()
+    with pytest.raises(RegistrationError):
+        pair.offer(grant=more.spans([0]))
 
 
 def test_one_bad_span_fails_the_whole_read(pair: Pair) -> None:
@@ -224,34 +325,3 @@ def test_another_layout_hash_is_told_before_anything_is_asked(pair: Pair) -> Non
         proof = replace(pair.offer(), incarnation="other-1")
         handle = pair.reader.submit_read(PeerId("other", 0), proof, never_planned, 5)
         fails(handle, LayoutMismatch, "different")
-
-
-def test_many_reads_at_once(case: TransferCase) -> None:
-    tuning = case.settings(max_reads_per_peer=3, max_inflight_bytes=100_000)
-    with engine_pair(256, settings=tuning) as pair:
-        handles = [
-            pair.read(
-                pair.offer(),
-                ReadPlan(pair.local.spans([block]), pair.remote.spans([block])),
-            )
-            for block in range(256)
-        ]
-        for handle in handles:
-            succeeds(handle)
-        assert pair.local_is_remote()
-        ended = {one.handoff_id for one in take_ended(pair.owner)}
-        assert ended == {handle.handoff_id for handle in handles}
-
-
-def test_many_readers_of_one_owner(pair: Pair) -> None:
-    proof = pair.offer(readers=4)
-    buffers = [Buffer(64, fill=0) for _ in range(4)]
-    engines = [pair.engine(f"reader-{number}") for number in range(4)]
-    for number, (engine, buffer) in enumerate(zip(engines, buffers, strict=True)):
-        assert pair.owner.take_ended() == []
-        engine.register(buffer.address, buffer.bytes.nbytes)
-        with engine:
-            own = pair.with_reader(engine, buffer)
-            succeeds(own.read(replace(proof, reader=str(number))))
-        assert np.array_equal(buffer.bytes, pair.remote.bytes)
-    assert [one.state for one in take_ended(pair.owner)] == [HandoffState.RELEASED]

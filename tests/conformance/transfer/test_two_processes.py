@@ -15,7 +15,7 @@ import pytest
 from tests.support.owner_process import OwnerReport, owner_process
 from tests.support.stalling_memory import StallingMemory
 from tests.support.stalling_proxy import StallingProxy
-from tests.support.transfer_cases import TransferCase, why_no_process_memory
+from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import (
     Buffer,
     Directory,
@@ -25,7 +25,7 @@ from tests.support.transfer_engines import (
     wait_until,
 )
 from transfer.engine.engine import TransferEngine
-from transfer.engine.handle import TransferHandle
+from transfer.engine.handle import TransferHandle, TransferState
 from transfer.errors import DeadlineExceeded, HandoffRefused, PeerUnreachable
 from transfer.spans import block_spans
 from transfer.types import ReadPlan
@@ -76,11 +76,9 @@ class Reader:
         return bool(np.array_equal(self.local.bytes, Buffer(NUM_BLOCKS, BLOCK_BYTES).bytes))
 
 
-@pytest.fixture(params=["tcp", "shm"])
-def reader(request: pytest.FixtureRequest) -> Iterator[Reader]:
-    if request.param == "shm" and (why := why_no_process_memory()):
-        pytest.skip(why)
-    made = Reader(TransferCase(request.param, {"transports": [request.param]}))
+@pytest.fixture
+def reader(case: TransferCase) -> Iterator[Reader]:
+    made = Reader(case)
     with made.engine:
         yield made
 
@@ -109,6 +107,31 @@ def test_an_owner_that_is_killed_half_way(reader: Reader) -> None:
         stall.resume()
         fails(handle, PeerUnreachable)
         assert time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize("phase", list(TransferState)[1:4])
+def test_an_owner_that_is_killed_in_any_phase(
+    reader: Reader, phase: TransferState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = TransferHandle.advance
+    with reader.owner("one") as (process, report):
+        reader.directory.publish(report.record)
+        succeeds(reader.read(report, 0))
+
+        def kill_first(handle: TransferHandle, state: TransferState) -> None:
+            if state is phase:
+                process.kill()
+                process.wait()
+            advance(handle, state)
+
+        monkeypatch.setattr(TransferHandle, "advance", kill_first)
+        fails(reader.read(report, 1), PeerUnreachable)
+    monkeypatch.setattr(TransferHandle, "advance", advance)
+    with reader.owner("two") as (_, report_anew):
+        reader.directory.publish(report_anew.record)
+        reader.local.bytes.fill(0)
+        succeeds(reader.read(report_anew, 1))
+        assert reader.has_it_all()
 
 
 def test_an_owner_that_is_stopped_half_way(reader: Reader) -> None:
