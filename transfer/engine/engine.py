@@ -131,6 +131,11 @@ class TransferEngine:
         return self._state is EngineState.RUNNING
 
     @property
+    def incarnation(self) -> str:
+        """Of this start; readers must show it."""
+        return self._info.incarnation
+
+    @property
     def addresses(self) -> tuple[str, ...]:
         """Where readers reach it; empty unless it runs."""
         with self._lock:
@@ -165,8 +170,9 @@ class TransferEngine:
     def close(self) -> None:
         """Withdraw the record, fail reads with ``TransferCancelled``, end offers, join threads.
 
-        Takes a few seconds at most. Afterwards no memory is read or written any more. Idempotent;
-        not from a planner.
+        Takes a few seconds at most. Afterwards no memory is read or written by this process any
+        more; a reader on the same host may still be reading what it will then find worthless.
+        Idempotent; not from a planner.
         """
         with self._closing:
             self._shut_down()
