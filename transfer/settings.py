@@ -31,7 +31,7 @@ class TransferSettings:
         stall_timeout_s: a peer that moves nothing for so long in the middle of a message is cut.
         transports: ``auto``, or the schemes that data may go by, for example ``["tcp"]``: this
             engine reads by no other and serves no other. Control messages always go over the TCP
-            port.
+            port. With TLS, ``auto`` leaves out what carries bytes to other hosts in the clear.
         rdma_device: RDMA devices to use, as ``mlx5_0`` or ``mlx5_0:1`` with the port, several with
             commas between; reads are spread over all. Empty takes the best one.
         rdma_gid_index: which of a port's addresses to use; -1 takes what the environment variable

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
+from tests.support.certificates import Authority, TlsFiles
 from transfer.engine.routes import DataRoutes
 from transfer.errors import ConfigurationError, PeerUnreachable, Phase, TransportUnavailable
 from transfer.settings import TransferSettings
@@ -122,6 +124,18 @@ def test_best_first_and_only_what_is_allowed() -> None:
     assert schemes(TransferSettings(transports=("shm",)), SHM) == [f"shm {SHM}"]
     with pytest.raises(PeerUnreachable, match="none of its addresses"):
         schemes(TransferSettings(transports=("shm",)))
+
+
+def test_what_is_not_encrypted_is_left_out_with_tls_unless_it_is_named(tls: TlsFiles) -> None:
+    assert "rdma" in repr(Transports(TransferSettings()))
+    assert repr(Transports(TransferSettings(**tls.settings()))) == "<Transports shm, tcp>"
+    named = TransferSettings(transports=("rdma", "tcp"), **tls.settings())
+    assert repr(Transports(named)) == "<Transports rdma, tcp>"
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> TlsFiles:
+    return Authority(tmp_path, "ca").issue("worker", "127.0.0.1")
 
 
 def test_settings_of_transports() -> None:

@@ -26,7 +26,7 @@ class Transports:
     """The transports of one engine, by scheme.
 
     Raises:
-        ConfigurationError: the settings ask for one that there is not.
+        ConfigurationError: the files for TLS cannot be used.
     """
 
     def __init__(self, settings: TransferSettings) -> None:
@@ -35,15 +35,13 @@ class Transports:
         allowed = settings.transports if self._forced else (*_DATA_ONLY, self.control.scheme)
         self._by_scheme: dict[str, Transport] = {}
         for scheme in allowed:
-            if scheme == self.control.scheme:
-                self._by_scheme[scheme] = self.control
-            elif scheme in _DATA_ONLY:
-                self._by_scheme[scheme] = _DATA_ONLY[scheme](settings)
+            make = _DATA_ONLY.get(scheme)
+            transport = self.control if make is None else make(settings)
+            if self._forced or not settings.tls_ca or transport.capabilities.encrypted:
+                self._by_scheme[scheme] = transport
             else:
-                raise ConfigurationError(
-                    f"transports names {scheme}, which this version does not have",
-                    phase=Phase.REGISTER,
-                )
+                # Who asks for TLS does not expect bytes to go in the clear beside it.
+                logger.info("%s is not used: it does not encrypt, and TLS is asked for", scheme)
 
     def __repr__(self) -> str:
         return f"<Transports {', '.join(self._by_scheme)}>"
