@@ -8,6 +8,7 @@
 #                make setup TORCH_INDEX=...
 #   CONFIG, PORT what `make serve` runs, and its HTTP port if not the configuration's
 #   PYTEST_ARGS  more arguments for pytest
+#   RDMA_DEVICE  an RDMA device of this machine for test-rdma; without one it makes a virtual machine
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -18,6 +19,7 @@ TORCH_INDEX ?=
 CONFIG ?= config.yaml
 PORT ?=
 PYTEST_ARGS ?=
+RDMA_DEVICE ?= $(firstword $(notdir $(wildcard /sys/class/infiniband/*)))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,10 +28,10 @@ STAMP := $(VENV)/.baton-setup
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 CODE := serve_app deployments transfer tests requirements bench
 
-.PHONY: help setup serve test check format model lock clean
+.PHONY: help setup serve test test-rdma check format model lock clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
 
 setup: $(STAMP) ## Make the virtual environment and install the pinned dependencies
 
@@ -57,6 +59,17 @@ serve: model ## Set everything up, start etcd, Ray and the demo, and serve until
 
 test: model ## Run every test but those marked slow
 	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+RDMA_PACKAGES := qemu-system-x86 busybox-static kmod iproute2 ibverbs-providers ibverbs-utils \
+  python3-pyverbs perftest
+
+test-rdma: $(STAMP) ## Test RDMA on this machine's device, or in a virtual machine with soft-RoCE
+	@dpkg -s $(RDMA_PACKAGES) >/dev/null 2>&1 || { $(SUDO) apt-get update -q && \
+	  $(SUDO) apt-get install -q -y --no-install-recommends $(RDMA_PACKAGES); }
+	@$(BIN)/python -m compileall -q transfer tests bench  # there it would take long
+	@$(if $(RDMA_DEVICE),RDMA_DEVICE=$(RDMA_DEVICE),RDMA_VM_LINK=two tests/rdma/run-in-vm.sh) \
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/rdma tests/conformance/transfer -k rdma \
+	  $(PYTEST_ARGS)
 
 check: $(STAMP) ## Lint, formatting, types, spelling, import direction
 	@failed=0; run() { echo "+ $$*"; "$$@" || failed=1; }; \

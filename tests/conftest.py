@@ -13,7 +13,14 @@ from tests.support.tiny_model import make_tiny_model
 
 TESTS = Path(__file__).resolve().parent
 
-TIMEOUT_S = {"unit": 20, "conformance": 60, "integration": 120, "e2e": 300, "chaos": 180}
+TIMEOUT_S = {
+    "unit": 20,
+    "conformance": 60,
+    "rdma": 120,
+    "integration": 120,
+    "e2e": 300,
+    "chaos": 180,
+}
 """Folder -> limit for one test, in the order in which the folders run: cheap ones first."""
 
 # Models come from disk; a test that reaches for a hub should fail at once, not after retries.

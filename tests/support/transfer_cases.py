@@ -31,7 +31,13 @@ class TransferCase:
     @property
     def one_sided(self) -> bool:
         """Whether readers copy without the owner's help."""
-        return self.name == "shm"
+        return self.name in ("shm", "rdma")
+
+
+def rdma_case() -> TransferCase:
+    """RDMA over the devices that ``RDMA_DEVICE`` names, or the best one."""
+    device = os.environ.get("RDMA_DEVICE", "")
+    return TransferCase("rdma", {"transports": ["rdma"], "rdma_device": device})
 
 
 def why_no_process_memory() -> str:

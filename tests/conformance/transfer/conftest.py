@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.certificates import Authority, TlsFiles
-from tests.support.transfer_cases import TransferCase, why_no_process_memory
+from tests.support.transfer_cases import TransferCase, rdma_case, why_no_process_memory
 from tests.support.transfer_engines import Pair, engine_pair, wait_until
+from transfer.transports.rdma.verbs import device_names
 
-CASES = ["tcp", "tcp+tls", "shm"]
+CASES = ["tcp", "tcp+tls", "shm", *(["rdma"] if device_names() else [])]
 
 
 @pytest.fixture(scope="session")
@@ -28,14 +29,17 @@ def tls(authority: Authority) -> TlsFiles:
 
 
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, tls: TlsFiles) -> TransferCase:
+def case(request: pytest.FixtureRequest) -> TransferCase:
     """The transport under test."""
     if request.param == "shm" and (why := why_no_process_memory()):
         pytest.skip(why)
+    if request.param == "rdma":
+        return rdma_case()
     scheme, _, with_tls = request.param.partition("+")
-    return TransferCase(
-        request.param, {"transports": [scheme], **(tls.settings() if with_tls else {})}
-    )
+    if with_tls:
+        tls: TlsFiles = request.getfixturevalue("tls")
+        return TransferCase(request.param, {"transports": [scheme], **tls.settings()})
+    return TransferCase(request.param, {"transports": [scheme]})
 
 
 def _descriptors() -> set[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeAlias
 
 import pytest
 
+from tests.support.stalling_lanes import StallingLanes
 from tests.support.stalling_memory import StallingMemory
 from tests.support.stalling_proxy import StallingProxy
 from tests.support.transfer_cases import TransferCase
@@ -39,7 +40,9 @@ from transfer.types import PeerId, PeerInfo, ReadPlan
 
 STALL_AT_BYTES = 3 << 20
 
-Stall: TypeAlias = StallingProxy | StallingMemory
+Stall: TypeAlias = StallingProxy | StallingMemory | StallingLanes
+
+STALLS: dict[str, Callable[[str, int], Stall]] = {"shm": StallingMemory, "rdma": StallingLanes}
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def big_pair(case: TransferCase) -> Iterator[Pair]:
 @pytest.fixture
 def stalled(big_pair: Pair, case: TransferCase) -> Iterator[Stall]:
     """Reads of ``big_pair`` stop after 3 MiB until it resumes."""
-    make = StallingMemory if case.one_sided else StallingProxy
+    make = STALLS.get(case.name, StallingProxy)
     with make(big_pair.owner.addresses[0], STALL_AT_BYTES) as stall:
         big_pair.directory.move(big_pair.owner_id, stall.address)
         yield stall

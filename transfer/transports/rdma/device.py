@@ -139,8 +139,8 @@ def open_rails(
             rail = _open(one, gid_index, open_device)
             if rail is None:
                 raise ConfigurationError(
-                    f"{one.name} has no active port {one.port or ''} with an address "
-                    f"{gid_index if gid_index >= 0 else ''}".rstrip(),
+                    f"{one.name} has no active port{_numbered(one.port or -1)} with an address"
+                    f"{_numbered(gid_index)}",
                     phase=Phase.REGISTER,
                 )
             rails.append(rail)
@@ -171,7 +171,8 @@ def _best_rail(names: list[str], gid_index: int, open_device: Callable[[str], Op
             rail.device.close()
     if best is None:
         raise TransportUnavailable(
-            f"no port of {', '.join(names)} is active and has an address", phase=Phase.CONNECT
+            f"no port of {', '.join(names)} is active and has an address{_numbered(gid_index)}",
+            phase=Phase.CONNECT,
         )
     return best
 
@@ -194,3 +195,7 @@ def _open(wanted: Wanted, gid_index: int, open_device: Callable[[str], OpenDevic
         if chosen is None:
             device.close()
     return None if chosen is None else Rail(device, *chosen)
+
+
+def _numbered(index: int) -> str:
+    return f" {index}" if index >= 0 else ""

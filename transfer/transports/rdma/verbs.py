@@ -347,7 +347,13 @@ class QueuePair:
             self._post = self._post_extended
             self._element = binding.wr.SGE(0, 0, 0)
         except binding.error:  # a driver without the extended calls
-            plain = qp.QPInitAttr(qp_type=kind, scq=completions.raw, rcq=completions.raw, cap=cap)
+            plain = qp.QPInitAttr(
+                qp_type=kind,
+                scq=completions.raw,
+                rcq=completions.raw,
+                cap=cap,
+                sq_sig_all=0,
+            )
             self._pair = qp.QP(domain, plain)
             self._post = self._post_plain
             self._element = None
@@ -474,9 +480,10 @@ class QueuePair:
                 made.close()
 
 
-# 4.096 µs times two to the power of this: 0.27 s for one packet, then it is sent again.
-_ACK_TIMEOUT = 16
-_RETRIES = 7
+# 4.096 µs times two to the power of this: 0.54 s for one packet, then it is sent again.
+_ACK_TIMEOUT = 17
+# Not 7, which soft-RoCE takes for ever and ever: 3.2 s until a peer counts as gone.
+_RETRIES = 5
 
 
 def _open_channel(binding: Binding, make: Callable[[], Any]) -> tuple[Any, int]:
