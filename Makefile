@@ -9,6 +9,8 @@
 #   CONFIG, PORT what `make serve` runs, and its HTTP port if not the configuration's
 #   PYTEST_ARGS  more arguments for pytest
 #   RDMA_DEVICE  an RDMA device of this machine for test-rdma; without one it makes a virtual machine
+#   BENCH_ARGS   arguments for `make bench-transfer`: --quick is the bars' cases only, 3 minutes;
+#                --help lists them
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,6 +22,7 @@ CONFIG ?= config.yaml
 PORT ?=
 PYTEST_ARGS ?=
 RDMA_DEVICE ?= $(firstword $(notdir $(wildcard /sys/class/infiniband/*)))
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,10 +31,10 @@ STAMP := $(VENV)/.baton-setup
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 CODE := serve_app deployments transfer tests requirements bench
 
-.PHONY: help setup serve test test-rdma check format model lock clean
+.PHONY: help setup serve test test-rdma bench-transfer check format model lock clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP) ## Make the virtual environment and install the pinned dependencies
 
@@ -71,6 +74,37 @@ test-rdma: $(STAMP) ## Test RDMA on this machine's device, or in a virtual machi
 	  $(BIN)/python -m pytest -p no:cacheprovider tests/rdma tests/conformance/transfer -k rdma \
 	  $(PYTEST_ARGS)
 
+# Peers of the transfer benchmark, each in an environment of its own.
+BENCH := .bench
+MOONCAKE := mooncake-transfer-engine-non-cuda==0.3.13.post1
+NIXL := nixl==1.3.2 nixl-cu12==1.3.2
+PLOT := matplotlib==3.11.2
+
+bench-transfer: $(STAMP) $(BENCH)/mooncake.ok $(BENCH)/nixl.ok $(BENCH)/plot.ok ## Measure the transfer engine beside its peers (40 minutes; see BENCH_ARGS)
+	@command -v iperf3 >/dev/null \
+	  || { $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+	       apt-get install -q -y iperf3; }
+	PYTHONPATH=$(CURDIR) $(BIN)/python -m bench.transfer --environments $(BENCH) \
+	  --out docs/benchmarks/transfer.md $(BENCH_ARGS)
+
+$(BENCH)/mooncake.ok: Makefile | $(BIN)/python
+	$(BIN)/python -m venv $(BENCH)/mooncake
+	$(BENCH)/mooncake/bin/python -m pip install --quiet numpy $(MOONCAKE)
+	@touch $@
+
+# NIXL imports torch but does nothing with it here: it gets ours rather than gigabytes of CUDA.
+$(BENCH)/nixl.ok: Makefile | $(STAMP)
+	$(BIN)/python -m venv $(BENCH)/nixl
+	$(BENCH)/nixl/bin/python -m pip install --quiet --no-deps $(NIXL)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(BENCH)/nixl/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
+	@touch $@
+
+$(BENCH)/plot.ok: Makefile | $(BIN)/python
+	$(BIN)/python -m venv $(BENCH)/plot
+	$(BENCH)/plot/bin/python -m pip install --quiet $(PLOT)
+	@touch $@
+
 check: $(STAMP) ## Lint, formatting, types, spelling, import direction
 	@failed=0; run() { echo "+ $$*"; "$$@" || failed=1; }; \
 	run $(BIN)/ruff check $(CODE); \
@@ -89,6 +123,6 @@ lock: $(STAMP) ## Resolve the dependencies anew and rewrite requirements/cpu.loc
 	$(BIN)/python requirements/lock.py
 
 clean: ## Remove the virtual environment and caches (the demo model stays)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	rm -rf $(VENV) $(BENCH) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 	  .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,122 @@
+"""The bars of the transfer engine, as ratios of medians of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from bench.transfer.cases import (
+    BAR_BLOCKS,
+    BAR_TOTAL,
+    KIB,
+    MANY,
+    ONE,
+    Case,
+    case_of,
+    human_bytes,
+)
+from bench.transfer.results import Outcome, Run
+
+TCP, SHM = "baton tcp", "baton shm"
+MOONCAKE = ("mooncake tcp", "mooncake tcp, in parts")
+NIXL, NIXL_TCP, IPERF, MEMCPY = ("nixl",), ("nixl tcp",), ("iperf3",), ("memcpy",)
+_SIXTY_FOUR = case_of(64 * KIB, BAR_TOTAL)
+
+
+class Verdict(StrEnum):
+    PASS = "pass"
+    FAIL = "FAIL"
+    NO_FIGURE = "no figure"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar, judged.
+
+    Attributes:
+        what: case and system.
+        wanted: in words.
+        reached: in words, or why there is nothing to compare.
+    """
+
+    what: str
+    wanted: str
+    reached: str
+    verdict: Verdict
+
+
+def judge(run: Run) -> list[Bar]:
+    """All bars whose cases this run has."""
+    bars = []
+    for block in BAR_BLOCKS:
+        case = case_of(block, BAR_TOTAL)
+        bars += [
+            _faster(run, case, TCP, MOONCAKE, 3.0),
+            _faster(run, case, TCP, NIXL_TCP, 5.0),
+            _faster(run, case, TCP, IPERF, 1.3),
+            _faster(run, case, SHM, NIXL, 1.3),
+        ]
+        if block >= 64 * KIB:
+            bars.append(_faster(run, case, SHM, MEMCPY, 0.6))
+    for system in (TCP, SHM):
+        bars += [_many(run, system), _quicker(run, system)]
+    return [bar for bar in bars if bar is not None]
+
+
+def _faster(run: Run, case: Case, system: str, peers: Sequence[str], factor: float) -> Bar | None:
+    """GB/s of ``system`` against the first of ``peers`` that works."""
+    ours = run.outcome(case, system)
+    peer, theirs = _first_that_works(run, case, peers)
+    if ours is None or theirs is None:
+        return None
+    what = f"{system}, {human_bytes(case.block_bytes)} blocks, 128 MiB"
+    wanted = f"{factor:g} x {peer}"
+    if not ours.works:
+        return Bar(what, wanted, f"failed: {ours.failure}", Verdict.FAIL)
+    if not theirs.works:
+        return Bar(what, wanted, f"{peer} failed", Verdict.NO_FIGURE)
+    ratio = ours.gb_per_s / theirs.gb_per_s
+    reached = f"{ratio:.2f} ({ours.gb_per_s:.2f} to {theirs.gb_per_s:.2f} GB/s)"
+    return Bar(what, wanted, reached, _verdict(ratio >= factor))
+
+
+def _many(run: Run, system: str) -> Bar | None:
+    many, few = run.outcome(MANY, system), run.outcome(_SIXTY_FOUR, system)
+    if many is None or few is None:
+        return None
+    what = f"{system}, {MANY.count:,} descriptors of {human_bytes(MANY.block_bytes)}"
+    wanted = "works, 0.5 x its GB/s at 64 KiB"
+    if not (many.works and few.works):
+        return Bar(what, wanted, f"failed: {many.failure or few.failure}", Verdict.FAIL)
+    ratio = many.gb_per_s / few.gb_per_s
+    reached = f"{ratio:.2f} ({many.gb_per_s:.2f} to {few.gb_per_s:.2f} GB/s)"
+    return Bar(what, wanted, reached, _verdict(ratio >= 0.5))
+
+
+def _quicker(run: Run, system: str) -> Bar | None:
+    ours = run.outcome(ONE, system)
+    peer, theirs = _first_that_works(run, ONE, MOONCAKE)
+    if ours is None or theirs is None:
+        return None
+    what = f"{system}, latency of one {human_bytes(ONE.block_bytes)} read, p50"
+    wanted = f"under {peer}"
+    if not ours.works:
+        return Bar(what, wanted, f"failed: {ours.failure}", Verdict.FAIL)
+    if not theirs.works:
+        return Bar(what, wanted, f"{peer} failed", Verdict.NO_FIGURE)
+    mine, other = ours.latency_s(50), theirs.latency_s(50)
+    reached = f"{mine / other:.2f} x ({1e6 * mine:.0f} to {1e6 * other:.0f} us)"
+    return Bar(what, wanted, reached, _verdict(mine < other))
+
+
+def _first_that_works(run: Run, case: Case, peers: Sequence[str]) -> tuple[str, Outcome | None]:
+    for peer in peers:
+        outcome = run.outcome(case, peer)
+        if outcome is not None and outcome.works:
+            return peer, outcome
+    return peers[0], run.outcome(case, peers[0])
+
+
+def _verdict(passed: bool) -> Verdict:
+    return Verdict.PASS if passed else Verdict.FAIL
