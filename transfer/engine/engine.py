@@ -16,6 +16,7 @@ from transfer.engine.budget import ByteBudget
 from transfer.engine.handle import TransferHandle
 from transfer.engine.handoff import EndedHandoff, Offer, OfferSnapshot
 from transfer.engine.handoffs import HandoffTable
+from transfer.engine.huge_pages import prefer_huge_pages
 from transfer.engine.links import Link, PeerLinks
 from transfer.engine.memory import MemoryRegion, MemoryTable
 from transfer.engine.owner import Owner
@@ -180,10 +181,14 @@ class TransferEngine:
     def register(self, address: int, length: int) -> MemoryRegion:
         """Allow ``length`` bytes at ``address`` to be offered and read into.
 
+        The kernel is asked to use huge pages for them.
+
         Raises:
             RegistrationError: that is no range of memory.
         """
-        return self._memory.register(address, length)
+        region = self._memory.register(address, length)
+        prefer_huge_pages(address, length)
+        return region
 
     # Owner
 
