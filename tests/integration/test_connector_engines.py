@@ -20,7 +20,7 @@ BLOCK = 32  # the CPU attention kernel takes multiples of 32
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
-def _transfer_config(endpoint: str, role: str) -> str:
+def _transfer_config(endpoint: str, role: str, **extra: Any) -> str:
     return json.dumps(
         {
             "kv_connector": "BatonConnector",
@@ -30,6 +30,7 @@ def _transfer_config(endpoint: str, role: str) -> str:
             "kv_connector_extra_config": {
                 "discovery": {"kind": "etcd", "endpoints": [endpoint], "cluster": "stock"},
                 "transfer": {"ticket_ttl_s": 8.0},
+                **extra,
             },
         }
     )
@@ -41,12 +42,12 @@ def etcd() -> Iterator[EtcdServer]:
         yield server
 
 
-def _server(model: Path, etcd: EtcdServer, role: str, folder: Path) -> VllmServer:
+def _server(model: Path, etcd: EtcdServer, role: str, folder: Path, **extra: Any) -> VllmServer:
     return VllmServer(
         model,
         [
             *("--dtype", "float32", "--max-model-len", "1024", "--block-size", str(BLOCK)),
-            *("--kv-transfer-config", _transfer_config(etcd.endpoint, role)),
+            *("--kv-transfer-config", _transfer_config(etcd.endpoint, role, **extra)),
         ],
         folder / f"{role}.log",
     )
@@ -276,3 +277,22 @@ def test_the_owner_dies_after_the_ticket(
         answer = decode.complete(prompt, kv_transfer_params=ticket)
     assert answer["choices"][0]["text"] == expected
     assert counters.changes()["failed"] == 1
+
+
+def test_through_mirrors_in_host_memory(tiny_model: Path, etcd: EtcdServer, tmp_path: Path) -> None:
+    """What engines with device memory do, here with host memory on both sides."""
+    with (
+        _server(tiny_model, etcd, "kv_producer", tmp_path, host_staging="always") as prefill,
+        _server(tiny_model, etcd, "kv_consumer", tmp_path, host_staging="always") as decode,
+    ):
+        prefill.wait()
+        decode.wait()
+        for length in (2, BLOCK, 5 * BLOCK + 3, 700):
+            prompt = _prompt(length, salt=20_000 + length)
+            expected = _colocated(decode, prompt)
+            counters = Counters(prefill, decode)
+            answer = decode.complete(prompt, kv_transfer_params=_prefill(prefill, prompt))
+            assert answer["choices"][0]["text"] == expected
+            changes = counters.changes()
+            assert changes["tokens"] == length
+            assert changes.get("computed", 0) <= 1

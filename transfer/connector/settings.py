@@ -9,7 +9,8 @@ from typing import Any, Self
 from transfer.errors import ConfigurationError, Phase
 from transfer.settings import TransferSettings
 
-_KEYS = ("discovery", "transfer", "die_with_parent")
+_KEYS = ("discovery", "transfer", "host_staging", "die_with_parent")
+_STAGING = ("auto", "always")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +20,14 @@ class ConnectorSettings:
     Attributes:
         discovery: for :func:`transfer.discovery.make_discovery`.
         transfer: for the transfer engine.
+        host_staging: ``auto``: KV blocks in device memory go through a mirror in host memory;
+            ``always``: those in host memory too, which only tests want.
         die_with_parent: whether the engine's processes end with the one that started them.
     """
 
     discovery: Mapping[str, Any] = field(default_factory=dict)
     transfer: TransferSettings = field(default_factory=TransferSettings)
+    host_staging: str = "auto"
     die_with_parent: bool = False
 
     @classmethod
@@ -46,6 +50,8 @@ class ConnectorSettings:
                 raise _bad(f"kv_connector_extra_config.{name} must be a mapping")
         if type(extra.get("die_with_parent", False)) is not bool:
             raise _bad("kv_connector_extra_config.die_with_parent must be true or false")
+        if extra.get("host_staging", "auto") not in _STAGING:
+            raise _bad(f"kv_connector_extra_config.host_staging must be one of {_STAGING}")
         transfer = dict(extra.get("transfer") or {})
         known = {item.name for item in fields(TransferSettings)}
         for name in transfer:
@@ -57,6 +63,7 @@ class ConnectorSettings:
         return cls(
             discovery=dict(extra["discovery"]),
             transfer=TransferSettings(**transfer),
+            host_staging=extra.get("host_staging", "auto"),
             die_with_parent=extra.get("die_with_parent", False),
         )
 

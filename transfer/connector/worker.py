@@ -21,6 +21,7 @@ from transfer.connector.fingerprint import layout_hash
 from transfer.connector.layout import KVLayout, LayerView, describe, plan_read
 from transfer.connector.metadata import BatonMetadata, Holding, NewOffer, NewRead, WorkerHandshake
 from transfer.connector.settings import ConnectorSettings
+from transfer.connector.staging import HostMirror
 from transfer.connector.stats import Outcome, TransferStats
 from transfer.connector.ticket import Ticket
 from transfer.discovery import make_discovery
@@ -68,6 +69,7 @@ class BatonWorker:
         self._tp_size = vllm_config.parallel_config.tensor_parallel_size
         self._peer = PeerId(_engine_id(vllm_config), get_tensor_model_parallel_rank())
         self._incarnation = _shared_incarnation(self._tp_size)
+        self._mirror: HostMirror | None = None
         self._layout: KVLayout | None = None
         self._layout_hash = ""
         self._engine: TransferEngine | None = None
@@ -95,12 +97,10 @@ class BatonWorker:
                     "it expects [blocks, heads, tokens, content]",
                     phase=Phase.REGISTER,
                 )
-            if tensor.device.type != "cpu":
-                raise ConfigurationError(
-                    f"KV memory on {tensor.device.type} needs a transport that reads device "
-                    "memory; the tcp transport reads host memory only",
-                    phase=Phase.REGISTER,
-                )
+        axis_order = _axis_order(tensors[0])
+        if self._settings.host_staging == "always" or tensors[0].device.type != "cpu":
+            self._mirror = HostMirror(tensors, self._num_blocks)
+            tensors = list(self._mirror.tensors)
         self._layout = describe(
             [_view(tensor) for tensor in tensors],
             num_blocks=self._num_blocks,
@@ -110,7 +110,7 @@ class BatonWorker:
         )
         self._layout_hash = layout_hash(
             self._vllm_config,
-            physical_layout=_axis_order(tensors[0]),
+            physical_layout=axis_order,
             attention_backend=_attention_backends(self._vllm_config),
         )
         discovery = make_discovery(self._settings.discovery)
@@ -219,6 +219,8 @@ class BatonWorker:
 
     def _offer(self, offer: NewOffer) -> None:
         ticket = offer.ticket
+        if self._mirror is not None:
+            self._mirror.save(ticket.block_ids)
         self._pinned[ticket.handoff_id] = offer
         self.engine.offer(
             Offer(
@@ -264,6 +266,8 @@ class BatonWorker:
     def _loaded(self, load: _Load) -> None:
         read, handle = load.read, load.handle
         if handle is not None and handle.state is TransferState.DONE:
+            if self._mirror is not None:
+                self._mirror.load(read.local_block_ids)
             timings = handle.timings
             self._reads_by_owner[read.ticket.engine_id] += 1
             self.stats.count_read(Outcome.OK, tokens=read.num_tokens)
