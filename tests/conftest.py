@@ -23,6 +23,9 @@ TIMEOUT_S = {
 }
 """Folder -> limit for one test, in the order in which the folders run: cheap ones first."""
 
+SLOWNESS = 3 if os.environ.get("RDMA_VM") else 1
+"""Everything takes its time in the emulated machine of tests/rdma."""
+
 # Models come from disk; a test that reaches for a hub should fail at once, not after retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # vLLM compiles parts of its sampler (logprobs) the first time they are used, even when told to run
@@ -44,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         item.add_marker(folder)
         if item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(TIMEOUT_S[folder]))
+            item.add_marker(pytest.mark.timeout(TIMEOUT_S[folder] * SLOWNESS))
     items.sort(key=lambda item: order.get(_folder(item) or "", len(order)))
 
 

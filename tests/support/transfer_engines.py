@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -24,6 +25,9 @@ from transfer.spans import block_spans
 from transfer.types import Credentials, PeerId, PeerInfo, Planner, ReadPlan, SpanArray, WorkerRecord
 
 LAYOUT_HASH = "same"
+
+SLOWNESS = 5 if os.environ.get("RDMA_VM") else 1
+"""Time limits are so many times longer in the emulated machine of tests/rdma."""
 
 
 class Directory:
@@ -159,7 +163,7 @@ class Pair:
         proof: Credentials,
         plan: ReadPlan | Planner | None = None,
         *,
-        deadline_s: float = 20.0,
+        deadline_s: float = 20.0 * SLOWNESS,
     ) -> TransferHandle:
         """Begin to read ``plan``, by default every block to where it is at the owner."""
         if plan is None:
@@ -193,7 +197,7 @@ def engine_pair(
         yield Pair(directory, owner, reader, remote, local, settings)
 
 
-def take_ended(engine: TransferEngine, timeout_s: float = 5.0) -> list[EndedHandoff]:
+def take_ended(engine: TransferEngine, timeout_s: float = 5.0 * SLOWNESS) -> list[EndedHandoff]:
     """Poll until something ended."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -203,7 +207,7 @@ def take_ended(engine: TransferEngine, timeout_s: float = 5.0) -> list[EndedHand
     return []
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0 * SLOWNESS) -> bool:
     """Poll ``condition``."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -215,7 +219,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
 
 def fails(handle: TransferHandle, kind: type[TransferError], match: str = ".*") -> None:
     """The read fails with an error of ``kind`` whose text has ``match``."""
-    assert handle.wait(10)
+    assert handle.wait(10 * SLOWNESS)
     assert handle.state is TransferState.FAILED
     assert type(handle.error) is kind, handle.error
     assert re.search(match, str(handle.error), re.DOTALL), handle.error
@@ -223,7 +227,7 @@ def fails(handle: TransferHandle, kind: type[TransferError], match: str = ".*") 
 
 def succeeds(handle: TransferHandle) -> None:
     """The read is done and confirmed."""
-    assert handle.wait(20)
+    assert handle.wait(20 * SLOWNESS)
     assert (handle.state, handle.error) == (TransferState.DONE, None)
 
 

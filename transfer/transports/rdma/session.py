@@ -26,7 +26,7 @@ from transfer.types import Credentials, ReadPlan
 if TYPE_CHECKING:
     from transfer.transports.rdma.transport import RdmaData
 
-_MAX_BATCH_BYTES = 1 << 20
+_MAX_BATCH_BYTES = 4 << 20
 _RECOVERY_S = 5.0
 # Bounds what a lost event can cost; nothing is known to lose one.
 _LOOK_AGAIN_MS = 1000
