@@ -9,7 +9,7 @@ from transfer.errors import HandoffRefused, PeerUnreachable, RegistrationError
 from transfer.transports.rdma import verbs
 from transfer.transports.rdma.completion import Status, error_of
 from transfer.transports.rdma.handshake import encode_request
-from transfer.transports.rdma.queue_pair import BATCH_ROWS, Batch
+from transfer.transports.rdma.queue_pair import BATCH_ROWS
 from transfer.types import ReadPlan
 
 
@@ -86,7 +86,7 @@ def test_after_a_failure_the_rest_is_flushed_and_a_new_pair_works(ends: Ends) ->
     assert ends.lane.broken
     assert not ends.lane.has_room
     (left,) = ends.lane.close()
-    assert left.size == ends.local.bytes.nbytes
+    assert left.size_bytes == ends.local.bytes.nbytes
     ends.attachment.exchange(encode_request((), [ends.lane.far_number]))
     assert ends.read(ends.plan(), lane=ends.new_lane()) == Status.SUCCESS
     assert whole(ends)
@@ -102,9 +102,9 @@ def test_an_owner_that_closed_its_end(ends: Ends) -> None:
 
 def test_closing_stops_what_is_under_way(ends: Ends) -> None:
     lane = ends.lane
-    batches = [Batch.of(ends.plan()) for _ in range(4)]
-    for batch in batches:
-        lane.post(batch, ends.reader_memory.local, ends.owner_memory.remote)
+    work = ends.work(ends.plan())
+    for _ in range(4):
+        lane.post(work.batches[0], work)
     assert not lane.has_room
     lane.close()
     ends.local.bytes.fill(7)
@@ -116,8 +116,8 @@ def test_more_requests_than_the_queue_is_deep(ends: Ends) -> None:
     """Only every last one of a batch says that it is done; the others make room all the same."""
     row = ends.plan(range(1))
     many = ReadPlan(row.local.repeat(BATCH_ROWS, axis=0), row.remote.repeat(BATCH_ROWS, axis=0))
+    work = ends.work(many)
     for _ in range(12):
-        batch = Batch.of(many)
-        ends.lane.post(batch, ends.reader_memory.local, ends.owner_memory.remote)
-        assert until_ended(ends.lane, batch.size) == Status.SUCCESS
+        ends.lane.post(work.batches[0], work)
+        assert until_ended(ends.lane, work.batches[0].size_bytes) == Status.SUCCESS
     assert ends.local.block(0) == ends.remote.block(0)

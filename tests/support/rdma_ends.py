@@ -15,7 +15,7 @@ from transfer.transports.rdma.handshake import decode_answer, encode_request
 from transfer.transports.rdma.keys import KeyMap
 from transfer.transports.rdma.memory import RegisteredMemory
 from transfer.transports.rdma.owner import RdmaAttachment
-from transfer.transports.rdma.queue_pair import Batch, Lane
+from transfer.transports.rdma.queue_pair import Lane, Work
 from transfer.types import ReadPlan
 
 NUM_BLOCKS = 16
@@ -73,13 +73,19 @@ class Ends:
     ) -> int:
         """Do what ``plan`` says, whether allowed or not; how it ended."""
         lane = lane or self.lane
-        batch = Batch.of(plan)
-        lane.post(
-            batch,
+        work = self.work(plan, local_keys, remote_keys)
+        lane.post(work.batches[0], work)
+        return until_ended(lane, work.batches[0].size_bytes)
+
+    def work(
+        self, plan: ReadPlan, local_keys: KeyMap | None = None, remote_keys: KeyMap | None = None
+    ) -> Work:
+        """One batch of all that ``plan`` says."""
+        return Work(
+            [plan],
             self.reader_memory.local if local_keys is None else local_keys,
             self.owner_memory.remote if remote_keys is None else remote_keys,
         )
-        return until_ended(lane, batch.size)
 
 
 def until_ended(lane: Lane, size: int) -> int:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from transfer.spans import total_bytes
+from transfer.spans import concat, total_bytes
 from transfer.transports.rdma.device import Rail
 from transfer.transports.rdma.handshake import End
 from transfer.transports.rdma.keys import KeyMap
-from transfer.transports.rdma.verbs import CompletionQueue, QueuePair, Route
-from transfer.types import ReadPlan
+from transfer.transports.rdma.verbs import CompletionQueue, QueuePair, Read, Route
+from transfer.types import ReadPlan, SpanArray
 
 MAX_READS = 16
 """Reads under way at once on one pair; more are queued by the device."""
@@ -76,14 +77,55 @@ class LocalEnd:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Reads that are asked for together, with the keys of both sides cut to size."""
+    """Reads that are asked for together: rows ``start`` to ``stop`` of the work."""
 
-    plan: ReadPlan
-    size: int
+    start: int
+    stop: int
+    size_bytes: int
 
-    @classmethod
-    def of(cls, plan: ReadPlan) -> Batch:
-        return cls(plan, total_bytes(plan.local))
+
+class Work:
+    """What one read asks for, as plain numbers: taken out of the arrays once, not per batch.
+
+    Args:
+        pieces: each becomes a batch; cut where keys change.
+        local: keys for all that is written.
+        remote: keys for all that is read.
+    """
+
+    def __init__(self, pieces: Iterable[ReadPlan], local: KeyMap, remote: KeyMap) -> None:
+        pieces = list(pieces)
+        rows = np.cumsum([0, *(piece.local.shape[0] for piece in pieces)]).tolist()
+        self.batches = [
+            Batch(start, stop, total_bytes(piece.local))
+            for start, stop, piece in zip(rows, rows[1:], pieces, strict=False)
+        ]
+        own = concat([piece.local for piece in pieces])
+        far = concat([piece.remote for piece in pieces])
+        self.addresses: list[int] = own[:, 0].tolist()
+        self.lengths: list[int] = own[:, 1].tolist()
+        self.far_addresses: list[int] = far[:, 0].tolist()
+        self._local_keys = _keys_per_rail(local, own)
+        self._far_keys = _keys_per_rail(remote, far)
+
+    def reads(self, batch: Batch, own_rail: int, far_rail: int) -> Iterator[Read]:
+        """The rows of a batch with the keys for these devices."""
+        rows = slice(batch.start, batch.stop)
+        return zip(
+            self.addresses[rows],
+            self.lengths[rows],
+            self._local_keys[own_rail][rows],
+            self.far_addresses[rows],
+            self._far_keys[far_rail][rows],
+            strict=True,
+        )
+
+
+def _keys_per_rail(keys: KeyMap, spans: SpanArray) -> list[list[int]]:
+    if not spans.shape[0]:
+        return [[] for _ in range(keys.rails)]
+    of_rows = keys.keys[keys.row_of(spans[:, 0])]
+    return [of_rows[:, rail].tolist() for rail in range(keys.rails)]
 
 
 class Lane:
@@ -134,15 +176,11 @@ class Lane:
     def has_room(self) -> bool:
         return not self.broken and len(self._under_way) < self._batches_at_once
 
-    def post(self, batch: Batch, local: KeyMap, remote: KeyMap) -> None:
-        """Ask for one batch; raises ``VerbsError``."""
-        spans, far = batch.plan.local, batch.plan.remote
-        local_keys = local.keys[local.row_of(spans[:, 0]), self._own_rail]
-        far_keys = remote.keys[remote.row_of(far[:, 0]), self.far_rail]
-        own_rows = zip(*np.ascontiguousarray(spans.T).tolist(), local_keys.tolist(), strict=True)
-        far_rows = zip(far[:, 0].tolist(), far_keys.tolist(), strict=True)
+    def post(self, batch: Batch, work: Work) -> None:
+        """Ask for one batch of ``work``; raises ``VerbsError``."""
         self._under_way.append(batch)
-        self._end.pair.post_reads(1, list(own_rows), list(far_rows))
+        reads = work.reads(batch, self._own_rail, self.far_rail)
+        self._end.pair.post_reads(1, batch.stop - batch.start, reads)
 
     def reap(self) -> tuple[int, int]:
         """Bytes that arrived since the last call, and the first status that is not success."""
@@ -152,7 +190,7 @@ class Lane:
                 if status:
                     self.broken = True
                     return moved, status
-                moved += self._under_way.popleft().size
+                moved += self._under_way.popleft().size_bytes
         return moved, 0
 
     def rearm(self) -> None:

@@ -19,7 +19,7 @@ from transfer.spans import slice_plan, total_bytes
 from transfer.transports.base import Interrupt, ReadSession
 from transfer.transports.rdma.completion import error_of
 from transfer.transports.rdma.keys import KeyMap, cut_at_keys
-from transfer.transports.rdma.queue_pair import BATCH_ROWS, Batch, Lane
+from transfer.transports.rdma.queue_pair import BATCH_ROWS, Lane, Work
 from transfer.transports.rdma.verbs import VerbsError
 from transfer.types import Credentials, ReadPlan
 
@@ -50,13 +50,14 @@ class RdmaReadSession(ReadSession):
         self._channel = channel
         self._handoff_id = credentials.handoff_id
         self._lanes = lanes
-        self._local_keys = channel.memory.local
-        self._far_keys = keys
+        self._far_rails = keys.rails
         self._keys_are_fresh = keys_are_fresh
-        plan = cut_at_keys(plan, self._local_keys, keys)
+        local_keys = channel.memory.local
+        plan = cut_at_keys(plan, local_keys, keys)
         even_share = -(-total_bytes(plan.local) // (len(lanes) * 2))
         batch_bytes = min(channel.slice_bytes, _MAX_BATCH_BYTES, max(4096, even_share))
-        self._waiting = deque(map(Batch.of, slice_plan(plan, batch_bytes, BATCH_ROWS)))
+        self._work = Work(slice_plan(plan, batch_bytes, BATCH_ROWS), local_keys, keys)
+        self._waiting = deque(self._work.batches)
         self._recovered = False
         self._moved = 0
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -103,7 +104,7 @@ class RdmaReadSession(ReadSession):
     def _check_lanes(self) -> None:
         """See that the lanes fit the keys that the owner told."""
         for lane in self._lanes:
-            if lane.far_rail >= self._far_keys.rails:
+            if lane.far_rail >= self._far_rails:
                 raise TransportUnavailable(
                     "the owner told keys for fewer devices than it connected",
                     phase=Phase.READ,
@@ -118,17 +119,19 @@ class RdmaReadSession(ReadSession):
             moved += arrived
             if status:
                 return moved, error_of(status, str(lane.rail), self._channel.peer, self._handoff_id)
-            try:
-                while self._waiting and lane.has_room:
-                    lane.post(self._waiting.popleft(), self._local_keys, self._far_keys)
-            except VerbsError as error:
-                lane.broken = True
-                return moved, PeerUnreachable(
-                    f"{lane.rail} does not take a read: {error}",
-                    phase=Phase.READ,
-                    peer=self._channel.peer,
-                    handoff_id=self._handoff_id,
-                )
+        # In turns, so that a short read is spread as well.
+        while self._waiting and (free := [lane for lane in self._lanes if lane.has_room]):
+            for lane in free[: len(self._waiting)]:
+                try:
+                    lane.post(self._waiting.popleft(), self._work)
+                except VerbsError as error:
+                    lane.broken = True
+                    return moved, PeerUnreachable(
+                        f"{lane.rail} does not take a read: {error}",
+                        phase=Phase.READ,
+                        peer=self._channel.peer,
+                        handoff_id=self._handoff_id,
+                    )
         return moved, None
 
     def _sleep(self, poller: select.poll) -> None:

@@ -14,12 +14,12 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 from transfer.errors import Phase, TransportUnavailable
 
@@ -78,6 +78,10 @@ class Limits:
     completions: int
     reads_served: int
     reads_asked: int
+
+
+Read: TypeAlias = tuple[int, int, int, int, int]
+"""One read: local address, length, local key, remote address, remote key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,20 +399,10 @@ class QueuePair:
             )
             self._pair.to_rts(attributes)
 
-    def post_reads(
-        self,
-        request_id: int,
-        local: list[tuple[int, int, int]],
-        remote: list[tuple[int, int]],
-    ) -> None:
-        """Ask for reads; only the last one announces its end, the others do if they fail.
-
-        Args:
-            local: address, length and local key of each.
-            remote: address and remote key of each.
-        """
+    def post_reads(self, request_id: int, count: int, reads: Iterable[Read]) -> None:
+        """Ask for ``count`` reads; only the last one announces its end, the others if they fail."""
         with self._binding.translated("post reads"):
-            self._post(request_id, local, remote)
+            self._post(request_id, count, reads)
 
     def close(self) -> None:
         """Give it up; its device touches no memory for it any more. Idempotent."""
@@ -418,23 +412,17 @@ class QueuePair:
                 self._element.close()
                 self._element = None
 
-    def _post_extended(
-        self,
-        request_id: int,
-        local: list[tuple[int, int, int]],
-        remote: list[tuple[int, int]],
-    ) -> None:
+    def _post_extended(self, request_id: int, count: int, reads: Iterable[Read]) -> None:
         pair, element = self._pair, self._element
         filled = False
-        last = len(local) - 1
         pair.wr_start()
         try:
             pair.wr_id = request_id
             pair.wr_flags = 0
-            for row, (address, length, key) in enumerate(local):
-                if row == last:
+            for address, length, key, far_address, far_key in reads:
+                count -= 1
+                if not count:
                     pair.wr_flags = self._enums.IBV_SEND_SIGNALED
-                far_address, far_key = remote[row]
                 pair.wr_rdma_read(far_key, far_address)
                 element.addr = address
                 element.length = length
@@ -446,20 +434,13 @@ class QueuePair:
                 pair.wr_abort()  # holds a lock of the provider's until then
         pair.wr_complete()
 
-    def _post_plain(
-        self,
-        request_id: int,
-        local: list[tuple[int, int, int]],
-        remote: list[tuple[int, int]],
-    ) -> None:
+    def _post_plain(self, request_id: int, count: int, reads: Iterable[Read]) -> None:
         wr, enums = self._binding.wr, self._enums
         elements: list[Any] = []
         requests: list[Any] = []
         following: Any = None
         try:
-            for (address, length, key), (far_address, far_key) in zip(
-                reversed(local), reversed(remote), strict=True
-            ):
+            for address, length, key, far_address, far_key in reversed(list(reads)):
                 element = wr.SGE(address, length, key)
                 elements.append(element)
                 request = wr.SendWR(
