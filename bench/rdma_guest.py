@@ -128,7 +128,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default=os.environ.get("RDMA_DEVICE", ""))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--mebibytes", type=int, default=128, help="moved by each read and each run")
+    parser.add_argument(
+        "--mebibytes", type=int, default=128, help="moved by each read and each run"
+    )
     options = parser.parse_args()
     if shutil.which(PERFTEST) is None:
         parser.error(f"{PERFTEST} is missing: it is in the package perftest")
