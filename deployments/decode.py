@@ -8,6 +8,7 @@ from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
 from deployments.replica_router import RouteHint
 from deployments.server import BatonServer
+from transfer import faults
 
 
 class DecodeServer(BatonServer):
@@ -34,4 +35,5 @@ class DecodeServer(BatonServer):
             An async generator of what ``LLMServer.chat`` or ``.completions`` yields: one response,
             or lists of server-sent events.
         """
+        await faults.reach_async("decode.accepted")
         return await getattr(self, method)(request, raw_request_info)

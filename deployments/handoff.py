@@ -33,6 +33,7 @@ from deployments.handoff_state import (
 )
 from deployments.prefill import PrefillAnswer
 from deployments.replica import DecodeCall
+from transfer import faults
 from transfer.params import tickets_to_params
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
@@ -161,6 +162,8 @@ class Coordinator:
         request: Any,
         raw_request_info: RawRequestInfo | None,
     ) -> AsyncGenerator[Any, None]:
+        if step.tickets:
+            await faults.reach_async("router.ticket")
         params = tickets_to_params(step.tickets)
         decode_request = request.model_copy(update={"kv_transfer_params": params})
         calls: list[DecodeCall] = []

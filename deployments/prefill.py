@@ -10,6 +10,7 @@ from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
 from deployments.replica_router import RouteHint
 from deployments.server import BatonServer, own_replica_id
+from transfer import faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,9 @@ class PrefillServer(BatonServer):
         """
         await self._maybe_add_request_id_to_request(request)
         await self._maybe_resolve_lora_from_multiplex()
+        await faults.reach_async("prefill.computing")
         done = await self.engine.prefill(method, request, raw_request_info)
+        await faults.reach_async("prefill.answering")
         return PrefillAnswer(own_replica_id(), done.tickets, done.error)
 
     async def abort_handoffs(self, hint: RouteHint, handoff_ids: list[str]) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
+from transfer import faults
 from transfer.discovery.base import Discovery, Listener
 from transfer.discovery.etcd_client import (
     EtcdClient,
@@ -222,6 +223,7 @@ class EtcdDiscovery(Discovery):
 
     def _lease_step(self, client: EtcdClient) -> None:
         self._wake.clear()
+        faults.reach("discovery.lease")
         try:
             self._keep_lease(client)
             self._write_records(client)

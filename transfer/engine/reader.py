@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from transfer import faults
 from transfer.engine.budget import ByteBudget
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.engine.links import Link, PeerLinks
@@ -204,6 +205,7 @@ class _Read:
         """Return when the owner confirmed; raise whatever else ends the read."""
         for tries_left in reversed(range(_TRIES)):
             self._handle.advance(TransferState.CONNECTING)
+            faults.reach("reader.connecting")
             try:
                 self._try()
                 return
@@ -218,9 +220,11 @@ class _Read:
             if not self._all_read:
                 self._read(link)
             handle.advance(TransferState.CONFIRMING)
+            faults.reach("reader.confirming")
             link.control.release(
                 self._credentials, used=True, read_id=self._read_id, timeout_s=self._left_s()
             )
+            faults.reach("reader.confirmed")
 
     def _read(self, link: Link) -> None:
         if self._plan is None:
@@ -246,6 +250,7 @@ class _Read:
             self._read_id = session.read_id
             handle.attach(session)
             handle.advance(TransferState.READING)
+            faults.reach("reader.reading")
             session.run(handle.interrupt)
 
     def _checked_plan(self, info: PeerInfo) -> ReadPlan:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from transfer import faults
 from transfer.addressing import Address
 from transfer.errors import (
     ConfigurationError,
@@ -292,6 +293,7 @@ class _Conversation:
         credentials, spans = wire.decode_read(body)
         permit = self._service.begin_read(caller, credentials, spans, self._stream.shutdown)
         try:
+            faults.reach("owner.sending")
             head, rows = _with_header(request_id, spans)
             whole = self._stream.send_spans(SpanCursor(rows), lambda: permit.valid)
             del head

@@ -1,0 +1,54 @@
+"""Named points at which a test can hold a thread, to catch a hand-off in a known phase.
+
+Off unless the environment variable ``BATON_FAULTS`` names a folder when the process starts; then
+:func:`reach` and :func:`reach_async` return at once. Nothing else of Baton knows whether it is on.
+
+The folder is all there is to it. A file with the name of a point arms it once: the first thread of
+any process that reaches the point renames the file to ``<point>@<pid>`` and stays there until that
+file is deleted. Whoever armed it meanwhile knows which process is where, and may kill it, stop it,
+cut its connections, or let it go on. The points are listed in docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+VARIABLE = "BATON_FAULTS"
+
+LONGEST_HOLD_S = 300.0
+"""A test that died must not leave processes held for ever."""
+
+_POLL_S = 0.005
+
+_folder = Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None
+
+
+def reach(point: str) -> None:
+    """Stay here while ``point`` is armed. For threads that may block."""
+    if _folder is not None and (held := _claimed(_folder, point)) is not None:
+        _stay(held)
+
+
+async def reach_async(point: str) -> None:
+    """As :func:`reach`, for coroutines: others of the event loop go on."""
+    if _folder is not None and (held := _claimed(_folder, point)) is not None:
+        await asyncio.to_thread(_stay, held)
+
+
+def _claimed(folder: Path, point: str) -> Path | None:
+    """The file that holds this thread, if the point was armed and nobody else took it."""
+    held = folder / f"{point}@{os.getpid()}"
+    try:
+        (folder / point).rename(held)
+    except FileNotFoundError:
+        return None
+    return held
+
+
+def _stay(held: Path) -> None:
+    deadline = time.monotonic() + LONGEST_HOLD_S
+    while held.exists() and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
