@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Protocol
-
-from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
-from ray.llm._internal.serve.core.protocol import RawRequestInfo
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deployments.background import Background
 from deployments.errors import NoReplica, ReplicaLost, ServiceUnavailable
@@ -31,16 +29,21 @@ from deployments.handoff_state import (
     RetryPolicy,
     Start,
 )
-from deployments.prefill import PrefillAnswer
-from deployments.replica import DecodeCall
 from transfer import faults
 from transfer.params import tickets_to_params
+
+if TYPE_CHECKING:
+    # Ray and vLLM stay out of a process that calls replicas otherwise than by Serve handles.
+    from ray.llm._internal.serve.core.protocol import RawRequestInfo
+
+    from deployments.prefill import PrefillAnswer
+    from deployments.replica import DecodeCall
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 
 class Caller(Protocol):
-    """What the coordinator needs of :class:`~deployments.replica.ReplicaCaller`."""
+    """What calls replicas: :class:`~deployments.replica.ReplicaCaller` does it through Serve."""
 
     async def prefill(
         self,
@@ -58,6 +61,10 @@ class Caller(Protocol):
         exclude: frozenset[str],
         calls: list[DecodeCall],
     ) -> AsyncGenerator[Any, None]: ...
+
+    def refusal(self, chunk: Any) -> Any | None:
+        """The error, if that is what a first chunk is: the request itself was refused."""
+        ...
 
     async def abort(self, replica_id: str, handoff_ids: tuple[str, ...]) -> int: ...
 
@@ -172,7 +179,7 @@ class Coordinator:
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
-                    if first and (error := _refusal(chunk)) is not None:
+                    if first and (error := self._caller.refusal(chunk)) is not None:
                         yield _Next(handoff.on(Refused(error)))
                         return
                     if first:
@@ -217,13 +224,7 @@ class _Next:
         self.instructions = instructions
 
 
-def _refusal(chunk: Any) -> ErrorResponse | None:
-    """The error that a replica answered with; of a stream, all that its first batch holds."""
-    first = chunk[0] if isinstance(chunk, list) and chunk else chunk
-    return first if isinstance(first, ErrorResponse) else None
-
-
 def _stream_error(message: str) -> str:
     """A final event in the form of OpenAI's streaming errors."""
-    error = ErrorResponse(error=ErrorInfo(message=message, type="server_error", code=503))
-    return f"data: {error.model_dump_json()}\n\ndata: [DONE]\n\n"
+    error = {"message": message, "type": "server_error", "param": None, "code": 503}
+    return f"data: {json.dumps({'error': error})}\n\ndata: [DONE]\n\n"

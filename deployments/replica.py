@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
+from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.serve.exceptions import (
     BackPressureError,
@@ -144,6 +145,11 @@ class ReplicaCaller:
             finally:
                 if not finished:
                     response.cancel()
+
+    def refusal(self, chunk: Any) -> ErrorResponse | None:
+        """The error that a replica answered with; of a stream, all that its first batch holds."""
+        first = chunk[0] if isinstance(chunk, list) and chunk else chunk
+        return first if isinstance(first, ErrorResponse) else None
 
     async def _reclaim(self, call: asyncio.Task[PrefillAnswer]) -> None:
         """Gives back what a prefill answered after its caller had left."""

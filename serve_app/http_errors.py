@@ -14,36 +14,9 @@ from starlette.responses import JSONResponse
 from vllm.exceptions import VLLMClientError, VLLMNotFoundError
 
 from deployments.errors import ServiceUnavailable
+from serve_app.error_body import ERROR_TYPES, error_body, usual_kind
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
-
-_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    # The server's own time limit (Ray's ingress), not the client's fault.
-    408: "server_error",
-    429: "rate_limit_error",
-}
-
-
-def error_body(
-    status: int, message: str, *, kind: str | None = None, param: str | None = None
-) -> dict[str, Any]:
-    """The JSON body of an error answer.
-
-    Args:
-        status: HTTP status, repeated as ``code``.
-        kind: OpenAI's error type; by default the usual one for the status.
-        param: the field of the request that is wrong.
-    """
-    return {
-        "error": {
-            "message": message,
-            "type": kind or _usual_kind(status),
-            "param": param,
-            "code": status,
-        }
-    }
 
 
 def error_response(
@@ -129,10 +102,5 @@ def _field(fault: Any) -> str:
 
 def _kind(status: int, given: str | None) -> str:
     """Ray and vLLM name some types after exception classes; OpenAI has a fixed set."""
-    known = {"invalid_request_error", *_TYPES.values()}
-    return given if given in known else _usual_kind(status)
-
-
-def _usual_kind(status: int) -> str:
-    other = "invalid_request_error" if 400 <= status < 500 else "server_error"
-    return _TYPES.get(status, other)
+    known = {"invalid_request_error", *ERROR_TYPES.values()}
+    return given if given in known else usual_kind(status)

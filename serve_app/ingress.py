@@ -37,8 +37,9 @@ from deployments.errors import NoReplica, ReplicaLost
 from deployments.handoff import Coordinator
 from deployments.handoff_state import RetryPolicy
 from deployments.replica import ReplicaCaller
+from serve_app.error_body import error_body
 from serve_app.guard import Guard
-from serve_app.http_errors import add_error_handlers, error_body, error_response
+from serve_app.http_errors import add_error_handlers, error_response
 from serve_app.metrics import scrape
 from serve_app.router import bypass_reason
 from serve_app.sse import as_events

@@ -84,6 +84,10 @@ class FakeCaller:
         finally:
             self.open_calls -= 1
 
+    def refusal(self, chunk: Any) -> Any | None:
+        first = chunk[0] if isinstance(chunk, list) else chunk
+        return first if isinstance(first, ErrorResponse) else None
+
     async def abort(self, replica_id: str, handoff_ids: tuple[str, ...]) -> int:
         if self.held is not None:
             await self.held.wait()

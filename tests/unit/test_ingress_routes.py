@@ -68,6 +68,10 @@ class FakeCaller:
         finally:
             self.decoding -= 1
 
+    def refusal(self, chunk: Any) -> Any | None:
+        first = chunk[0] if isinstance(chunk, list) else chunk
+        return first if isinstance(first, ErrorResponse) else None
+
     async def abort(self, replica_id: str, handoff_ids: tuple[str, ...]) -> int:
         self.aborted.append((replica_id, handoff_ids))
         return len(handoff_ids)
