@@ -60,6 +60,8 @@ class Credentials:
         token: 32 hex digits, secret between owner and ticket holder.
         reader: names this read among the ``readers`` that the offer admits; a repeated release
             by the same reader counts once.
+        share: how many readers, this one among them, are together one of those that the offer
+            admits: the ranks of one engine that each read a part of the blocks. At least 1.
     """
 
     handoff_id: str
@@ -67,6 +69,7 @@ class Credentials:
     fence: int
     token: str
     reader: str
+    share: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,8 +60,9 @@ def credentials(
     fence: int = 7,
     token: str = "secret",
     reader: str = "r",
+    share: int = 1,
 ) -> Credentials:
-    return Credentials(handoff_id, incarnation, fence, token, reader)
+    return Credentials(handoff_id, incarnation, fence, token, reader, share)
 
 
 def begin(
@@ -175,6 +176,18 @@ def test_every_reader_must_release(table: HandoffTable) -> None:
     assert ends(table) == []
     assert [one.readers_left for one in table.snapshot()] == [1]
     table.release(credentials(reader="c"), used=False)
+    assert ends(table) == [("h", HandoffState.RELEASED)]
+
+
+def test_readers_that_share_count_as_one_together(table: HandoffTable) -> None:
+    table.offer(offer(readers=2))
+    for reader in ("a/0", "a/1", "a/1"):
+        table.release(credentials(reader=reader, share=3), used=True)
+    table.release(credentials(reader="b/0", share=2), used=False)
+    assert [one.readers_left for one in table.snapshot()] == [1]
+    table.release(credentials(reader="a/2", share=3), used=True)
+    assert ends(table) == []
+    table.release(credentials(reader="b/1", share=2), used=True)
     assert ends(table) == [("h", HandoffState.RELEASED)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
@@ -36,6 +37,7 @@ CREDENTIALS = st.builds(
     fence=st.integers(0, (1 << 64) - 1),
     token=TEXT,
     reader=TEXT,
+    share=st.integers(1, (1 << 16) - 1),
 )
 PROOF = Credentials("h" * 32, "i" * 32, 5, "t" * 32, "decode/0#1")
 
@@ -116,6 +118,13 @@ def test_read_round_trip(proof: Credentials, block_ids: list[int]) -> None:
     assert rows.tolist() == spans.tolist()
 
 
+def test_a_share_of_nothing_is_refused() -> None:
+    body = bytearray(wire.encode_credentials(PROOF))
+    body[-2:] = b"\0\0"
+    with pytest.raises(ProtocolError, match="share of 0"):
+        wire.decode_abort(bytes(body))
+
+
 def test_attach_round_trip() -> None:
     assert wire.decode_attach(wire.encode_attach("rdma", b"\x00own")) == ("rdma", b"\x00own")
 
@@ -148,6 +157,8 @@ def test_errors_keep_their_kind(sent: type[TransferError], received: type[Transf
         lambda: wire.encode_hello(Caller(PeerId("\ud800", 0), "i")),
         lambda: wire.encode_credentials(Credentials("h", "i", -1, "t", "r")),
         lambda: wire.encode_credentials(Credentials("h", "i", 1 << 64, "t", "r")),
+        lambda: wire.encode_credentials(replace(PROOF, share=0)),
+        lambda: wire.encode_credentials(replace(PROOF, share=1 << 16)),
         lambda: wire.encode_renew([PROOF] * 513),
         lambda: wire.encode_welcome(PeerInfo(PeerId("p", 0), "i", "h", bytes((1 << 20) + 1))),
         lambda: wire.encode_welcome(PeerInfo(PeerId("p", 0), "i", "h", b"", ("a",) * 17)),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fractions import Fraction
 
 from transfer.transports.base import Caller
 from transfer.types import SpanArray
@@ -27,7 +29,8 @@ class Offer:
         fence: number never reused within the engine's incarnation.
         token: secret that a reader must show.
         grant: what may be read; any order, rows may touch.
-        readers: how many distinct readers must release before the hand-off ends.
+        readers: how many distinct readers must release before the hand-off ends; those that
+            share (``Credentials.share``) count as one together.
         ttl_s: life without a read or a renewal, each of which begins it anew.
         num_blocks: for statistics only.
     """
@@ -97,10 +100,12 @@ class Release:
     Attributes:
         used: whether it read.
         read_id: of the one-sided read that it confirmed; empty for others.
+        share: it is one of so many that count as one reader.
     """
 
     used: bool
     read_id: str
+    share: int
 
 
 @dataclass(slots=True, eq=False)
@@ -120,6 +125,13 @@ class Handoff:
     # One-sided reads that began: their ids, and the reader's name.
     one_sided: dict[str, str] = field(default_factory=dict)
     permits: set[Permit] = field(default_factory=set)
+
+    @property
+    def readers_left(self) -> int:
+        """Readers that were not counted off, those that were in part included."""
+        # Exact, and seldom more than one or two terms.
+        off = sum((Fraction(1, release.share) for release in self.released.values()), Fraction(0))
+        return self.offer.readers - math.floor(off)
 
     @property
     def live(self) -> bool:

@@ -158,9 +158,9 @@ class HandoffTable:
                 raise self._is_over(handoff, Phase.CONFIRM)
             if read_id and handoff.one_sided.get(read_id) != credentials.reader:
                 raise _refused("that read never began", credentials.handoff_id, Phase.CONFIRM)
-            handoff.released[credentials.reader] = Release(used, read_id)
+            handoff.released[credentials.reader] = Release(used, read_id, credentials.share)
             handoff.reading.pop(credentials.reader, None)
-            if len(handoff.released) >= handoff.offer.readers:
+            if handoff.readers_left <= 0:
                 # No revoking: every reader said that it has what it wants, and the owner's side
                 # of the last read may still be on its way back from the system call.
                 self._end(handoff, HandoffState.RELEASED, "released by every reader")
@@ -264,7 +264,7 @@ class HandoffTable:
                     handoff_id=handoff.offer.handoff_id,
                     state=handoff.state,
                     num_blocks=handoff.offer.num_blocks,
-                    readers_left=handoff.offer.readers - len(handoff.released),
+                    readers_left=handoff.readers_left,
                     age_s=now - handoff.offered_at_s,
                     expires_in_s=handoff.deadline_s - now,
                 )

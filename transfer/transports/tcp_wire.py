@@ -14,7 +14,8 @@ offset  bytes  header field
 ======  =====  ===========================================================
 
 Text is a 16-bit length and UTF-8. Credentials are handoff_id, incarnation, token and reader as
-text, and the fence in 64 bits. Rows of spans are raw: address and length, 64 bits each.
+text, the fence in 64 bits and the share in 16. Rows of spans are raw: address and length, 64 bits
+each.
 
 A READ is answered by DATA, whose body is the bytes of the spans in the order of the request, or
 by ERROR. Answers come in the order of the requests. BEGIN asks leave to read the same spans by
@@ -190,6 +191,8 @@ def decode_welcome(body: bytes | bytearray) -> PeerInfo:
 def encode_credentials(credentials: Credentials) -> bytes:
     if not 0 <= credentials.fence < 1 << 64:
         raise _malformed(f"fence {credentials.fence} does not fit 64 bits")
+    if not 0 < credentials.share < 1 << 16:
+        raise _malformed(f"share {credentials.share} is not from 1 to {(1 << 16) - 1}")
     return b"".join(
         (
             _text(credentials.handoff_id),
@@ -197,6 +200,7 @@ def encode_credentials(credentials: Credentials) -> bytes:
             _text(credentials.token),
             _text(credentials.reader),
             _U64.pack(credentials.fence),
+            _U16.pack(credentials.share),
         )
     )
 
@@ -359,7 +363,10 @@ class _Fields:
 
     def credentials(self) -> Credentials:
         handoff_id, incarnation, token, reader = (self.text() for _ in range(4))
-        return Credentials(handoff_id, incarnation, self.u64(), token, reader)
+        fence, share = self.u64(), self.u16()
+        if not share:
+            raise _malformed("credentials with a share of 0")
+        return Credentials(handoff_id, incarnation, fence, token, reader, share)
 
     def rows(self) -> SpanArray:
         rows = self.rest()
