@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from serve_app.mooncake_args import with_mooncake
 from transfer.discovery import check_discovery
 from transfer.errors import ConfigurationError
 from transfer.settings import TransferSettings
@@ -224,10 +225,12 @@ def parse_settings(args: Any) -> Settings:
     """Checks ``args`` as they come from YAML.
 
     Raises:
-        SettingsError: lists every fault with its key's path.
+        SettingsError: lists every fault with its key's path, or file and field.
     """
     try:
-        return Settings.model_validate(args)
+        return Settings.model_validate(with_mooncake(args))
+    except ConfigurationError as error:
+        raise SettingsError(error.message) from error
     except ValidationError as error:
         lines = []
         for fault in error.errors():

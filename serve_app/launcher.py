@@ -21,9 +21,16 @@ from typing import Any, Final
 
 import yaml
 
-from serve_app.config import Settings, SettingsError, load_document, load_settings
+from serve_app.config import (
+    IMPORT_PATH,
+    Settings,
+    SettingsError,
+    load_document,
+    load_settings,
+)
 from serve_app.demo_model import DEMO_SOURCE, ModelError, ensure_demo_model, resolve_model
 from serve_app.etcd_binary import find_etcd
+from serve_app.mooncake_args import with_mooncake
 from serve_app.parent_death import Keeper, Stopped, end_descendants, run_guarded
 from serve_app.serve_driver import read_status
 from serve_app.services import Progress, Service, ServiceError, ServiceRunner
@@ -177,9 +184,9 @@ def _services(plan: Plan, folder: Path, options: UpOptions) -> list[Service]:
 
 
 def _with_endpoint(application: dict[str, Any], endpoint: str) -> dict[str, Any]:
-    args = application.get("args")
-    if not isinstance(args, dict) or "discovery" not in args:
+    if application.get("import_path") != IMPORT_PATH:
         return application
+    args = with_mooncake(application["args"])
     discovery = {**args["discovery"], "endpoints": [endpoint]}
     return {**application, "args": {**args, "discovery": discovery}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -11,6 +12,10 @@ SCHEMES_BEST_FIRST = ("shm", "rdma", "tcp")
 """Every scheme that a worker may advertise, the best one first."""
 
 MAX_ADDRESS_CHARS = 300
+
+_HTTP_URL = re.compile(
+    r"https?://(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~/-]*)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,11 @@ def parse_address(text: str) -> Address:
     if not 0 < port < 65536:
         raise _malformed(text)
     return Address(scheme, host, port)
+
+
+def is_http_url(text: str) -> bool:
+    """Whether ``text`` is ``http://`` or ``https://`` with a host, and may be asked as it is."""
+    return len(text) <= MAX_ADDRESS_CHARS and _HTTP_URL.fullmatch(text) is not None
 
 
 def usable_addresses(addresses: Iterable[str], schemes: Collection[str]) -> list[str]:

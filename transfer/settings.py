@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transfer.addressing import SCHEMES_BEST_FIRST
+from transfer.addressing import SCHEMES_BEST_FIRST, is_http_url
 from transfer.errors import ConfigurationError, Phase
 
 MAX_SLICE_BYTES = 1 << 30
@@ -44,6 +44,8 @@ class TransferSettings:
         tls_server_name: name that owners' certificates must be for; empty means the host of the
             address by which they are reached.
         socket_buffer_bytes: of every socket; 0 leaves it to the kernel, which tunes it.
+        http_url: URL of the engine's own OpenAI server, told to proxies in the worker's record;
+            empty if it has none.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +67,7 @@ class TransferSettings:
     tls_cert: str = ""
     tls_key: str = ""
     tls_server_name: str = ""
+    http_url: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not 0 < len(self.host) <= 255:
@@ -82,6 +85,8 @@ class TransferSettings:
         _check_whole("socket_buffer_bytes", self.socket_buffer_bytes, 0, 1 << 30)
         for name in ("ticket_ttl_s", "connect_timeout_s", "read_deadline_s", "stall_timeout_s"):
             _check_seconds(name, getattr(self, name))
+        if not isinstance(self.http_url, str) or (self.http_url and not is_http_url(self.http_url)):
+            raise _wrong("http_url", self.http_url, "like http://10.0.0.1:8100, or empty")
         self._check_tls()
 
     def _check_tls(self) -> None:

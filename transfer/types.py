@@ -38,6 +38,7 @@ class WorkerRecord:
         addresses: ``tcp://host:port`` and the like.
         layout_hash: what must agree for bytes to mean the same on both sides; empty as above.
         started_at_s: Unix time.
+        http_url: of the engine's own OpenAI server, for proxies; empty if it has none.
     """
 
     peer: PeerId
@@ -47,6 +48,7 @@ class WorkerRecord:
     addresses: tuple[str, ...]
     layout_hash: str
     started_at_s: float
+    http_url: str = ""
 
 
 @dataclass(frozen=True, slots=True)

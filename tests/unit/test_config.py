@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -378,3 +379,73 @@ def test_file_with_something_else_in_it(tmp_path: Path, text: str, message: str)
     with pytest.raises(SettingsError) as caught:
         load_settings(write(tmp_path, text))
     assert message in str(caught.value)
+
+
+# ---- mooncake.json -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mooncake(tmp_path: Path) -> Path:
+    path = tmp_path / "mooncake.json"
+    path.write_text(
+        json.dumps(
+            {
+                "local_url": "10.0.0.1:13003",
+                "remote_url": "10.0.0.2:13003",
+                "metadata_server": "10.0.0.2:2379,10.0.0.3:2379",
+                "protocol": "rdma",
+                "device_name": "mlx5_0,mlx5_1",
+            }
+        )
+    )
+    return path
+
+
+def without_discovery(**transfer: Any) -> dict[str, Any]:
+    return {"model": GOOD["model"], "transfer": transfer}
+
+
+def test_mooncake_file_says_discovery_and_transport(
+    mooncake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_key = parse_settings(without_discovery(mooncake_config=str(mooncake), slice_bytes=4096))
+    monkeypatch.setenv("MOONCAKE_CONFIG_PATH", str(mooncake))
+    by_variable = parse_settings(without_discovery(slice_bytes=4096))
+
+    assert by_key == by_variable
+    assert by_key.discovery == {"kind": "etcd", "endpoints": ["10.0.0.2:2379", "10.0.0.3:2379"]}
+    assert by_key.transfer == {
+        "transports": ["rdma"],
+        "rdma_device": "mlx5_0,mlx5_1",
+        "slice_bytes": 4096,
+    }
+
+
+def test_discovery_in_the_configuration_comes_before_the_variable(
+    mooncake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOONCAKE_CONFIG_PATH", str(mooncake))
+
+    assert parse_settings(GOOD).discovery == GOOD["discovery"]
+
+
+def test_faults_of_a_mooncake_file_are_named(mooncake: Path) -> None:
+    mooncake.write_text(json.dumps({"local_url": "10.0.0.1", "metadata_server": "P2PHANDSHAKE"}))
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(without_discovery(mooncake_config=str(mooncake)))
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"{mooncake}: local_url: is '10.0.0.1'")
+    assert second.startswith(f"{mooncake}: remote_url: is missing")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (without_discovery(mooncake_config=7), "transfer.mooncake_config: is 7, must be the path"),
+        (without_discovery(mooncake_config=""), "transfer.mooncake_config: is '', must be the"),
+        (without_discovery(mooncake_config="/no/file"), "/no/file: cannot be read: No such file"),
+        (changed("transfer.mooncake_config", "m.json"), "discovery: cannot stand beside"),
+    ],
+)
+def test_wrong_use_of_a_mooncake_file_is_named(args: dict[str, Any], named: str) -> None:
+    assert fault(args).startswith(named)

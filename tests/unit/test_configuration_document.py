@@ -32,6 +32,8 @@ STATIC = {
     "discovery.peers.role": REQUIRED,
     "discovery.peers.rank": 0,
     "discovery.peers.tp_size": 1,
+    # Stands for others.
+    "transfer.mooncake_config": "",
 }
 
 # The application is imported here, and with it vLLM.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,3 +51,54 @@ def test_wrong_setting_is_named(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         ConnectorSettings.from_extra_config({**GOOD, **change})
     assert caught.value.message.startswith(named)
+
+
+@pytest.fixture
+def mooncake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file for two servers on loopback."""
+    monkeypatch.setattr("transfer.connector.settings.is_own_address", lambda host: True)
+    path = tmp_path / "mooncake.json"
+    path.write_text(
+        json.dumps(
+            {
+                "local_url": "127.0.0.1:13003",
+                "remote_url": "127.0.0.1:13103",
+                "metadata_server": "127.0.0.1:2379",
+                "protocol": "tcp",
+            }
+        )
+    )
+    return path
+
+
+def test_a_mooncake_file_stands_in_for_discovery(
+    mooncake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_DISTRIBUTED_KV_ROLE", "consumer")
+    by_key = ConnectorSettings.from_extra_config(
+        {"transfer": {"mooncake_config": str(mooncake), "streams_per_peer": 4}}
+    )
+    monkeypatch.setenv("MOONCAKE_CONFIG_PATH", str(mooncake))
+    by_variable = ConnectorSettings.from_extra_config({"transfer": {"streams_per_peer": 4}})
+
+    assert by_key == by_variable
+    assert by_key.discovery == {"kind": "etcd", "endpoints": ["127.0.0.1:2379"]}
+    assert by_key.transfer == TransferSettings(
+        host="127.0.0.1", port=13103, transports=("tcp",), streams_per_peer=4
+    )
+
+
+def test_what_is_set_in_the_connector_comes_before_a_mooncake_file(
+    mooncake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOONCAKE_CONFIG_PATH", str(mooncake))
+    given = {"transfer": {"host": "127.0.0.9", "port": 7000, "transports": "auto"}}
+
+    assert ConnectorSettings.from_extra_config(given).transfer == TransferSettings(
+        host="127.0.0.9", port=7000
+    )
+    assert ConnectorSettings.from_extra_config(GOOD).discovery == GOOD["discovery"]
+    with pytest.raises(ConfigurationError, match=r"both discovery and transfer\.mooncake_config"):
+        ConnectorSettings.from_extra_config(
+            {**GOOD, "transfer": {"mooncake_config": str(mooncake)}}
+        )

@@ -33,6 +33,7 @@ records = st.builds(
     addresses=st.lists(names.map("tcp://{}:1".format), min_size=1, max_size=5).map(tuple),
     layout_hash=texts,
     started_at_s=st.floats(0, 1e12),
+    http_url=st.just("") | names.map("http://{}:8100".format),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -132,6 +133,11 @@ def test_another_version_is_refused(version: object) -> None:
         ("addresses", ["h:1"]),
         ("addresses", ["tcp://h:1"] * 65),
         ("layout_hash", 3),
+        ("http_url", None),
+        ("http_url", "10.0.0.1:8100"),
+        ("http_url", "ftp://10.0.0.1"),
+        ("http_url", "http://10.0.0.1:8100/?a=b"),
+        ("http_url", "http://user@10.0.0.1"),
         ("started_at_s", True),
         ("started_at_s", -1),
         ("started_at_s", "now"),

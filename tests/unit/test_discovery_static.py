@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -137,3 +138,15 @@ def test_a_listener_that_raises_is_logged_and_called_again(
 def test_a_peer_listed_twice_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="twice"):
         StaticDiscovery([A, worker_record("a", port=7001)])
+
+
+def test_an_engine_that_is_not_listed_is_sought_where_any_is(discovery: StaticDiscovery) -> None:
+    anybody = replace(worker_record("*", incarnation=""), addresses=("tcp://127.0.0.1:9000",))
+    with StaticDiscovery([A, anybody]) as other:
+        other.publish(OWN)
+        found = other.wait_for(PeerId("who knows", 0), 0.0)
+        assert found == replace(anybody, peer=PeerId("who knows", 0))
+        assert other.lookup(A.peer) == A
+        assert other.lookup(OWN.peer) == OWN
+        assert other.lookup(PeerId("who knows", 1)) is None
+    assert discovery.lookup(PeerId("who knows", 0)) is None

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from vllm.distributed.parallel_state import (
+    get_tensor_model_parallel_rank,
+    model_parallel_is_initialized,
+)
+
 from transfer.errors import ConfigurationError, Phase
+from transfer.mooncake import ROLE_VARIABLE, MooncakeSettings, own_end, worker_settings
+from transfer.mooncake_file import (
+    PATH_VARIABLE,
+    is_own_address,
+    mooncake_from,
+    read_mooncake,
+)
 from transfer.settings import TransferSettings
 
 _KEYS = ("discovery", "transfer", "host_staging", "die_with_parent")
@@ -34,17 +47,17 @@ class ConnectorSettings:
     def from_extra_config(cls, extra: Mapping[str, Any]) -> Self:
         """Reads ``{"discovery": {...}, "transfer": {...}}``.
 
+        In place of ``discovery`` there may be a file of Mooncake's, named by
+        ``transfer.mooncake_config`` or by ``MOONCAKE_CONFIG_PATH``; settings that are given here
+        come before those of the file.
+
         Raises:
-            ConfigurationError: an unknown key, a wrong type, or no ``discovery``.
+            ConfigurationError: an unknown key, a wrong type, or neither ``discovery`` nor a file;
+                a file that is wrong.
         """
         unknown = sorted(set(extra) - set(_KEYS))
         if unknown:
             raise _bad(f"kv_connector_extra_config.{unknown[0]} is unknown; known: {_KEYS}")
-        if not extra.get("discovery"):
-            raise _bad(
-                "kv_connector_extra_config.discovery is missing; it should say how peers are "
-                'found, for example {"kind": "etcd", "endpoints": ["127.0.0.1:2379"]}'
-            )
         for name in ("discovery", "transfer"):
             if not isinstance(extra.get(name) or {}, Mapping):
                 raise _bad(f"kv_connector_extra_config.{name} must be a mapping")
@@ -53,6 +66,13 @@ class ConnectorSettings:
         if extra.get("host_staging", "auto") not in _STAGING:
             raise _bad(f"kv_connector_extra_config.host_staging must be one of {_STAGING}")
         transfer = dict(extra.get("transfer") or {})
+        discovery = extra.get("discovery")
+        path = transfer.pop("mooncake_config", "")
+        if path and discovery:
+            raise _bad(
+                "kv_connector_extra_config has both discovery and transfer.mooncake_config; "
+                "give one of them"
+            )
         known = {item.name for item in fields(TransferSettings)}
         for name in transfer:
             if name not in known:
@@ -60,12 +80,31 @@ class ConnectorSettings:
                     f"kv_connector_extra_config.transfer.{name} is unknown; "
                     f"known: {', '.join(sorted(known))}"
                 )
+        if not discovery:
+            told = _from_mooncake(path)
+            if told is None:
+                raise _bad(
+                    "kv_connector_extra_config.discovery is missing; it should say how peers are "
+                    'found, for example {"kind": "etcd", "endpoints": ["127.0.0.1:2379"]}; or let '
+                    f"{PATH_VARIABLE} name a mooncake.json"
+                )
+            discovery, transfer = told.discovery, {**told.transfer, **transfer}
         return cls(
-            discovery=dict(extra["discovery"]),
+            discovery=dict(discovery),
             transfer=TransferSettings(**transfer),
             host_staging=extra.get("host_staging", "auto"),
             die_with_parent=extra.get("die_with_parent", False),
         )
+
+
+def _from_mooncake(path: str) -> MooncakeSettings | None:
+    config = read_mooncake(path) if path else mooncake_from(os.environ)
+    if config is None:
+        return None
+    end = own_end(config, os.environ.get(ROLE_VARIABLE, ""), is_own_address)
+    # Only the worker listens, and where the scheduler runs apart there are no ranks.
+    rank = get_tensor_model_parallel_rank() if model_parallel_is_initialized() else 0
+    return worker_settings(config, end, rank)
 
 
 def _bad(message: str) -> ConfigurationError:

@@ -1,8 +1,8 @@
 """Worker records on the wire: JSON in etcd, one key per worker.
 
 Version 1 is an object with ``version`` (1), ``engine_id``, ``rank``, ``incarnation``, ``role``,
-``tp_size``, ``addresses``, ``layout_hash`` and ``started_at_s``. A later field that old readers
-may ignore can join version 1; anything else needs a new version.
+``tp_size``, ``addresses``, ``layout_hash``, ``started_at_s``, and ``http_url`` if there is one. A
+later field that old readers may ignore can join version 1; anything else needs a new version.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import re
 from typing import NoReturn
 
+from transfer.addressing import is_http_url
 from transfer.errors import ConfigurationError, Phase, ProtocolError
 from transfer.types import PeerId, WorkerRecord
 
@@ -59,7 +60,7 @@ def encode_record(record: WorkerRecord) -> bytes:
     Raises:
         ConfigurationError: a field is wrong, or the result exceeds ``MAX_RECORD_BYTES``.
     """
-    document = {
+    document: dict[str, object] = {
         "version": RECORD_VERSION,
         "engine_id": record.peer.engine_id,
         "rank": record.peer.rank,
@@ -70,6 +71,8 @@ def encode_record(record: WorkerRecord) -> bytes:
         "layout_hash": record.layout_hash,
         "started_at_s": record.started_at_s,
     }
+    if record.http_url:
+        document["http_url"] = record.http_url
     try:
         _from_document(document)
     except ProtocolError as error:
@@ -127,6 +130,7 @@ def _from_document(document: object, key: str = "") -> WorkerRecord:
         addresses=_addresses(document, key),
         layout_hash=_text(document, "layout_hash", key, empty=True),
         started_at_s=_seconds(document, "started_at_s", key),
+        http_url=_http_url(document, key),
     )
 
 
@@ -173,6 +177,15 @@ def _addresses(document: dict[str, object], key: str) -> tuple[str, ...]:
         ):
             _refuse(f"address {address!r:.80} is not of the form scheme://where", key)
     return tuple(value)
+
+
+def _http_url(document: dict[str, object], key: str) -> str:
+    if "http_url" not in document:
+        return ""
+    url = _text(document, "http_url", key, empty=True)
+    if url and not is_http_url(url):
+        _refuse(f"http_url {url!r:.80} is not of the form http://host:port", key)
+    return url
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from transfer.discovery.base import Discovery, Listener
 from transfer.discovery.record import check_record
@@ -11,12 +12,16 @@ from transfer.discovery.view import PeerView
 from transfer.errors import ConfigurationError, Phase, TransferCancelled
 from transfer.types import PeerId, WorkerRecord
 
+ANY_ENGINE = "*"
+"""As ``engine_id`` in the list: whatever engine is asked for and has no entry of its own."""
+
 
 class StaticDiscovery(Discovery):
     """The peers are those of a list, for ever.
 
     Nobody else hears what is published here: it only joins the local view. Records of the list
-    leave ``incarnation`` and ``layout_hash`` empty; the handshake tells them.
+    leave ``incarnation`` and ``layout_hash`` empty; the handshake tells them. It also tells the
+    engine's id, so that one listed as ``*`` is only taken for who it is.
 
     Raises:
         ConfigurationError: a record is wrong, or a peer is listed twice.
@@ -59,10 +64,11 @@ class StaticDiscovery(Discovery):
                     self._view.put(listed)
 
     def lookup(self, peer: PeerId) -> WorkerRecord | None:
-        return self._view.get(peer)
+        return self._view.get(peer) or self._as_any_engine(peer)
 
     def wait_for(self, peer: PeerId, timeout_s: float) -> WorkerRecord:
-        return self._view.wait_for(peer, timeout_s, "the static list of peers")
+        found = self.lookup(peer)
+        return found or self._view.wait_for(peer, timeout_s, "the static list of peers")
 
     def peers(self) -> tuple[WorkerRecord, ...]:
         return self._view.all()
@@ -82,3 +88,7 @@ class StaticDiscovery(Discovery):
         with self._lock:
             self._closed = True
         self._view.close()
+
+    def _as_any_engine(self, peer: PeerId) -> WorkerRecord | None:
+        record = self._listed.get(PeerId(ANY_ENGINE, peer.rank))
+        return None if record is None else replace(record, peer=peer)

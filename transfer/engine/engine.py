@@ -307,6 +307,7 @@ class TransferEngine:
                 addresses=addresses,
                 layout_hash=self._info.layout_hash,
                 started_at_s=time.time(),
+                http_url=self._settings.http_url,
             )
         )
 
