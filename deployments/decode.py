@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import AsyncGenerator
 
-from ray.llm._internal.serve.core.protocol import RawRequestInfo
+from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
+from deployments.generation import GenerationRequest, Output
 from deployments.replica_router import RouteHint
-from deployments.server import BatonServer
+from deployments.server import BatonServer, own_replica_id
 from transfer import faults
 
 
@@ -19,21 +20,14 @@ class DecodeServer(BatonServer):
     """
 
     async def decode(
-        self,
-        hint: RouteHint,
-        method: str,
-        request: Any,
-        raw_request_info: RawRequestInfo | None = None,
-    ) -> Any:
-        """Generates; the ticket travels in ``request.kv_transfer_params``.
+        self, hint: RouteHint, request: GenerationRequest
+    ) -> AsyncGenerator[Output, None]:
+        """Generates; the ticket travels in ``request.body.kv_transfer_params``.
 
         Args:
             hint: for the router, not used here.
-            method: ``chat`` or ``completions``.
-
-        Returns:
-            An async generator of what ``LLMServer.chat`` or ``.completions`` yields: one response,
-            or lists of server-sent events.
         """
         await faults.reach_async("decode.accepted")
-        return await getattr(self, method)(request, raw_request_info)
+        async for batch in await getattr(self, request.method)(request.body, request.http):
+            for content in batch if isinstance(batch, list) else [batch]:
+                yield Output(content, own_replica_id(), refused=isinstance(content, ErrorResponse))

@@ -8,10 +8,11 @@ import logging
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from deployments.background import Background
 from deployments.errors import NoReplica, ReplicaLost, ServiceUnavailable
+from deployments.generation import GenerationRequest, Output, PrefillAnswer
 from deployments.handoff_state import (
     Answer,
     CallDecode,
@@ -30,43 +31,30 @@ from deployments.handoff_state import (
     Start,
 )
 from transfer import faults
-from transfer.params import tickets_to_params
-
-if TYPE_CHECKING:
-    # Ray and vLLM stay out of a process that calls replicas otherwise than by Serve handles.
-    from ray.llm._internal.serve.core.protocol import RawRequestInfo
-
-    from deployments.prefill import PrefillAnswer
-    from deployments.replica import DecodeCall
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 
 class Caller(Protocol):
-    """What calls replicas: :class:`~deployments.replica.ReplicaCaller` does it through Serve."""
+    """What calls replicas: :class:`~deployments.replica.ReplicaCaller` does it through Serve.
 
-    async def prefill(
-        self,
-        method: str,
-        request: Any,
-        raw_request_info: RawRequestInfo | None,
-        exclude: frozenset[str],
-    ) -> PrefillAnswer: ...
+    All from one event loop. Cancelling a call, or closing its iterator, ends the work at the
+    replica; tickets that a cancelled prefill leaves behind all the same are the caller's to abort.
+    """
 
-    def decode(
-        self,
-        method: str,
-        request: Any,
-        raw_request_info: RawRequestInfo | None,
-        exclude: frozenset[str],
-        calls: list[DecodeCall],
-    ) -> AsyncGenerator[Any, None]: ...
-
-    def refusal(self, chunk: Any) -> Any | None:
-        """The error, if that is what a first chunk is: the request itself was refused."""
+    async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
+        """Has a replica not in ``exclude`` compute the prompts. Raises NoReplica, ReplicaLost."""
         ...
 
-    async def abort(self, replica_id: str, handoff_ids: tuple[str, ...]) -> int: ...
+    def decode(
+        self, request: GenerationRequest, exclude: frozenset[str]
+    ) -> AsyncGenerator[Output, None]:
+        """Streams a replica's answer. Raises NoReplica, ReplicaLost, the latter at any time."""
+        ...
+
+    async def abort(self, replica_id: str, handoff_ids: tuple[str, ...]) -> int:
+        """Tells the owner; returns how many were pinned. Raises NoReplica, ReplicaLost."""
+        ...
 
 
 class Coordinator:
@@ -83,20 +71,14 @@ class Coordinator:
         self._background = Background()
 
     async def run(
-        self,
-        method: str,
-        request: Any,
-        raw_request_info: RawRequestInfo | None,
-        *,
-        bypass: bool = False,
+        self, request: GenerationRequest, *, bypass: bool = False
     ) -> AsyncGenerator[Any, None]:
-        """Yields what the decode replica yields: one response, or lists of events.
+        """Yields what the client gets: one response, or server-sent events, framed.
 
         Closing the iterator, or cancelling the task that consumes it, aborts both engines and
         frees the blocks.
 
         Args:
-            method: ``chat`` or ``completions``.
             bypass: skip prefill; decode computes the prompt itself.
 
         Raises:
@@ -112,12 +94,10 @@ class Coordinator:
                 await asyncio.sleep(getattr(step, "pause_s", 0.0))
                 match step:
                     case CallPrefill():
-                        instructions = await self._prefill(
-                            handoff, step, method, request, raw_request_info
-                        )
+                        instructions = await self._prefill(handoff, step, request)
                     case CallDecode():
                         instructions = []
-                        attempt = self._decode(handoff, step, method, request, raw_request_info)
+                        attempt = self._decode(handoff, step, request)
                         async with aclosing(attempt):
                             async for item in attempt:
                                 if isinstance(item, _Next):
@@ -142,15 +122,11 @@ class Coordinator:
     # ------------------------------------------------------------------------------------------
 
     async def _prefill(
-        self,
-        handoff: Handoff,
-        step: CallPrefill,
-        method: str,
-        request: Any,
-        raw_request_info: RawRequestInfo | None,
+        self, handoff: Handoff, step: CallPrefill, request: GenerationRequest
     ) -> list[Instruction]:
+        await faults.reach_async("router.queued")
         try:
-            answer = await self._caller.prefill(method, request, raw_request_info, step.exclude)
+            answer = await self._caller.prefill(request, step.exclude)
         except ReplicaLost as lost:
             logger.warning("%s; trying another", lost)
             return handoff.on(PrefillLost(lost.replica_id))
@@ -162,32 +138,25 @@ class Coordinator:
         return handoff.on(Prefilled(answer.replica_id, answer.tickets))
 
     async def _decode(
-        self,
-        handoff: Handoff,
-        step: CallDecode,
-        method: str,
-        request: Any,
-        raw_request_info: RawRequestInfo | None,
+        self, handoff: Handoff, step: CallDecode, request: GenerationRequest
     ) -> AsyncGenerator[Any, None]:
         if step.tickets:
             await faults.reach_async("router.ticket")
-        params = tickets_to_params(step.tickets)
-        decode_request = request.model_copy(update={"kv_transfer_params": params})
-        calls: list[DecodeCall] = []
-        first = True
-        chunks = self._caller.decode(method, decode_request, raw_request_info, step.exclude, calls)
+        number = 0
+        outputs = self._caller.decode(request.with_tickets(step.tickets), step.exclude)
         try:
-            async with aclosing(chunks):
-                async for chunk in chunks:
-                    if first and (error := self._caller.refusal(chunk)) is not None:
-                        yield _Next(handoff.on(Refused(error)))
-                        return
-                    if first:
-                        first = False
+            async with aclosing(outputs):
+                async for output in outputs:
+                    number += 1
+                    await faults.reach_async("router.stream" if number > 1 else "router.output")
+                    if number == 1:
+                        if output.refused:
+                            yield _Next(handoff.on(Refused(output.content)))
+                            return
                         handoff.on(FirstChunk())
-                    yield chunk
+                    yield output.content
         except ReplicaLost as lost:
-            logger.warning("%s%s", lost, "; trying another" if first else " in mid-stream")
+            logger.warning("%s%s", lost, " in mid-stream" if number else "; trying another")
             yield _Next(handoff.on(DecodeLost(lost.replica_id)))
             return
         except NoReplica as missing:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
-from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
-from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -22,19 +19,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments.background import Background
 from deployments.errors import NoReplica, ReplicaLost
-from deployments.prefill import PrefillAnswer
+from deployments.generation import GenerationRequest, Output, PrefillAnswer
 from deployments.replica_router import RouteHint
 
 RETRY_PICK_S = 0.2
 """How long to wait for a replica of a side that had none a moment ago."""
-
-
-@dataclass(slots=True)
-class DecodeCall:
-    """A decode call: which replica has it, and its output."""
-
-    replica_id: str
-    chunks: AsyncIterator[Any]
 
 
 class ReplicaCaller:
@@ -54,24 +43,16 @@ class ReplicaCaller:
         self._background = Background()
         self._missing: set[str] = set()
 
-    async def prefill(
-        self,
-        method: str,
-        request: Any,
-        raw_request_info: RawRequestInfo | None,
-        exclude: frozenset[str],
-    ) -> PrefillAnswer:
+    async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
         """Has one prefill replica compute the prompts.
 
         Raises:
             NoReplica: none took the call in time.
             ReplicaLost: the one that took it died.
         """
-        hint = RouteHint(exclude=exclude)
         calls: list[Any] = []
-        call = self._background.start(
-            self._unary("prefill", "prefill", hint, method, request, raw_request_info, calls=calls)
-        )
+        hint = RouteHint(exclude=exclude)
+        call = self._background.start(self._unary("prefill", "prefill", hint, request, calls=calls))
         try:
             answer: PrefillAnswer = await asyncio.shield(call)
         except asyncio.CancelledError:
@@ -112,18 +93,9 @@ class ReplicaCaller:
         return [status for statuses in replicas for status in statuses]
 
     async def decode(
-        self,
-        method: str,
-        request: Any,
-        raw_request_info: RawRequestInfo | None,
-        exclude: frozenset[str],
-        calls: list[DecodeCall],
-    ) -> AsyncGenerator[Any, None]:
+        self, request: GenerationRequest, exclude: frozenset[str]
+    ) -> AsyncGenerator[Output, None]:
         """Streams one decode replica's output.
-
-        Args:
-            calls: gets the call appended as soon as a replica is chosen, so that the caller knows
-                who has it.
 
         Raises:
             NoReplica, ReplicaLost: as :meth:`prefill`; the latter also in mid-stream.
@@ -132,12 +104,11 @@ class ReplicaCaller:
         hint = RouteHint(exclude=exclude)
         async with AsyncExitStack() as stack:
             selection = await self._select(stack, "decode", handle, hint)
-            response = handle.dispatch(selection, hint, method, request, raw_request_info)
-            calls.append(DecodeCall(selection.replica_id, response))
+            response = handle.dispatch(selection, hint, request)
             finished = False
             try:
-                async for chunk in response:
-                    yield chunk
+                async for output in response:
+                    yield output
                 finished = True
             except (RayActorError, ReplicaUnavailableError, RayTaskError) as error:
                 finished = True
@@ -145,11 +116,6 @@ class ReplicaCaller:
             finally:
                 if not finished:
                     response.cancel()
-
-    def refusal(self, chunk: Any) -> ErrorResponse | None:
-        """The error that a replica answered with; of a stream, all that its first batch holds."""
-        first = chunk[0] if isinstance(chunk, list) and chunk else chunk
-        return first if isinstance(first, ErrorResponse) else None
 
     async def _reclaim(self, call: asyncio.Task[PrefillAnswer]) -> None:
         """Gives back what a prefill answered after its caller had left."""

@@ -37,6 +37,7 @@ class BatonServer(LLMServer):
         )
         replica = {
             "replica_id": own_replica_id(),
+            "replica_pid": os.getpid(),
             "unfinished_requests": self.engine.unfinished_requests(),
         }
         return [{**status, **replica} for status in statuses]

@@ -34,6 +34,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from deployments.errors import NoReplica, ReplicaLost
+from deployments.generation import GenerationRequest, Method
 from deployments.handoff import Coordinator
 from deployments.handoff_state import RetryPolicy
 from deployments.replica import ReplicaCaller
@@ -123,25 +124,22 @@ class Ingress(OpenAiIngress):
             return f"no {role} replica answered within {self._health_timeout_s:.0f} s"
         return "ok"
 
-    async def _generate(self, method: str, body: Body, request: Request) -> Response:
+    async def _generate(self, method: Method, body: Body, request: Request) -> Response:
         if refusal := self._refusal(body):
             return refusal
         body.request_id = request.state.request_id
         reason = bypass_reason(body)
         chunks = self._coordinator.run(
-            method,
-            body,
-            RawRequestInfo.from_starlette_request(request),
+            GenerationRequest(method, body, RawRequestInfo.from_starlette_request(request)),
             bypass=reason is not None,
         )
         first = await anext(aiter(chunks))
-        item = first[0] if isinstance(first, list) else first
-        if isinstance(item, _COMPLETE):
+        if isinstance(first, _COMPLETE):
             async for _ in chunks:
                 logger.error("a complete answer was followed by more: %r", _)
-            return (
-                _error(item) if isinstance(item, ErrorResponse) else JSONResponse(item.model_dump())
-            )
+            if isinstance(first, ErrorResponse):
+                return _error(first)
+            return JSONResponse(first.model_dump())
         return StreamingResponse(as_events(_closing(first, chunks)), media_type="text/event-stream")
 
     def _refusal(self, body: Body) -> JSONResponse | None:

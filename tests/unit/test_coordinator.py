@@ -15,15 +15,14 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
 from deployments.errors import NoReplica, ReplicaLost, ServiceUnavailable
+from deployments.generation import GenerationRequest, Output, PrefillAnswer
 from deployments.handoff import Coordinator
 from deployments.handoff_state import RetryPolicy
-from deployments.prefill import PrefillAnswer
-from deployments.replica import DecodeCall
 
 T1: dict[str, Any] = {"handoff_id": "h1", "version": 1}
 T2: dict[str, Any] = {"handoff_id": "h2", "version": 1}
 BAD = ErrorResponse(error=ErrorInfo(message="temperature: too hot", type="bad", code=400))
-CHUNKS = [["data: one\n\n"], ["data: two\n\n", "data: [DONE]\n\n"]]
+CHUNKS = ["data: one\n\n", "data: two\n\n", "data: [DONE]\n\n"]
 INFO = RawRequestInfo(headers={"x-request-id": "r1"})
 HANG = "hang"
 """In a script: the replica does not answer until it is cancelled."""
@@ -48,15 +47,9 @@ class FakeCaller:
     held: asyncio.Event | None = None
     open_calls: int = 0
 
-    async def prefill(
-        self,
-        method: str,
-        request: Any,
-        raw_request_info: RawRequestInfo | None,
-        exclude: frozenset[str],
-    ) -> PrefillAnswer:
-        self.log.append(("prefill", method, raw_request_info, set(exclude)))
-        self.requests.append(request)
+    async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
+        self.log.append(("prefill", request.method, request.http, set(exclude)))
+        self.requests.append(request.body)
         self.open_calls += 1
         try:
             step = self.prefills.pop(0)
@@ -67,20 +60,15 @@ class FakeCaller:
             self.open_calls -= 1
 
     async def decode(
-        self,
-        method: str,
-        request: Any,
-        raw_request_info: RawRequestInfo | None,
-        exclude: frozenset[str],
-        calls: list[DecodeCall],
-    ) -> AsyncGenerator[Any, None]:
-        self.log.append(("decode", method, raw_request_info, set(exclude)))
-        self.requests.append(request)
+        self, request: GenerationRequest, exclude: frozenset[str]
+    ) -> AsyncGenerator[Output, None]:
+        self.log.append(("decode", request.method, request.http, set(exclude)))
+        self.requests.append(request.body)
         self.open_calls += 1
         try:
             for step in self.decodes.pop(0):
                 await self._play(step)
-                yield step
+                yield Output(step, "d1", refused=isinstance(step, ErrorResponse))
         finally:
             self.open_calls -= 1
 
@@ -118,6 +106,10 @@ def make_request() -> Any:
     return CompletionRequest(model="m", prompt="Once", stream=True)
 
 
+def generation(body: Any = None) -> GenerationRequest:
+    return GenerationRequest("completions", body or make_request(), INFO)
+
+
 def drive(coroutine: Coroutine[Any, Any, None]) -> None:
     """Runs a test's coroutine; leftover tasks are a failure."""
 
@@ -137,7 +129,7 @@ def served(
 
     async def main() -> None:
         coordinator = Coordinator(caller, POLICY)
-        chunks = coordinator.run("completions", request or make_request(), INFO, bypass=bypass)
+        chunks = coordinator.run(generation(request), bypass=bypass)
         if raises is not None:
             with pytest.raises(raises):
                 items.extend([item async for item in chunks])
@@ -231,9 +223,8 @@ def test_request_that_prefill_refuses_never_reaches_decode() -> None:
     assert caller.calls() == [("prefill", set())]
 
 
-@pytest.mark.parametrize("refusal", [BAD, [BAD]], ids=["one response", "batch of a stream"])
-def test_request_that_decode_refuses_gives_its_blocks_up(refusal: Any) -> None:
-    caller = FakeCaller([PrefillAnswer("p1", (T1, T2))], [[refusal]])
+def test_request_that_decode_refuses_gives_its_blocks_up() -> None:
+    caller = FakeCaller([PrefillAnswer("p1", (T1, T2))], [[BAD]])
 
     assert served(caller) == [BAD]
     assert caller.aborted == [("p1", ("h1", "h2"))]
@@ -308,7 +299,7 @@ def left_while_waiting(caller: FakeCaller, policy: RetryPolicy = POLICY) -> None
 
     async def main() -> None:
         coordinator = Coordinator(caller, policy)
-        chunks = coordinator.run("completions", make_request(), INFO)
+        chunks = coordinator.run(generation())
         waiting = asyncio.ensure_future(anext(chunks))
         for _ in range(20):
             await asyncio.sleep(0)
@@ -355,7 +346,7 @@ def test_client_leaves_in_mid_stream_while_a_chunk_is_awaited() -> None:
     caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[CHUNKS[0], HANG]])
 
     async def main() -> None:
-        chunks = Coordinator(caller, POLICY).run("completions", make_request(), INFO)
+        chunks = Coordinator(caller, POLICY).run(generation())
         assert await anext(chunks) == CHUNKS[0]
         waiting = asyncio.ensure_future(anext(chunks))
         await asyncio.sleep(0)
@@ -374,7 +365,7 @@ def test_closing_in_mid_stream_ends_the_decode_call_before_it_returns() -> None:
     caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[CHUNKS[0], HANG]])
 
     async def main() -> None:
-        chunks = Coordinator(caller, POLICY).run("completions", make_request(), INFO)
+        chunks = Coordinator(caller, POLICY).run(generation())
         assert await anext(chunks) == CHUNKS[0]
         assert caller.open_calls == 1
 
@@ -390,7 +381,7 @@ def test_closing_before_the_start_calls_nobody() -> None:
     caller = FakeCaller([], [])
 
     async def main() -> None:
-        await Coordinator(caller, POLICY).run("completions", make_request(), INFO).aclose()
+        await Coordinator(caller, POLICY).run(generation()).aclose()
 
     drive(main())
     assert caller.log == []
@@ -405,7 +396,7 @@ def test_client_does_not_wait_for_notices_but_drain_does() -> None:
     async def main() -> None:
         caller.held = asyncio.Event()
         coordinator = Coordinator(caller, POLICY)
-        items = [item async for item in coordinator.run("chat", make_request(), None)]
+        items = [item async for item in coordinator.run(generation())]
         assert items == [BAD]
         draining = asyncio.ensure_future(coordinator.drain())
         await asyncio.sleep(0.01)
@@ -441,7 +432,7 @@ def test_requests_do_not_see_each_other() -> None:
     async def main() -> None:
         coordinator = Coordinator(caller, POLICY)
         for _ in range(2):
-            items = [item async for item in coordinator.run("chat", make_request(), INFO)]
+            items = [item async for item in coordinator.run(generation())]
             assert items == CHUNKS
 
     drive(main())

@@ -20,8 +20,8 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 from ray.llm._internal.serve.core.ingress.ingress import make_fastapi_ingress
 
 from deployments.errors import NoReplica, ReplicaLost
+from deployments.generation import GenerationRequest, Output, PrefillAnswer
 from deployments.handoff_state import RetryPolicy
-from deployments.prefill import PrefillAnswer
 from serve_app.ingress import Ingress, ingress_app
 
 TICKET: dict[str, Any] = {"handoff_id": "h1", "version": 1}
@@ -47,16 +47,14 @@ class FakeCaller:
     not_ready: dict[str, Exception] = field(default_factory=dict)
     decoding: int = 0
 
-    async def prefill(
-        self, method: str, request: Any, raw: Any, exclude: frozenset[str]
-    ) -> PrefillAnswer:
-        self.calls.append(("prefill", method, request))
+    async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
+        self.calls.append(("prefill", request.method, request.body))
         return self.prefilled
 
     async def decode(
-        self, method: str, request: Any, raw: Any, exclude: frozenset[str], calls: list[Any]
-    ) -> AsyncGenerator[Any, None]:
-        self.calls.append(("decode", method, request))
+        self, request: GenerationRequest, exclude: frozenset[str]
+    ) -> AsyncGenerator[Output, None]:
+        self.calls.append(("decode", request.method, request.body))
         self.decoding += 1
         try:
             for chunk in self.chunks:
@@ -64,7 +62,7 @@ class FakeCaller:
                     raise chunk
                 if chunk == HANG:
                     await asyncio.Event().wait()
-                yield chunk
+                yield Output(chunk, "d1", refused=isinstance(chunk, ErrorResponse))
         finally:
             self.decoding -= 1
 
@@ -239,7 +237,7 @@ def test_complete_answer_goes_through_prefill_and_decode(
 
 
 def test_stream_is_sent_as_events(endpoint: Endpoint) -> None:
-    endpoint.caller.chunks = [[ONE], [ONE, DONE]]
+    endpoint.caller.chunks = [ONE, ONE, DONE]
 
     response = endpoint.ask("POST", "/v1/completions", json={**COMPLETION, "stream": True})
 
@@ -260,7 +258,7 @@ def test_request_that_cannot_use_foreign_blocks_goes_to_decode_alone(endpoint: E
 @pytest.mark.parametrize("stream", [False, True])
 def test_refusal_of_an_engine_keeps_its_status(endpoint: Endpoint, stream: bool) -> None:
     error = ErrorResponse(error=ErrorInfo(message="too long", type="BadRequestError", code=400))
-    endpoint.caller.chunks = [[error]] if stream else [error]
+    endpoint.caller.chunks = [error]
 
     response = endpoint.ask("POST", "/v1/completions", json={**COMPLETION, "stream": stream})
 
@@ -284,7 +282,7 @@ def test_no_decode_replica_is_503_with_retry_after(
 
 
 def test_decode_lost_in_mid_stream_ends_in_an_error_event(endpoint: Endpoint) -> None:
-    endpoint.caller.chunks = [[ONE], ReplicaLost("decode", "d1", "it died")]
+    endpoint.caller.chunks = [ONE, ReplicaLost("decode", "d1", "it died")]
 
     response = endpoint.ask("POST", "/v1/completions", json={**COMPLETION, "stream": True})
 
@@ -295,7 +293,7 @@ def test_decode_lost_in_mid_stream_ends_in_an_error_event(endpoint: Endpoint) ->
 
 
 def test_client_that_leaves_in_mid_stream_ends_the_decode_call(endpoint: Endpoint) -> None:
-    endpoint.caller.chunks = [[ONE], HANG]
+    endpoint.caller.chunks = [ONE, HANG]
     body = json.dumps({**COMPLETION, "stream": True}).encode()
     scope = {
         "type": "http",

@@ -6,6 +6,7 @@ All methods run on the worker's model thread; bytes move on the transfer engine'
 from __future__ import annotations
 
 import logging
+import os
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -202,6 +203,7 @@ class BatonWorker:
             "engine_id": self._peer.engine_id,
             "rank": self._peer.rank,
             "incarnation": self._incarnation,
+            "pid": os.getpid(),
             "pinned_blocks": sum(len(o.ticket.block_ids) for o in self._pinned.values()),
             "offers": len(self._pinned),
             "loads": len(self._loads),

@@ -1,0 +1,92 @@
+"""A request for text, and the parts of its answer, as they travel between router and replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from transfer.params import tickets_to_params
+
+if TYPE_CHECKING:
+    # Ray and vLLM stay out of a process that calls replicas otherwise than by Serve handles.
+    from ray.llm._internal.serve.core.protocol import RawRequestInfo
+
+Method = Literal["chat", "completions"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What the client already has of a stream.
+
+    Attributes:
+        token_ids: of the answer, in order; they cover at least ``text``.
+        text: of the answer.
+        created: the stream's ``created``, seconds since 1970; None before the first event.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    created: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A client's request for chat or completions.
+
+    Attributes:
+        method: which of the two.
+        body: the parsed body, a pydantic model; never changed.
+        http: what the replicas need to know of the HTTP request.
+        sent: set if the stream may go on at another replica, then with all that the client has by
+            now; None: it must not.
+    """
+
+    method: Method
+    body: Any
+    http: RawRequestInfo | None = None
+    sent: Sent | None = None
+
+    def with_tickets(self, tickets: Sequence[dict[str, Any]]) -> GenerationRequest:
+        """This request for a decode replica: the tickets in the body's ``kv_transfer_params``."""
+        params = tickets_to_params(tickets)
+        return replace(self, body=self.body.model_copy(update={"kv_transfer_params": params}))
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillAnswer:
+    """A prefill replica's answer.
+
+    Attributes:
+        replica_id: who holds the blocks.
+        tickets: one per prompt, as JSON objects; fewer if a prompt left none.
+        error: the reason why the request was refused, in OpenAI's form.
+    """
+
+    replica_id: str
+    tickets: tuple[dict[str, Any], ...] = ()
+    error: Any | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A part of a decode replica's answer.
+
+    Attributes:
+        content: one response object, or server-sent events, framed; may be empty.
+        replica_id: who decodes.
+        refused: ``content`` is an error: the request itself is at fault, and no other replica
+            would take it.
+        token_ids: the tokens of the answer that came with it.
+        text: the text of the answer in it.
+        created: the stream's ``created``.
+        resumable: after this part the stream can go on elsewhere: all tokens so far were told.
+    """
+
+    content: Any
+    replica_id: str = ""
+    refused: bool = False
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    created: int | None = None
+    resumable: bool = False
