@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
 
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
+from deployments.continuation import STREAM_ERROR, StreamParts
 from deployments.generation import GenerationRequest, Output
 from deployments.replica_router import RouteHint
+from deployments.resumption import SENT_TOKEN_IDS
 from deployments.server import BatonServer, own_replica_id
 from transfer import faults
 
@@ -26,8 +31,43 @@ class DecodeServer(BatonServer):
 
         Args:
             hint: for the router, not used here.
+
+        Raises:
+            EngineDeadError: the engine died; also in mid-stream.
+            ContinuationMismatch: this engine does not go on where another one was.
         """
         await faults.reach_async("decode.accepted")
-        async for batch in await getattr(self, request.method)(request.body, request.http):
-            for content in batch if isinstance(batch, list) else [batch]:
-                yield Output(content, own_replica_id(), refused=isinstance(content, ErrorResponse))
+        replica_id = own_replica_id()
+        parts = None
+        if request.sent is not None:
+            parts = StreamParts(request.method, request.sent, replica_id)
+            request = _telling_tokens(request)
+        async with aclosing(await getattr(self, request.method)(request.body, request.http)) as out:
+            async for content in _unbatched(out):
+                await faults.reach_async("decode.streaming")
+                if isinstance(content, str) and content.startswith(STREAM_ERROR):
+                    # vLLM tells clients of its engine's death; here another one may go on.
+                    await self.engine.check_health()
+                if parts is None or not isinstance(content, str):
+                    refused = isinstance(content, ErrorResponse)
+                    yield Output(content, replica_id, refused=refused)
+                elif (part := parts.take(content)) is not None:
+                    yield part
+        if parts is not None and (end := parts.end()) is not None:
+            yield end
+
+
+async def _unbatched(batches: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    async for batch in batches:
+        for content in batch if isinstance(batch, list) else [batch]:
+            yield content
+
+
+def _telling_tokens(request: GenerationRequest) -> GenerationRequest:
+    """The request with what the engine needs to go on, and with token ids in its events."""
+    body = request.body
+    params = body.kv_transfer_params
+    if request.sent is not None and request.sent.token_ids:
+        params = {**(params or {}), SENT_TOKEN_IDS: list(request.sent.token_ids)}
+    update = {"kv_transfer_params": params, "return_token_ids": True}
+    return replace(request, body=body.model_copy(update=update))

@@ -15,6 +15,9 @@ from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from deployments.generation import GenerationRequest
+from deployments.resumption import resuming, with_sent
+
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
@@ -50,45 +53,48 @@ class BatonEngine(VLLMEngine):
             config.parallel_config.distributed_executor_backend = "uni"
         return args, frontend, config
 
-    async def prefill(
-        self, method: str, request: Any, raw_request_info: RawRequestInfo | None
-    ) -> Prefilled:
+    def _start_async_llm_engine(self, *args: Any) -> Any:
+        """Starts vLLM's client, able to go on with answers that another engine began."""
+        client: Any = super()._start_async_llm_engine(*args)
+        client.generate = resuming(client.generate, client.get_tokenizer)
+        return client
+
+    async def prefill(self, request: GenerationRequest) -> Prefilled:
         """Computes the KV of a request's prompts and pins it for a decode engine.
 
         The prompts are rendered by the same code that the decode side uses, then each is run for
         one token with sampling parameters of our own. Nothing of the client's request is clamped
         or rewritten, so nothing in it can contradict the clamp.
 
-        Args:
-            method: ``chat`` or ``completions``.
-            request: the client's request; not modified.
+        Tokens that the client has already are computed with the prompt.
         """
-        serving: Any = self._oai_serving_chat if method == "chat" else self._oai_serving_completion
+        chat, body = request.method == "chat", request.body
+        serving: Any = self._oai_serving_chat if chat else self._oai_serving_completion
         if serving is None:
             return Prefilled(error=self._make_error("This model does not generate text."))
         try:
             rendered = await (
-                serving.render_chat_request(request)
-                if method == "chat"
-                else serving.render_completion_request(request)
+                serving.render_chat_request(body)
+                if chat
+                else serving.render_completion_request(body)
             )
             if isinstance(rendered, VLLMErrorResponse):
                 return Prefilled(error=_ray_error(rendered))
-            inputs = rendered[1] if method == "chat" else rendered
-            self._check_sampling(serving, request, inputs)
-            lora_request = serving._maybe_get_adapters(request)
+            inputs = rendered[1] if chat else rendered
+            self._check_sampling(serving, body, inputs)
+            lora_request = serving._maybe_get_adapters(body)
         except (ValueError, VLLMClientError) as error:
             return Prefilled(error=self._make_error_response(serving, error))
-        raw_request = RawRequestInfo.to_starlette_request_optional(raw_request_info)
-        readers = request.n or 1
+        raw_request = RawRequestInfo.to_starlette_request_optional(request.http)
+        readers = body.n or 1
         runs = [
             asyncio.ensure_future(
                 self._prefill_one(
-                    prompt,
-                    request_id=f"prefill-{request.request_id}-{index}",
+                    with_sent(prompt, request.sent.token_ids) if request.sent else prompt,
+                    request_id=f"prefill-{body.request_id}-{index}",
                     readers=readers,
                     lora_request=lora_request,
-                    priority=serving._get_priority(request, raw_request),
+                    priority=serving._get_priority(body, raw_request),
                 )
             )
             for index, prompt in enumerate(inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class ReplicaLost(Exception):
     """The replica died, or its engine did, while it had our call.
@@ -37,3 +39,19 @@ class ServiceUnavailable(Exception):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class ContinuationMismatch(Exception):
+    """The stream that should go on does not begin with what the client has."""
+
+
+class Overloaded(Exception):
+    """Too much is waiting already; nobody has worked on this request.
+
+    Args:
+        retry_after_s: when it may be let in, in seconds.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = math.ceil(max(1.0, retry_after_s))

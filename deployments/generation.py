@@ -90,3 +90,30 @@ class Output:
     text: str = ""
     created: int | None = None
     resumable: bool = False
+
+
+class Transcript:
+    """What one client has of one answer, put together from the parts.
+
+    Args:
+        sent: of :class:`GenerationRequest`; None: nobody can ever go on.
+    """
+
+    def __init__(self, sent: Sent | None) -> None:
+        self._resumable = sent is not None
+        self._created: int | None = None
+        self._token_ids: list[int] = []
+        self._texts: list[str] = []
+
+    def add(self, output: Output) -> None:
+        """Takes a part that goes to the client."""
+        self._resumable = self._resumable and output.resumable
+        self._created = self._created or output.created
+        self._token_ids.extend(output.token_ids)
+        self._texts.append(output.text)
+
+    def sent(self) -> Sent | None:
+        """What the client has; None if nobody can go on from there."""
+        if not self._resumable:
+            return None
+        return Sent(tuple(self._token_ids), "".join(self._texts), self._created)

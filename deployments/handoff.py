@@ -8,11 +8,12 @@ import logging
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 from deployments.background import Background
-from deployments.errors import NoReplica, ReplicaLost, ServiceUnavailable
-from deployments.generation import GenerationRequest, Output, PrefillAnswer
+from deployments.errors import ContinuationMismatch, NoReplica, ReplicaLost, ServiceUnavailable
+from deployments.generation import GenerationRequest, Output, PrefillAnswer, Transcript
 from deployments.handoff_state import (
     Answer,
     CallDecode,
@@ -85,6 +86,7 @@ class Coordinator:
             ServiceUnavailable: no replica could serve it; nothing was sent.
         """
         handoff = Handoff(self._policy, random.random)
+        transcript = Transcript(request.sent)
         try:
             instructions = handoff.on(Start(bypass))
             while instructions:
@@ -92,12 +94,13 @@ class Coordinator:
                 if step is None:
                     return
                 await asyncio.sleep(getattr(step, "pause_s", 0.0))
+                request = replace(request, sent=transcript.sent())
                 match step:
                     case CallPrefill():
                         instructions = await self._prefill(handoff, step, request)
                     case CallDecode():
                         instructions = []
-                        attempt = self._decode(handoff, step, request)
+                        attempt = self._decode(handoff, step, request, transcript)
                         async with aclosing(attempt):
                             async for item in attempt:
                                 if isinstance(item, _Next):
@@ -109,8 +112,8 @@ class Coordinator:
                     case Answer(error=error, streaming=False):
                         yield error
                         return
-                    case Answer():
-                        yield _stream_error("the decode replica was lost while it answered")
+                    case Answer(error=error):
+                        yield _stream_error(error)
                         return
         finally:
             self._carry_out_notices(handoff.on(ClientGone()))
@@ -138,7 +141,11 @@ class Coordinator:
         return handoff.on(Prefilled(answer.replica_id, answer.tickets))
 
     async def _decode(
-        self, handoff: Handoff, step: CallDecode, request: GenerationRequest
+        self,
+        handoff: Handoff,
+        step: CallDecode,
+        request: GenerationRequest,
+        transcript: Transcript,
     ) -> AsyncGenerator[Any, None]:
         if step.tickets:
             await faults.reach_async("router.ticket")
@@ -154,10 +161,18 @@ class Coordinator:
                             yield _Next(handoff.on(Refused(output.content)))
                             return
                         handoff.on(FirstChunk())
-                    yield output.content
+                    transcript.add(output)
+                    if output.content:
+                        yield output.content
         except ReplicaLost as lost:
-            logger.warning("%s%s", lost, " in mid-stream" if number else "; trying another")
-            yield _Next(handoff.on(DecodeLost(lost.replica_id)))
+            resumable = transcript.sent() is not None
+            logger.warning(
+                "%s%s", lost, "; trying another" if not number or resumable else " in mid-stream"
+            )
+            yield _Next(handoff.on(DecodeLost(lost.replica_id, resumable)))
+            return
+        except ContinuationMismatch as mismatch:
+            yield _Next(handoff.on(Refused(mismatch)))
             return
         except NoReplica as missing:
             logger.warning("%s", missing)
@@ -193,7 +208,16 @@ class _Next:
         self.instructions = instructions
 
 
-def _stream_error(message: str) -> str:
-    """A final event in the form of OpenAI's streaming errors."""
-    error = {"message": message, "type": "server_error", "param": None, "code": 503}
-    return f"data: {json.dumps({'error': error})}\n\ndata: [DONE]\n\n"
+def _stream_error(error: Any) -> str:
+    """A final event in the form of OpenAI's streaming errors.
+
+    Args:
+        error: why the stream cannot go on: a replica's refusal, an exception, or None if the
+            replica was lost.
+    """
+    told = getattr(getattr(error, "error", None), "message", error)
+    message = "the decode replica was lost while it answered"
+    if told is not None:
+        message = f"{message}, and no other one could go on: {told}"
+    body = {"message": message, "type": "server_error", "param": None, "code": 503}
+    return f"data: {json.dumps({'error': body})}\n\ndata: [DONE]\n\n"

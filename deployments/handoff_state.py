@@ -1,9 +1,12 @@
 """One request's way through prefill and decode, as a pure state machine.
 
-    start ──> prefilling ──> decoding ──> finished
-                 │  ▲            │  ▲
-                 └──┘ another    └──┘ another decode replica, same tickets (nothing sent yet)
-                   replica       └────> finished with an error event (tokens were sent)
+    start ──> prefilling ──> decoding ──> streaming ──> finished
+                 │  ▲ ▲          │  ▲         │
+                 └──┘ │          └──┘         │
+              another │       another decode  ├──> finished with an error event
+              replica │       replica, same   │
+                      │       tickets         │
+                      └───────────────────────┘ prompt and tokens sent, from the start elsewhere
 
 Events go in, instructions come out; :mod:`deployments.handoff` carries them out. Three things never
 happen, whatever the order of events: a ticket is left behind without being told so to its owner, a
@@ -81,9 +84,13 @@ class FirstChunk:
 
 @dataclass(frozen=True, slots=True)
 class DecodeLost:
-    """A decode replica died on us; ``replica_id`` None: no replica took the call."""
+    """A decode replica died on us; ``replica_id`` None: no replica took the call.
+
+    ``resumable``: whether what was sent by now can be continued by another one.
+    """
 
     replica_id: str | None
+    resumable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +173,8 @@ class Handoff:
     stage: Stage = Stage.NEW
     _tickets: tuple[dict[str, Any], ...] = ()
     _owner: str | None = None
+    _bypass: bool = False
+    _sent: bool = False
     _prefill_failures: int = 0
     _decode_failures: int = 0
     _prefill_excluded: set[str] = field(default_factory=set)
@@ -177,7 +186,8 @@ class Handoff:
             return self._late(event)
         match event:
             case Start(bypass=bypass) if self.stage is Stage.NEW:
-                return [self._decode()] if bypass else [self._prefill()]
+                self._bypass = bypass
+                return [self._begin()]
             case Prefilled(replica_id=replica_id, tickets=tickets) if (
                 self.stage is Stage.PREFILLING
             ):
@@ -187,18 +197,20 @@ class Handoff:
                 return self._prefill_lost(replica_id)
             case DecodeLost(replica_id=replica_id) if self.stage is Stage.DECODING:
                 return self._decode_lost(replica_id)
-            case DecodeLost() if self.stage is Stage.STREAMING:
-                return [*self._finish(), Answer(None, streaming=True)]
+            case DecodeLost(replica_id=replica_id, resumable=resumable) if (
+                self.stage is Stage.STREAMING
+            ):
+                return self._stream_lost(replica_id, resumable)
             case FirstChunk() if self.stage is Stage.DECODING:
-                self.stage = Stage.STREAMING
+                self.stage, self._sent = Stage.STREAMING, True
                 if _readers(self._tickets) == 1:
                     self._tickets = ()
                 return []
             case Refused(error=error) if self.stage in (Stage.PREFILLING, Stage.DECODING):
-                return [*self._finish(), Answer(error)]
+                return [*self._finish(), Answer(error, self._sent)]
             case DecodeEnded() if self.stage is Stage.DECODING:
                 # Ended without a single chunk: the client must not be left without an answer.
-                return [*self._finish(), Answer(None)]
+                return [*self._finish(), Answer(None, self._sent)]
             case DecodeEnded() if self.stage is Stage.STREAMING:
                 self._tickets = ()
                 return self._finish()
@@ -207,6 +219,9 @@ class Handoff:
         raise ValueError(f"{event} cannot happen while {self.stage.value}")
 
     # ------------------------------------------------------------------------------------------
+
+    def _begin(self) -> CallPrefill | CallDecode:
+        return self._decode() if self._bypass else self._prefill()
 
     def _prefill(self) -> CallPrefill:
         self.stage = Stage.PREFILLING
@@ -228,13 +243,23 @@ class Handoff:
     def _decode_lost(self, replica_id: str | None) -> list[Instruction]:
         self._decode_failures += 1
         if self._decode_failures >= self.policy.attempts:
-            return [*self._finish(), Answer(None)]
+            return [*self._finish(), Answer(None, self._sent)]
         if replica_id is None:
             # Everybody left was ruled out, or nobody is there: a replacement may be.
             self._decode_excluded.clear()
         else:
             self._decode_excluded.add(replica_id)
         return [self._decode()]
+
+    def _stream_lost(self, replica_id: str | None, resumable: bool) -> list[Instruction]:
+        self._decode_failures += 1
+        if not resumable or self._decode_failures >= self.policy.attempts:
+            return [*self._finish(), Answer(None, streaming=True)]
+        if replica_id is not None:
+            self._decode_excluded.add(replica_id)
+        # A longer prompt than before: the tokens sent are part of it. Its prefill is a new one.
+        self._prefill_failures = 0
+        return [*self._give_up(), self._begin()]
 
     def _finish(self) -> list[Instruction]:
         self.stage = Stage.FINISHED

@@ -20,7 +20,7 @@ class PrefillServer(BatonServer):
         await self._maybe_add_request_id_to_request(request.body)
         await self._maybe_resolve_lora_from_multiplex()
         await faults.reach_async("prefill.computing")
-        done = await self.engine.prefill(request.method, request.body, request.http)
+        done = await self.engine.prefill(request)
         await faults.reach_async("prefill.answering")
         return PrefillAnswer(own_replica_id(), done.tickets, done.error)
 

@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments.background import Background
-from deployments.errors import NoReplica, ReplicaLost
+from deployments.errors import ContinuationMismatch, NoReplica, ReplicaLost
 from deployments.generation import GenerationRequest, Output, PrefillAnswer
 from deployments.replica_router import RouteHint
 
@@ -171,6 +171,8 @@ class ReplicaCaller:
 def _translated(error: Exception, role: str, replica_id: str) -> Exception:
     """A dead actor and a dead engine are one thing to a caller: try another replica."""
     cause: Any = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, ContinuationMismatch):
+        return cause
     if not isinstance(cause, EngineDeadError | RayActorError | ReplicaUnavailableError):
         return error
     return ReplicaLost(role, replica_id, str(cause).splitlines()[0] if str(cause) else repr(cause))

@@ -33,8 +33,9 @@ from ray.llm._internal.serve.observability.metrics.fast_api_metrics import (
 from ray.serve.handle import DeploymentHandle
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from deployments.continuation import may_go_on
 from deployments.errors import NoReplica, ReplicaLost
-from deployments.generation import GenerationRequest, Method
+from deployments.generation import GenerationRequest, Method, Sent
 from deployments.handoff import Coordinator
 from deployments.handoff_state import RetryPolicy
 from deployments.replica import ReplicaCaller
@@ -130,7 +131,12 @@ class Ingress(OpenAiIngress):
         body.request_id = request.state.request_id
         reason = bypass_reason(body)
         chunks = self._coordinator.run(
-            GenerationRequest(method, body, RawRequestInfo.from_starlette_request(request)),
+            GenerationRequest(
+                method,
+                body,
+                RawRequestInfo.from_starlette_request(request),
+                sent=Sent() if may_go_on(body) else None,
+            ),
             bypass=reason is not None,
         )
         first = await anext(aiter(chunks))

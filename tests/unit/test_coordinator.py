@@ -14,8 +14,8 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 )
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
-from deployments.errors import NoReplica, ReplicaLost, ServiceUnavailable
-from deployments.generation import GenerationRequest, Output, PrefillAnswer
+from deployments.errors import ContinuationMismatch, NoReplica, ReplicaLost, ServiceUnavailable
+from deployments.generation import GenerationRequest, Output, PrefillAnswer, Sent
 from deployments.handoff import Coordinator
 from deployments.handoff_state import RetryPolicy
 
@@ -42,6 +42,7 @@ class FakeCaller:
     decodes: list[Sequence[Any]] = field(default_factory=list)
     log: list[tuple[Any, ...]] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
+    sent: list[Sent | None] = field(default_factory=list)
     aborted: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     abort_error: Exception | None = None
     held: asyncio.Event | None = None
@@ -50,6 +51,7 @@ class FakeCaller:
     async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
         self.log.append(("prefill", request.method, request.http, set(exclude)))
         self.requests.append(request.body)
+        self.sent.append(request.sent)
         self.open_calls += 1
         try:
             step = self.prefills.pop(0)
@@ -64,10 +66,14 @@ class FakeCaller:
     ) -> AsyncGenerator[Output, None]:
         self.log.append(("decode", request.method, request.http, set(exclude)))
         self.requests.append(request.body)
+        self.sent.append(request.sent)
         self.open_calls += 1
         try:
             for step in self.decodes.pop(0):
                 await self._play(step)
+                if isinstance(step, Output):
+                    yield step
+                    continue
                 yield Output(step, "d1", refused=isinstance(step, ErrorResponse))
         finally:
             self.open_calls -= 1
@@ -106,8 +112,8 @@ def make_request() -> Any:
     return CompletionRequest(model="m", prompt="Once", stream=True)
 
 
-def generation(body: Any = None) -> GenerationRequest:
-    return GenerationRequest("completions", body or make_request(), INFO)
+def generation(body: Any = None, sent: Sent | None = None) -> GenerationRequest:
+    return GenerationRequest("completions", body or make_request(), INFO, sent)
 
 
 def drive(coroutine: Coroutine[Any, Any, None]) -> None:
@@ -122,14 +128,19 @@ def drive(coroutine: Coroutine[Any, Any, None]) -> None:
 
 
 def served(
-    caller: FakeCaller, *, bypass: bool = False, request: Any = None, raises: type | None = None
+    caller: FakeCaller,
+    *,
+    bypass: bool = False,
+    request: Any = None,
+    sent: Sent | None = None,
+    raises: type | None = None,
 ) -> list[Any]:
     """All that a request gets, with notices to owners carried out."""
     items: list[Any] = []
 
     async def main() -> None:
         coordinator = Coordinator(caller, POLICY)
-        chunks = coordinator.run(generation(request), bypass=bypass)
+        chunks = coordinator.run(generation(request, sent), bypass=bypass)
         if raises is not None:
             with pytest.raises(raises):
                 items.extend([item async for item in chunks])
@@ -289,6 +300,93 @@ def test_error_of_a_kind_we_do_not_know_passes_and_the_blocks_are_given_up() -> 
 
     assert served(caller, raises=KeyError) == []
     assert caller.aborted == [("p1", ("h1",))]
+
+
+# ---- streams that go on elsewhere ----------------------------------------------------------------
+
+
+def part(text: str, *token_ids: int, resumable: bool = True) -> Output:
+    return Output(f"data: {text}\n\n", "d1", text=text, token_ids=token_ids, resumable=resumable)
+
+
+def test_broken_stream_goes_on_with_what_the_client_has() -> None:
+    caller = FakeCaller(
+        [PrefillAnswer("p1", (T1,)), PrefillAnswer("p2", (T2,))],
+        [[part("a", 1), part("bc", 2, 3), lost("d1")], [Output("", "d2"), part("d", 4)]],
+    )
+
+    assert served(caller, sent=Sent()) == ["data: a\n\n", "data: bc\n\n", "data: d\n\n"]
+    assert caller.calls() == [
+        ("prefill", set()),
+        ("decode", set()),
+        ("prefill", set()),
+        ("decode", {"d1"}),
+    ]
+    assert caller.sent == [Sent(), Sent(), Sent((1, 2, 3), "abc"), Sent((1, 2, 3), "abc")]
+    assert caller.brought() == [None, T1, None, T2]
+    assert caller.aborted == []
+
+
+def test_stream_goes_on_twice() -> None:
+    caller = FakeCaller(
+        [],
+        [
+            [part("a", 1), lost("d1")],
+            [part("", 2), part("b", 3), lost("d2")],
+            [part("c", 4)],
+        ],
+    )
+
+    assert served(caller, sent=Sent(), bypass=True)[-1] == "data: c\n\n"
+    assert caller.sent == [Sent(), Sent((1,), "a"), Sent((1, 2, 3), "ab")]
+
+
+@pytest.mark.parametrize(
+    ("sent", "resumable"), [(None, True), (Sent(), False)], ids=["must not", "tokens untold"]
+)
+def test_stream_that_cannot_go_on_ends_with_an_error(sent: Sent | None, resumable: bool) -> None:
+    caller = FakeCaller([], [[part("a", 1, resumable=resumable), lost("d1")]])
+
+    first, last = served(caller, sent=sent, bypass=True)
+
+    assert first == "data: a\n\n"
+    assert '"code": 503' in last
+    assert last.endswith("data: [DONE]\n\n")
+    assert len(caller.calls()) == 1
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        [[BAD]],
+        [[ContinuationMismatch("it does not begin alike")]],
+        [[lost("d2")], [lost("d3")]],
+        [[NoReplica("decode", 1.0)]] * 2,
+        [[]],
+    ],
+    ids=["refused", "another text", "all lost", "none there", "no output"],
+)
+def test_failed_continuation_ends_with_one_error(then: list[Any]) -> None:
+    caller = FakeCaller([], [[part("a", 1), lost("d1")], *then])
+
+    first, last = served(caller, sent=Sent(), bypass=True)
+
+    assert first == "data: a\n\n"
+    event, done, rest = last.split("\n\n")
+    assert json.loads(event.removeprefix("data: "))["error"]["type"] == "server_error"
+    assert (done, rest) == ("data: [DONE]", "")
+
+
+def test_prefill_that_refuses_the_longer_prompt_ends_the_stream() -> None:
+    caller = FakeCaller(
+        [PrefillAnswer("p1", (T1,)), PrefillAnswer("p1", error=BAD)],
+        [[part("a", 1), lost("d1")]],
+    )
+
+    _, last = served(caller, sent=Sent())
+
+    assert "temperature: too hot" in last
+    assert caller.aborted == []
 
 
 # ---- clients that leave --------------------------------------------------------------------------

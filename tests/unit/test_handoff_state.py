@@ -124,6 +124,65 @@ PATHS: dict[str, list[Step]] = {
         (FirstChunk(), []),
         (DecodeLost("d0"), [GiveUp("p1", ("h1",)), Answer(None, streaming=True)]),
     ],
+    "stream goes on elsewhere": [
+        (Start(), [prefill()]),
+        (Prefilled("p1", BOTH[:1]), [decode(tickets=BOTH[:1])]),
+        (FirstChunk(), []),
+        (DecodeLost("d0", resumable=True), [prefill()]),
+        (Prefilled("p2", BOTH[1:]), [decode("d0", tickets=BOTH[1:], pause_s=0.1)]),
+        (FirstChunk(), []),
+        (DecodeEnded(), []),
+    ],
+    "stream goes on although prefill is away": [
+        *TO_STREAM,
+        (DecodeLost("d0", resumable=True), [GIVE_UP, prefill()]),
+        (PrefillLost(None), [decode("d0", pause_s=0.1)]),
+        (FirstChunk(), []),
+        (DecodeEnded(), []),
+    ],
+    "prefill's budget of a stream that goes on is its own": [
+        (Start(), [prefill()]),
+        (PrefillLost("p0"), [prefill("p0", pause_s=0.1)]),
+        (PrefillLost("p1"), [prefill("p0", "p1", pause_s=0.2)]),
+        (Prefilled("p2", BOTH[:1]), [decode(tickets=BOTH[:1])]),
+        (FirstChunk(), []),
+        (DecodeLost("d0", resumable=True), [prefill("p0", "p1")]),
+        (PrefillLost("p2"), [prefill("p0", "p1", "p2", pause_s=0.1)]),
+        (ClientGone(), []),
+    ],
+    "stream without prefill goes on without": [
+        (Start(bypass=True), [decode()]),
+        (FirstChunk(), []),
+        (DecodeLost("d0", resumable=True), [decode("d0", pause_s=0.1)]),
+        (ClientGone(), []),
+    ],
+    "stream goes on until the budget is spent": [
+        (Start(bypass=True), [decode()]),
+        (FirstChunk(), []),
+        (DecodeLost("d0", resumable=True), [decode("d0", pause_s=0.1)]),
+        (FirstChunk(), []),
+        (DecodeLost("d1", resumable=True), [decode("d0", "d1", pause_s=0.2)]),
+        (FirstChunk(), []),
+        (DecodeLost("d2", resumable=True), [Answer(None, streaming=True)]),
+    ],
+    "stream that nobody goes on with": [
+        (Start(bypass=True), [decode()]),
+        (FirstChunk(), []),
+        (DecodeLost("d0", resumable=True), [decode("d0", pause_s=0.1)]),
+        (DecodeLost("d1", resumable=True), [decode("d0", "d1", pause_s=0.2)]),
+        (DecodeLost(None, resumable=True), [Answer(None, streaming=True)]),
+    ],
+    "stream whose continuation is refused": [
+        *TO_STREAM,
+        (DecodeLost("d0", resumable=True), [GIVE_UP, prefill()]),
+        (Refused("too long"), [Answer("too long", streaming=True)]),
+    ],
+    "client leaves a stream that was to go on": [
+        *TO_STREAM,
+        (DecodeLost("d0", resumable=True), [GIVE_UP, prefill()]),
+        (ClientGone(), []),
+        (Prefilled("p2", BOTH[:1]), [GiveUp("p2", ("h1",))]),
+    ],
     "decode ends without a word": [*TO_DECODE, (DecodeEnded(), [GIVE_UP, Answer(None)])],
     "client gone at once": [(ClientGone(), [])],
     "client gone during prefill": [(Start(), [prefill()]), (ClientGone(), [])],
@@ -219,7 +278,11 @@ def test_pause_is_never_negative_nor_above_its_limit(
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Plays the world around the machine: calls that it asked for end in any way, at any time."""
+    """Plays the world around the machine: calls that it asked for end in any way, at any time.
+
+    Events of calls that are over come again, late. ``offered``, ``consumed`` and ``given_up`` keep
+    account of every ticket, ``rounds`` of the prefills before each break of the stream.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,17 +291,20 @@ class AnyOrder(RuleBasedStateMachine):
         self.handoff = Handoff(policy, lambda: 0.5)
         self.running: CallPrefill | CallDecode | None = None
         self.calls: list[CallPrefill | CallDecode] = []
+        self.rounds: list[list[CallPrefill]] = [[]]
         self.lost: set[str] = set()
         self.offered: dict[str, str] = {}
         self.consumed: set[str] = set()
         self.given_up: list[tuple[str, str]] = []
         self.answers: list[Answer] = []
+        self.bypass = False
         self.client_here = True
-        self.streamed = False
+        self.sent = False
+        self.streaming = False
 
     def tell(self, event: Event, *, ends_call: bool = True) -> None:
         if ends_call:
-            self.running = None
+            self.running, self.streaming = None, False
         for instruction in self.handoff.on(event):
             match instruction:
                 case GiveUp(replica_id=replica_id, handoff_ids=handoff_ids):
@@ -251,6 +317,8 @@ class AnyOrder(RuleBasedStateMachine):
                     assert self.client_here, "a call for nobody"
                     self.running = instruction
                     self.calls.append(instruction)
+                    if isinstance(instruction, CallPrefill):
+                        self.rounds[-1].append(instruction)
 
     def finished(self) -> bool:
         return self.handoff.stage is Stage.FINISHED
@@ -266,6 +334,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.handoff.stage is Stage.NEW)
     @rule(bypass=st.booleans())
     def start(self, bypass: bool) -> None:
+        self.bypass = bypass
         self.tell(Start(bypass))
         assert self.decoding() if bypass else self.prefilling()
 
@@ -294,12 +363,12 @@ class AnyOrder(RuleBasedStateMachine):
         self.tell(PrefillLost(None))
         assert self.decoding() or not self.client_here
 
-    @precondition(lambda self: self.running is not None and not self.streamed)
+    @precondition(lambda self: self.running is not None and not self.streaming)
     @rule()
     def refused(self) -> None:
         self.tell(Refused("bad request"))
 
-    @precondition(lambda self: self.decoding() and not self.streamed)
+    @precondition(lambda self: self.decoding() and not self.streaming)
     @rule()
     def first_chunk(self) -> None:
         assert isinstance(self.running, CallDecode)
@@ -307,22 +376,22 @@ class AnyOrder(RuleBasedStateMachine):
             # One reader in all: it has read. Several: nobody knows which one spoke first.
             if len(self.running.tickets) == 1:
                 self.consumed.add(self.running.tickets[0]["handoff_id"])
-            self.streamed = True
+            self.streaming = self.sent = True
         self.tell(FirstChunk(), ends_call=False)
 
-    @precondition(decoding)
-    @rule(replica=st.sampled_from("vwxyz"))
-    def decode_dies(self, replica: str) -> None:
+    @precondition(lambda self: self.decoding() and not self.streaming)
+    @rule(replica=st.sampled_from("vwxyz"), resumable=st.booleans())
+    def decode_dies(self, replica: str, resumable: bool) -> None:
         assert isinstance(self.running, CallDecode)
         before = self.running
         if replica in before.exclude:
             return
-        self.tell(DecodeLost(replica))
+        self.tell(DecodeLost(replica, resumable))
         if isinstance(self.running, CallDecode):
             assert self.running.exclude == before.exclude | {replica}
             assert self.running.tickets == before.tickets
 
-    @precondition(decoding)
+    @precondition(lambda self: self.decoding() and not self.streaming)
     @rule()
     def no_decode(self) -> None:
         assert isinstance(self.running, CallDecode)
@@ -332,11 +401,25 @@ class AnyOrder(RuleBasedStateMachine):
             assert not self.running.exclude
             assert self.running.tickets == before.tickets
 
+    @precondition(lambda self: self.streaming)
+    @rule(replica=st.sampled_from("vwxyz"), resumable=st.booleans())
+    def stream_breaks(self, replica: str, resumable: bool) -> None:
+        assert isinstance(self.running, CallDecode)
+        before = self.running
+        if replica in before.exclude:
+            return
+        self.rounds.append([])
+        self.tell(DecodeLost(replica, resumable))
+        if self.running is not None:
+            assert resumable, "goes on although nobody can"
+            assert self.decoding() == self.bypass
+            assert not (self.decoding() and self.running.exclude <= before.exclude)
+
     @precondition(decoding)
     @rule()
     def decode_ends(self) -> None:
         assert isinstance(self.running, CallDecode)
-        if self.streamed and self.client_here:
+        if self.streaming and self.client_here:
             self.consumed.update(ticket["handoff_id"] for ticket in self.running.tickets)
         self.tell(DecodeEnded())
 
@@ -346,37 +429,67 @@ class AnyOrder(RuleBasedStateMachine):
         self.tell(ClientGone(), ends_call=False)
         assert self.finished()
 
+    @precondition(lambda self: self.finished())
+    @rule(
+        event=st.sampled_from(
+            [
+                PrefillLost("a"),
+                PrefillLost(None),
+                Refused("late"),
+                FirstChunk(),
+                DecodeLost("v", resumable=True),
+                DecodeLost(None),
+                DecodeEnded(),
+                ClientGone(),
+            ]
+        )
+    )
+    def late_or_twice(self, event: Event) -> None:
+        before = len(self.answers), len(self.given_up), len(self.calls)
+        self.tell(event, ends_call=False)
+        assert (len(self.answers), len(self.given_up), len(self.calls)) == before
+
     # -- what always holds --
 
     @invariant()
-    def every_ticket_is_consumed_or_given_up_once(self) -> None:
+    def never_leaked(self) -> None:
+        """Every ticket is consumed or given up, once."""
         told = [handoff_id for _, handoff_id in self.given_up]
         assert len(told) == len(set(told)), "given up twice"
         assert not self.consumed & set(told), "given up although decode has it"
         assert all(self.offered[handoff_id] == owner for owner, handoff_id in self.given_up)
+        held = {t["handoff_id"] for t in getattr(self.running, "tickets", ())}
+        assert self.consumed | set(told) | held >= set(self.offered), "left behind"
         if self.finished():
-            assert self.consumed | set(told) == set(self.offered), "left behind"
+            assert self.consumed | set(told) == set(self.offered)
 
     @invariant()
-    def finished_means_answered(self) -> None:
-        if self.finished() and self.client_here:
-            assert self.streamed or self.answers
-        assert len(self.answers) <= 1
-        assert all(answer.streaming == self.streamed for answer in self.answers)
-
-    @invariant()
-    def only_what_waits_for_something_is_unfinished(self) -> None:
+    def never_stuck(self) -> None:
+        """What is not over waits for a call, which ends in one way or another."""
         if self.handoff.stage not in (Stage.NEW, Stage.FINISHED):
             assert self.running is not None
+        if self.finished() and self.client_here:
+            assert self.sent or self.answers, "no answer"
+            assert self.running is None
+
+    @invariant()
+    def never_wrong(self) -> None:
+        """One answer; after output an error can only be an event; no ticket of another round."""
+        assert len(self.answers) <= 1
+        assert all(answer.streaming == self.sent for answer in self.answers)
+        if isinstance(self.running, CallDecode) and self.client_here:
+            mine = {ticket["handoff_id"] for ticket in self.running.tickets}
+            assert not mine & {handoff_id for _, handoff_id in self.given_up}
 
     @invariant()
     def budgets_and_pauses_are_kept(self) -> None:
-        prefills = [call for call in self.calls if isinstance(call, CallPrefill)]
         decodes = [call for call in self.calls if isinstance(call, CallDecode)]
-        assert len(prefills) <= self.attempts
         assert len(decodes) <= self.attempts
-        for calls in (prefills, decodes):
-            pauses = [call.pause_s for call in calls]
+        pauses = [call.pause_s for call in decodes]
+        assert pauses == sorted(pauses)
+        for prefills in self.rounds:
+            assert len(prefills) <= self.attempts
+            pauses = [call.pause_s for call in prefills]
             assert pauses == pytest.approx([0.0, 0.075, 0.1125][: len(pauses)])
 
     @invariant()
@@ -385,5 +498,5 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.running.exclude == self.lost
 
 
-AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=20, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
 TestAnyOrder = AnyOrder.TestCase

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -53,9 +54,25 @@ def test_text_that_only_looks_like_the_end_is_not() -> None:
 
 def test_events_go_out_one_by_one() -> None:
     async def main() -> None:
-        sent = as_events(stream(ONE, RuntimeError("a later chunk")))
+        waiting = asyncio.Event()
+
+        async def chunks() -> AsyncGenerator[str, None]:
+            yield ONE
+            await waiting.wait()
+            yield TWO
+
+        sent = as_events(chunks())
         assert await anext(sent) == ONE
-        with pytest.raises(RuntimeError, match="a later chunk"):
-            await anext(sent)
+        waiting.set()
+        assert [event async for event in sent] == [TWO, DONE]
 
     asyncio.run(main())
+
+
+def test_stream_that_breaks_says_so_and_ends() -> None:
+    one, error, done = events(ONE, RuntimeError("a secret of the server"))
+
+    assert (one, done) == (ONE, DONE)
+    body = json.loads(error.removeprefix("data: "))["error"]
+    assert (body["type"], body["code"]) == ("server_error", 500)
+    assert "secret" not in body["message"]
