@@ -30,6 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = commands.add_parser("model", help="fetch and convert the demo model, once")
     model.set_defaults(run=_model)
 
+    # Everything after the name is vLLM's: with another prefix, nothing in it is an option of ours.
+    vllm = commands.add_parser(
+        "vllm-serve",
+        help="vLLM's OpenAI server as prefill or decode node, with all of its options",
+        prefix_chars="\0",
+        add_help=False,
+    )
+    vllm.add_argument("vllm_arguments", nargs=argparse.REMAINDER)
+    vllm.set_defaults(run=_vllm_serve)
+
     options = parser.parse_args(arguments)
     code: int = options.run(options)
     return code
@@ -63,10 +73,24 @@ def _model(_options: argparse.Namespace) -> int:
     try:
         folder = ensure_demo_model(print)
     except ModelError as error:
-        print(f"baton: {error}", file=sys.stderr)
-        return 1
+        return _fail(str(error))
     print(f"the demo model is in {folder}")
     return 0
+
+
+def _vllm_serve(options: argparse.Namespace) -> int:
+    from serve_app.vllm_serve import vllm_serve
+    from transfer.errors import ConfigurationError
+
+    try:
+        vllm_serve(options.vllm_arguments)
+    except ConfigurationError as error:
+        return _fail(error.message)
+
+
+def _fail(message: str) -> int:
+    print(f"baton: {message}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
