@@ -30,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = commands.add_parser("model", help="fetch and convert the demo model, once")
     model.set_defaults(run=_model)
 
+    proxy = commands.add_parser("proxy", help="OpenAI endpoint over vLLM servers, without Ray")
+    _add_proxy(proxy)
+    proxy.set_defaults(run=_proxy)
+
     # Everything after the name is vLLM's: with another prefix, nothing in it is an option of ours.
     vllm = commands.add_parser(
         "vllm-serve",
@@ -50,6 +54,28 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         "config", type=Path, nargs="?", default=Path("config.yaml"), help="default: config.yaml"
     )
     parser.add_argument("--port", type=int, help="HTTP port instead of the configuration's")
+
+
+def _add_proxy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="to listen on (8000)")
+    for role in ("prefill", "decode"):
+        parser.add_argument(
+            f"--{role}",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="URL",
+            help=f"{role} servers; without it, those that etcd knows",
+        )
+    parser.add_argument(
+        "--etcd",
+        metavar="HOST:PORT",
+        help="its members; else those that MOONCAKE_CONFIG_PATH names",
+    )
+    parser.add_argument(
+        "--cluster", default="default", help="name of the cluster in etcd (default)"
+    )
 
 
 def _up(options: argparse.Namespace) -> int:
@@ -75,6 +101,19 @@ def _model(_options: argparse.Namespace) -> int:
     except ModelError as error:
         return _fail(str(error))
     print(f"the demo model is in {folder}")
+    return 0
+
+
+def _proxy(options: argparse.Namespace) -> int:
+    from serve_app.proxy_command import run
+    from transfer.errors import TransferError
+
+    try:
+        run(options)
+    except TransferError as error:
+        return _fail(error.message)
+    except OSError as error:
+        return _fail(str(error))
     return 0
 
 

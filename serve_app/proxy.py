@@ -1,0 +1,221 @@
+"""``baton proxy``: OpenAI's completions and chat over stock vLLM servers, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import aiohttp
+from aiohttp import web
+
+from deployments.errors import ServiceUnavailable
+from deployments.generation import GenerationRequest, Method
+from deployments.handoff import Coordinator
+from deployments.handoff_state import RetryPolicy
+from deployments.http_body import PATHS, HttpAnswer, JsonBody
+from deployments.http_caller import HttpCaller
+from deployments.http_servers import HttpServers, Role
+from deployments.ticket_notices import TicketNotices
+from serve_app.error_body import error_body
+from serve_app.router import bypass_reason
+from serve_app.sse import as_events
+from transfer.discovery.base import Discovery
+from transfer.settings import TransferSettings
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES: Final = 16 << 20
+STOP_TIMEOUT_S: Final = 10.0
+_CONNECT_TIMEOUT_S: Final = 2.0
+_HEALTH_TIMEOUT_S: Final = 5.0
+_PASSED_ON: Final = ("Authorization", "X-Request-Id", "traceparent", "tracestate")
+_ROLES: Final[tuple[Role, Role]] = ("prefill", "decode")
+
+# A server whose machine is gone says nothing; the kernel asks it after 5 s of silence.
+_KEEP_ALIVE: Final = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyOptions:
+    """What a proxy does.
+
+    Attributes:
+        servers: URLs by side, without a slash at their end; a side that names none is found
+            through ``discovery``.
+        discovery: finds servers, and owners of tickets that will not be read; not closed here.
+        api_key: sent to servers when the client sends none; empty: nothing is sent then.
+        policy: retry budget of every request.
+    """
+
+    servers: Mapping[Role, tuple[str, ...]]
+    discovery: Discovery | None = None
+    api_key: str = field(default="", repr=False)
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
+
+
+class Proxy:
+    """The routes of one proxy."""
+
+    def __init__(self, options: ProxyOptions) -> None:
+        self._options = options
+        self._servers = HttpServers(options.servers, options.discovery)
+
+    def application(self) -> web.Application:
+        """The application; it opens its connections when it starts."""
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_openai_errors])
+        app.cleanup_ctx.append(self._connections)
+        app.router.add_post(PATHS["completions"], self._completions)
+        app.router.add_post(PATHS["chat"], self._chat)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
+        return app
+
+    async def _connections(self, app: web.Application) -> AsyncIterator[None]:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S)
+        connector = aiohttp.TCPConnector(limit=0, socket_factory=_socket)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            self._session = session
+            discovery = self._options.discovery
+            notices = None if discovery is None else TicketNotices(discovery, TransferSettings())
+            caller = HttpCaller(session, self._servers, notices)
+            self._coordinator = Coordinator(caller, self._options.policy)
+            yield
+            await self._coordinator.drain()
+            await caller.drain()
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate("completions", request)
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate("chat", request)
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        """What a decode server says."""
+        url = self._servers.pick("decode", ())
+        if url is None:
+            raise ServiceUnavailable("no decode server is known")
+        try:
+            async with self._session.get(
+                f"{url}/v1/models", headers=self._headers(request)
+            ) as response:
+                return web.Response(
+                    body=await response.read(),
+                    status=response.status,
+                    content_type=response.content_type,
+                )
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ServiceUnavailable(f"{url} does not answer: {error}") from error
+
+    async def _health(self, request: web.Request) -> web.Response:
+        """200 only if a server of each side is healthy, else 503 saying which is not."""
+        states = await asyncio.gather(*(self._side(role) for role in _ROLES))
+        sides = dict(zip(_ROLES, states, strict=True))
+        healthy = all(state == "ok" for state in sides.values())
+        return web.json_response(
+            {"status": "ok" if healthy else "unavailable", **sides}, status=200 if healthy else 503
+        )
+
+    async def _side(self, role: Role) -> str:
+        urls = self._servers.urls(role)
+        if not urls:
+            return f"no {role} server is known"
+        states = await asyncio.gather(*(self._server(url) for url in urls))
+        return "ok" if "ok" in states else "; ".join(states)
+
+    async def _server(self, url: str) -> str:
+        try:
+            async with (
+                asyncio.timeout(_HEALTH_TIMEOUT_S),
+                self._session.get(f"{url}/health") as got,
+            ):
+                return "ok" if got.status == 200 else f"{url} answered {got.status}"
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return f"{url} does not answer: {error or type(error).__name__}"
+
+    async def _generate(self, method: Method, request: web.Request) -> web.StreamResponse:
+        body = JsonBody(await _fields(request), self._headers(request))
+        reason = bypass_reason(body)
+        chunks = self._coordinator.run(GenerationRequest(method, body), bypass=reason is not None)
+        async with aclosing(chunks):
+            first = await anext(chunks)
+            if isinstance(first, HttpAnswer):
+                return web.Response(
+                    body=first.content, status=first.status, headers=dict(first.headers)
+                )
+            stream = web.StreamResponse(
+                headers={"Content-Type": "text/event-stream; charset=utf-8"}
+            )
+            await stream.prepare(request)
+            async with aclosing(_with_first(first, chunks)) as everything:
+                async for events in as_events(everything):
+                    await stream.write(events.encode())
+            await stream.write_eof()
+            return stream
+
+    def _headers(self, request: web.Request) -> dict[str, str]:
+        headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+        if "Authorization" not in headers and self._options.api_key:
+            headers["Authorization"] = f"Bearer {self._options.api_key}"
+        return headers
+
+
+async def _fields(request: web.Request) -> dict[str, Any]:
+    try:
+        fields = json.loads(await request.read())
+    except (ValueError, RecursionError) as error:
+        raise _bad_request(f"the body is not valid JSON: {error}", "body") from error
+    if not isinstance(fields, dict):
+        raise _bad_request("the body is not a JSON object", "body")
+    if fields.get("kv_transfer_params") is not None:
+        raise _bad_request("kv_transfer_params: only Baton itself may set it", "kv_transfer_params")
+    return fields
+
+
+async def _with_first(first: Any, chunks: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+    yield first
+    async for chunk in chunks:
+        yield chunk
+
+
+def _bad_request(message: str, param: str) -> web.HTTPBadRequest:
+    return web.HTTPBadRequest(
+        text=json.dumps(error_body(400, message, param=param)), content_type="application/json"
+    )
+
+
+@web.middleware
+async def _openai_errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Errors of the proxy itself, in OpenAI's form."""
+    try:
+        return await handler(request)
+    except ServiceUnavailable as error:
+        seconds = max(1, round(error.retry_after_s))
+        return web.json_response(
+            error_body(503, str(error)), status=503, headers={"Retry-After": str(seconds)}
+        )
+    except web.HTTPException as error:
+        if error.content_type == "application/json":
+            raise
+        message = error.text or error.reason
+        return web.json_response(error_body(error.status, message), status=error.status)
+
+
+def _socket(address: Any) -> socket.socket:
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    for level, option, value in _KEEP_ALIVE:
+        made.setsockopt(level, option, value)
+    return made

@@ -1,0 +1,470 @@
+"""The proxy against servers that answer by a script; real engines are in e2e/test_mooncake_demo."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from deployments.handoff_state import RetryPolicy
+from serve_app.proxy import MAX_BODY_BYTES, Proxy, ProxyOptions
+from transfer.discovery import StaticDiscovery
+from transfer.types import PeerId, WorkerRecord
+
+TICKET = {"handoff_id": "h1", "remote_engine_id": "p", "readers": 1}
+EVENTS = ['data: {"choices": [{"text": "é"}]}\n\n', 'data: {"choices": []}\n\n']
+DONE = "data: [DONE]\n\n"
+Step = Callable[["Server", web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass
+class Server:
+    """One stand-in for a vLLM server: what it was asked, and what it does."""
+
+    step: Step
+    url: str = ""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[Mapping[str, str]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    working: int = 0
+    left: int = 0
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.paths.append(request.path)
+        self.headers.append(request.headers)
+        if request.method == "POST":
+            self.bodies.append(await request.json())
+        self.working += 1
+        try:
+            return await self.step(self, request)
+        except asyncio.CancelledError:
+            self.left += 1
+            raise
+        finally:
+            self.working -= 1
+
+
+def says(status: int = 200, **document: Any) -> Step:
+    async def step(server: Server, request: web.Request) -> web.StreamResponse:
+        return web.json_response(document, status=status, headers={"Retry-After": "7"})
+
+    return step
+
+
+def ticket(server_ticket: Any = TICKET) -> Step:
+    return says(kv_transfer_params=server_ticket, choices=[])
+
+
+def streams(*pieces: bytes, cut: bool = False) -> Step:
+    async def step(server: Server, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        for piece in pieces:
+            await response.write(piece)
+            await asyncio.sleep(0.01)
+        if cut and request.transport is not None:
+            request.transport.abort()
+        return response
+
+    return step
+
+
+async def hangs(server: Server, request: web.Request) -> web.StreamResponse:
+    await asyncio.sleep(60)
+    raise AssertionError("nobody came to cancel this")
+
+
+async def streams_for_ever(server: Server, request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    while True:
+        await response.write(EVENTS[0].encode())
+        await asyncio.sleep(0.01)
+
+
+async def empty(server: Server, request: web.Request) -> web.StreamResponse:
+    return web.Response(content_type="application/json")
+
+
+@dataclass
+class Setup:
+    """A proxy and its servers."""
+
+    url: str
+    client: aiohttp.ClientSession
+    prefill: list[Server]
+    decode: list[Server]
+
+    async def ask(
+        self, path: str = "/v1/completions", headers: dict[str, str] | None = None, **body: Any
+    ) -> tuple[int, str, aiohttp.ClientResponse]:
+        async with self.client.post(
+            self.url + path, json={"model": "m", "prompt": "Hi", **body}, headers=headers
+        ) as response:
+            return response.status, await response.text(), response
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        for _ in range(1000):
+            if condition():
+                return
+            await asyncio.sleep(0.01)
+        pytest.fail("the condition did not come true in 10 s")
+
+
+@asynccontextmanager
+async def setup(
+    prefill: list[Step], decode: list[Step], *, api_key: str = "", discovered: bool = False
+) -> AsyncIterator[Setup]:
+    servers = [Server(step) for step in (*prefill, *decode)]
+    running: list[TestServer] = []
+    for server in servers:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", server.answer)
+        stand_in = TestServer(app)
+        await stand_in.start_server()  # cancels handlers of clients that leave
+        server.url = str(stand_in.make_url("")).rstrip("/")
+        running.append(stand_in)
+    ours, theirs = servers[: len(prefill)], servers[len(prefill) :]
+    records = [
+        WorkerRecord(
+            PeerId(f"e{number}", 0),
+            incarnation="i",
+            role="kv_producer" if server in ours else "kv_consumer",
+            tp_size=1,
+            addresses=("tcp://127.0.0.1:9",),
+            layout_hash="l",
+            started_at_s=0.0,
+            http_url=server.url,
+        )
+        for number, server in enumerate(servers)
+    ]
+    named = ([], []) if discovered else (ours, theirs)
+    options = ProxyOptions(
+        {
+            "prefill": tuple(server.url for server in named[0]),
+            "decode": tuple(server.url for server in named[1]),
+        },
+        StaticDiscovery(records) if discovered else None,
+        api_key,
+        RetryPolicy(attempts=3, backoff_s=0.0),
+    )
+    proxy = TestServer(Proxy(options).application())
+    await proxy.start_server()  # cancels handlers of clients that leave
+    try:
+        async with aiohttp.ClientSession() as client:
+            yield Setup(str(proxy.make_url("")).rstrip("/"), client, ours, theirs)
+    finally:
+        for stand_in in (proxy, *running):
+            await stand_in.close()
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(coroutine)
+
+
+# ---- what goes through ---------------------------------------------------------------------------
+
+
+def test_a_request_goes_through_prefill_and_decode() -> None:
+    async def main() -> None:
+        async with setup([ticket()], [says(id="cmpl-1", choices=[{"text": "é"}])]) as it:
+            status, text, _ = await it.ask(
+                n=2,
+                max_tokens=1000,
+                min_tokens=5,
+                temperature=0,
+                headers={"Authorization": "Bearer k", "X-Request-Id": "r1", "Cookie": "c"},
+            )
+            assert (status, json.loads(text)) == (200, {"id": "cmpl-1", "choices": [{"text": "é"}]})
+            (asked,) = it.prefill[0].bodies
+            assert asked == {
+                "model": "m",
+                "prompt": "Hi",
+                "temperature": 0,
+                "stream": False,
+                "max_tokens": 1,
+                "kv_transfer_params": {
+                    "do_remote_decode": True,
+                    "do_remote_prefill": False,
+                    "readers": 2,
+                },
+            }
+            (decoded,) = it.decode[0].bodies
+            assert decoded == {
+                "model": "m",
+                "prompt": "Hi",
+                "n": 2,
+                "max_tokens": 1000,
+                "min_tokens": 5,
+                "temperature": 0,
+                "kv_transfer_params": TICKET,
+            }
+            for server in (*it.prefill, *it.decode):
+                assert server.paths == ["/v1/completions"]
+                assert server.headers[0]["Authorization"] == "Bearer k"
+                assert server.headers[0]["X-Request-Id"] == "r1"
+                assert "Cookie" not in server.headers[0]
+
+    run(main())
+
+
+def test_chat_is_clamped_by_both_names() -> None:
+    async def main() -> None:
+        async with setup([ticket()], [says(choices=[])]) as it:
+            path = "/v1/chat/completions"
+            assert (await it.ask(path, messages=[], max_completion_tokens=9))[0] == 200
+            assert it.prefill[0].paths == it.decode[0].paths == [path]
+            asked = it.prefill[0].bodies[0]
+            assert (asked["max_tokens"], asked["max_completion_tokens"]) == (1, 1)
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        (["a", "b"], ["a", "b"]),
+        ([1, 2, 3], [[1, 2, 3]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_every_prompt_gets_a_ticket(prompt: Any, asked: list[Any]) -> None:
+    async def main() -> None:
+        async with setup([ticket()], [says(choices=[])]) as it:
+            assert (await it.ask(prompt=prompt))[0] == 200
+            assert [body["prompt"] for body in it.prefill[0].bodies] == asked
+            params = it.decode[0].bodies[0]["kv_transfer_params"]
+            assert params.get("tickets", [params]) == [TICKET] * len(asked)
+
+    run(main())
+
+
+def test_events_stream_through_whole_however_they_are_cut() -> None:
+    everything = ("".join(EVENTS) + DONE).encode()
+
+    async def main() -> None:
+        pieces = [everything[at : at + 7] for at in range(0, len(everything), 7)]
+        async with setup([ticket()], [streams(*pieces)]) as it:
+            status, text, response = await it.ask(stream=True)
+            assert status == 200
+            assert response.content_type == "text/event-stream"
+            assert text == everything.decode()
+            assert "stream_options" not in it.prefill[0].bodies[0]
+
+    run(main())
+
+
+@pytest.mark.parametrize("reply", [ticket(None), ticket({"remote_block_ids": [1]})])
+def test_without_a_ticket_decode_computes_the_prompt(reply: Step) -> None:
+    async def main() -> None:
+        async with setup([reply], [says(choices=[])]) as it:
+            assert (await it.ask())[0] == 200
+            assert "kv_transfer_params" not in it.decode[0].bodies[0]
+
+    run(main())
+
+
+def test_what_prefill_cannot_serve_goes_to_decode_alone() -> None:
+    async def main() -> None:
+        async with setup([hangs], [says(choices=[])]) as it:
+            assert (await it.ask(prompt_logprobs=1))[0] == 200
+            assert it.prefill[0].bodies == []
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("headers", "sent"),
+    [({}, "Bearer ours"), ({"Authorization": "Bearer theirs"}, "Bearer theirs")],
+)
+def test_our_key_is_for_those_who_bring_none(headers: dict[str, str], sent: str) -> None:
+    async def main() -> None:
+        async with setup([ticket()], [says(choices=[])], api_key="ours") as it:
+            await it.ask(headers=headers)
+            async with it.client.get(f"{it.url}/v1/models", headers=headers) as response:
+                assert response.status == 200
+            for server in (*it.prefill, *it.decode):
+                assert {headers["Authorization"] for headers in server.headers} == {sent}
+
+    run(main())
+
+
+def test_servers_are_found_in_records() -> None:
+    async def main() -> None:
+        async with setup([ticket(), ticket()], [says(choices=[])], discovered=True) as it:
+            for _ in range(20):
+                assert (await it.ask())[0] == 200
+            assert len(it.decode[0].bodies) == 20
+            assert all(server.bodies for server in it.prefill)
+            async with it.client.get(f"{it.url}/health") as response:
+                assert await response.json() == {"status": "ok", "prefill": "ok", "decode": "ok"}
+
+    run(main())
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+@pytest.mark.parametrize("status", [400, 401, 404, 422, 429])
+def test_errors_pass_through_as_they_were_given(status: int, side: str, stream: bool) -> None:
+    bad = says(status, error={"message": "no", "param": "x"})
+
+    async def main() -> None:
+        steps = ([bad], [hangs]) if side == "prefill" else ([ticket()], [bad])
+        async with setup(*steps) as it:
+            got, text, response = await it.ask(stream=stream)
+            assert (got, json.loads(text)) == (status, {"error": {"message": "no", "param": "x"}})
+            assert response.headers["Retry-After"] == "7"
+            assert sum(len(server.bodies) for server in it.decode) == (side == "decode")
+
+    run(main())
+
+
+def test_an_error_of_decodes_own_passes_through() -> None:
+    async def main() -> None:
+        async with setup([ticket()], [says(500, error={"message": "engine"})]) as it:
+            got, text, _ = await it.ask()
+            assert (got, json.loads(text)) == (500, {"error": {"message": "engine"}})
+
+    run(main())
+
+
+@pytest.mark.parametrize("broken", [says(500), says(503), empty])
+def test_broken_prefill_servers_cost_time_and_nothing_else(broken: Step) -> None:
+    async def main() -> None:
+        async with setup([broken, broken], [says(choices=[])]) as it:
+            assert (await it.ask())[0] == 200
+            assert [len(server.bodies) for server in it.prefill] == [1, 1]
+
+    run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("broken", [says(503), empty, streams()], ids=["503", "empty", "no event"])
+def test_broken_decode_server_is_replaced(broken: Step, stream: bool) -> None:
+    good = streams(EVENTS[0].encode(), DONE.encode()) if stream else says(choices=[])
+
+    async def main() -> None:
+        async with setup([ticket()], [broken, good]) as it:
+            for _ in range(8):  # whichever is picked first
+                status, text, _ = await it.ask(stream=stream)
+                assert status == 200
+                assert text == (EVENTS[0] + DONE if stream else '{"choices": []}')
+            assert it.decode[0].bodies
+
+    run(main())
+
+
+@pytest.mark.parametrize("broken", [says(503), empty, streams()], ids=["503", "empty", "no event"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_never_an_empty_200(broken: Step, stream: bool) -> None:
+    async def main() -> None:
+        async with setup([ticket()], [broken]) as it:
+            status, text, response = await it.ask(stream=stream)
+            assert status == 503
+            assert json.loads(text)["error"]["type"] == "server_error"
+            assert response.headers["Retry-After"] == "1"
+
+    run(main())
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["connection breaks", "ends early"])
+def test_a_stream_that_breaks_off_ends_with_an_error(cut: bool) -> None:
+    async def main() -> None:
+        async with setup([ticket()], [streams(EVENTS[0].encode(), cut=cut)]) as it:
+            status, text, _ = await it.ask(stream=True)
+            assert status == 200
+            first, last, done, rest = text.split("\n\n")
+            assert first + "\n\n" == EVENTS[0]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
+            assert (done + "\n\n", rest) == (DONE, "")
+
+    run(main())
+
+
+def test_health_says_which_side_is_missing() -> None:
+    async def main() -> None:
+        async with setup([says(503)], [says()]) as it:
+            async with it.client.get(f"{it.url}/health") as response:
+                assert response.status == 503
+                state = await response.json()
+            assert state["decode"] == "ok"
+            assert state["prefill"] == f"{it.prefill[0].url} answered 503"
+        async with setup([], [], discovered=True) as it:
+            assert (await it.ask())[0] == 503
+            async with it.client.get(f"{it.url}/v1/models") as response:
+                assert response.status == 503
+
+    run(main())
+
+
+# ---- clients that leave --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_client_that_leaves_ends_the_call(side: str) -> None:
+    async def main() -> None:
+        steps = ([hangs], [hangs]) if side == "prefill" else ([ticket()], [hangs])
+        async with setup(*steps) as it:
+            (server,) = getattr(it, side)
+            asking = asyncio.ensure_future(it.ask())
+            await it.until(lambda: server.working == 1)
+            asking.cancel()
+            await it.until(lambda: server.left == 1)
+            assert sum(one.working for one in (*it.prefill, *it.decode)) == 0
+
+    run(main())
+
+
+def test_a_client_that_leaves_in_mid_stream_ends_the_call() -> None:
+    async def main() -> None:
+        async with setup([ticket()], [streams_for_ever]) as it:
+            async with it.client.post(
+                f"{it.url}/v1/completions", json={"prompt": "Hi", "stream": True}
+            ) as response:
+                await response.content.readany()
+                assert it.decode[0].working == 1
+            await it.until(lambda: it.decode[0].working == 0)
+
+    run(main())
+
+
+# ---- requests that no server sees ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "said"),
+    [
+        (b"{", 400, "the body is not valid JSON"),
+        (b"[]", 400, "the body is not a JSON object"),
+        (b'{"prompt": "x", "kv_transfer_params": {}}', 400, "kv_transfer_params: only Baton"),
+        (b" " * (MAX_BODY_BYTES + 1), 413, "Maximum request body size"),
+    ],
+    ids=["no JSON", "no object", "brings a ticket", "too long"],
+)
+def test_requests_that_cannot_be_meant(content: bytes, status: int, said: str) -> None:
+    async def main() -> None:
+        async with setup([ticket()], [says()]) as it:
+            async with it.client.post(
+                f"{it.url}/v1/completions", data=io.BytesIO(content)
+            ) as response:
+                assert response.status == status
+                error = (await response.json())["error"]
+            assert error["message"].startswith(said)
+            assert (error["code"], error["type"]) == (status, "invalid_request_error")
+            assert it.prefill[0].paths == it.decode[0].paths == []
+            async with it.client.get(f"{it.url}/v1/else") as response:
+                assert (response.status, response.content_type) == (404, "application/json")
+
+    run(main())
