@@ -127,6 +127,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
     """
     if shutil.which("ip") is None:
         raise NoNamespaces("there is no program `ip` (package iproute2)")
+    _clear_away()
     names = [f"baton-{os.getpid()}-{side}" for side in "ab"]
     links = [f"bt{os.getpid()}{side}" for side in "ab"]
     nodes = [Node(name, f"10.213.77.{number}") for number, name in enumerate(names, 1)]
@@ -142,6 +143,13 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
             _ip("-n", node.name, "link", "set", link, "up")
             _ip("-n", node.name, "link", "set", "lo", "up")
         yield nodes[0], nodes[1]
+
+
+def _clear_away() -> None:
+    """Removes what runs left that were killed."""
+    for name in Path("/run/netns").glob("baton-*-[ab]"):
+        if not Path(f"/proc/{name.name.split('-')[1]}").exists():
+            _ip("netns", "del", name.name)
 
 
 def _ip(*arguments: str) -> None:
