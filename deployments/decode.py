@@ -11,8 +11,8 @@ from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
 from deployments.continuation import STREAM_ERROR, StreamParts
 from deployments.generation import GenerationRequest, Output
-from deployments.replica_router import RouteHint
 from deployments.resumption import SENT_TOKEN_IDS
+from deployments.route_hint import RouteHint
 from deployments.server import BatonServer, own_replica_id
 from transfer import faults
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deployments.generation import GenerationRequest, PrefillAnswer
-from deployments.replica_router import RouteHint
+from deployments.route_hint import RouteHint
 from deployments.server import BatonServer, own_replica_id
 from transfer import faults
 

@@ -20,7 +20,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from deployments.background import Background
 from deployments.errors import ContinuationMismatch, NoReplica, ReplicaLost
 from deployments.generation import GenerationRequest, Output, PrefillAnswer
-from deployments.replica_router import RouteHint
+from deployments.route_hint import RouteHint
 
 RETRY_PICK_S = 0.2
 """How long to wait for a replica of a side that had none a moment ago."""

@@ -1,32 +1,17 @@
 """Which replica gets a call: the least loaded one that the caller does not rule out.
 
 Serve's routers know load but not what happened to this request before. Every call of Baton between
-replicas therefore carries a :class:`RouteHint` as its first argument, which this router reads.
+replicas therefore carries a :class:`~deployments.route_hint.RouteHint` as its first argument,
+which this router reads.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-
-@dataclass(frozen=True, slots=True)
-class RouteHint:
-    """What the caller knows of replicas.
-
-    Attributes:
-        exclude: replicas that failed this request already.
-        only: the one replica that will do (it holds the blocks), or None.
-    """
-
-    exclude: frozenset[str] = frozenset()
-    only: str | None = None
-
-    def admits(self, replica_id: str) -> bool:
-        """Whether a replica may get the call."""
-        return replica_id == self.only if self.only is not None else replica_id not in self.exclude
+from deployments.route_hint import RouteHint
 
 
 class HintedRouter(RequestRouter):

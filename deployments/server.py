@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve.llm.deployment import LLMServer
 
 from deployments.health import require_healthy
-from deployments.replica_router import RouteHint
+from deployments.route_hint import RouteHint
 
 STATUS_TIMEOUT_S = 30.0
 

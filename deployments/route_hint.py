@@ -1,0 +1,26 @@
+"""What a caller tells the request router about replicas.
+
+Apart from the router, because Serve pickles the module of a router class by value: in the process
+that routes, classes of that module are other ones than those that the callers import.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RouteHint:
+    """What the caller knows of replicas.
+
+    Attributes:
+        exclude: replicas that failed this request already.
+        only: the one replica that will do (it holds the blocks), or None.
+    """
+
+    exclude: frozenset[str] = frozenset()
+    only: str | None = None
+
+    def admits(self, replica_id: str) -> bool:
+        """Whether a replica may get the call."""
+        return replica_id == self.only if self.only is not None else replica_id not in self.exclude
