@@ -33,6 +33,8 @@ _RESERVED_ENGINE_KEYS = {
     "tensor_parallel_size": "set tensor_parallel_size beside engine",
     "pipeline_parallel_size": "pipeline parallelism is not supported, use tensor_parallel_size",
     "data_parallel_size": "set replicas",
+    "enable_prompt_tokens_details": "vLLM would report every prompt token that was handed over as "
+    "cached, and clients may be billed by that",
 }
 
 

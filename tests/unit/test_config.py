@@ -192,6 +192,7 @@ def test_args_must_be_a_mapping(args: Any) -> None:
         "tensor_parallel_size",
         "pipeline_parallel_size",
         "data_parallel_size",
+        "enable_prompt_tokens_details",
     ],
 )
 @pytest.mark.parametrize("section", ["engine", "prefill.engine", "decode.engine"])
