@@ -17,6 +17,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from deployments.generation import GenerationRequest
 from deployments.resumption import resuming, with_sent
+from transfer import faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class BatonEngine(VLLMEngine):
         ]
         try:
             tickets = await asyncio.gather(*runs)
+            await faults.reach_async("prefill.answering")
         except (ValueError, VLLMClientError) as error:
             await self._give_up(runs)
             return Prefilled(error=self._make_error_response(serving, error))

@@ -148,7 +148,7 @@ class Coordinator:
         transcript: Transcript,
     ) -> AsyncGenerator[Any, None]:
         if step.tickets:
-            await faults.reach_async("router.ticket")
+            await faults.reach_async("router.ticket", step.tickets[0].get("remote_engine_id", ""))
         number = 0
         outputs = self._caller.decode(request.with_tickets(step.tickets), step.exclude)
         try:

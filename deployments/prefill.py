@@ -21,7 +21,6 @@ class PrefillServer(BatonServer):
         await self._maybe_resolve_lora_from_multiplex()
         await faults.reach_async("prefill.computing")
         done = await self.engine.prefill(request)
-        await faults.reach_async("prefill.answering")
         return PrefillAnswer(own_replica_id(), done.tickets, done.error)
 
     async def abort_handoffs(self, hint: RouteHint, handoff_ids: list[str]) -> int:

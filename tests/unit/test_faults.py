@@ -43,10 +43,13 @@ def test_an_unarmed_point_holds_nobody(folder: Path) -> None:
 
 def test_one_thread_is_held_until_it_is_let_go(folder: Path) -> None:
     (folder / "reader.reading").touch()
-    threads = [threading.Thread(target=faults.reach, args=("reader.reading",)) for _ in range(2)]
+    threads = [
+        threading.Thread(target=faults.reach, args=("reader.reading", "engine-1")) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     held = _held(folder, "reader.reading")
+    assert held.read_text() == "engine-1"
     deadline = time.monotonic() + 5
     while sum(thread.is_alive() for thread in threads) > 1:
         assert time.monotonic() < deadline, "a second thread was held"

@@ -205,7 +205,7 @@ class _Read:
         """Return when the owner confirmed; raise whatever else ends the read."""
         for tries_left in reversed(range(_TRIES)):
             self._handle.advance(TransferState.CONNECTING)
-            faults.reach("reader.connecting")
+            faults.reach("reader.connecting", self._handle.owner.engine_id)
             try:
                 self._try()
                 return
@@ -220,11 +220,11 @@ class _Read:
             if not self._all_read:
                 self._read(link)
             handle.advance(TransferState.CONFIRMING)
-            faults.reach("reader.confirming")
+            faults.reach("reader.confirming", self._handle.owner.engine_id)
             link.control.release(
                 self._credentials, used=True, read_id=self._read_id, timeout_s=self._left_s()
             )
-            faults.reach("reader.confirmed")
+            faults.reach("reader.confirmed", self._handle.owner.engine_id)
 
     def _read(self, link: Link) -> None:
         if self._plan is None:
@@ -250,7 +250,7 @@ class _Read:
             self._read_id = session.read_id
             handle.attach(session)
             handle.advance(TransferState.READING)
-            faults.reach("reader.reading")
+            faults.reach("reader.reading", handle.owner.engine_id)
             session.run(handle.interrupt)
 
     def _checked_plan(self, info: PeerInfo) -> ReadPlan:
