@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 KEEP_TICKETS_S = 120.0
 """How long a ticket is remembered so that it can be given up; then its offer is over anyway."""
 
+HEALTH_TIMEOUT_S = 2.0
+
 _PASSED_ON = ("content-type", "retry-after", "www-authenticate")
 _UNAVAILABLE = (502, 503, 504)
 _EVENT_END = b"\n\n"
@@ -82,7 +84,9 @@ class HttpCaller:
                 async with self._session.post(
                     url + PATHS[request.method], json=body.fields, headers=body.headers
                 ) as response:
-                    if response.status in _UNAVAILABLE:
+                    if response.status in _UNAVAILABLE or (
+                        response.status == 500 and not await self._healthy(url)
+                    ):
                         raise ReplicaLost("decode", url, f"it answered {response.status}")
                     if response.content_type != "text/event-stream":
                         answer = await _whole(response)
@@ -127,6 +131,15 @@ class HttpCaller:
         if url is None:
             raise NoReplica(role, 0.0)
         return url
+
+    async def _healthy(self, url: str) -> bool:
+        """Whether a server that answered 500 has a fault in one request, or in its engine."""
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                async with self._session.get(f"{url}/health") as response:
+                    return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
 
     async def _prefill_one(
         self, url: str, request: GenerationRequest, fields: dict[str, Any]

@@ -34,6 +34,8 @@ MAX_BODY_BYTES: Final = 16 << 20
 STOP_TIMEOUT_S: Final = 10.0
 _CONNECT_TIMEOUT_S: Final = 2.0
 _HEALTH_TIMEOUT_S: Final = 5.0
+# vLLM closes connections that were idle for 5 s; a request must not meet that on its way.
+_IDLE_S: Final = 2.0
 _PASSED_ON: Final = ("Authorization", "X-Request-Id", "traceparent", "tracestate")
 _ROLES: Final[tuple[Role, Role]] = ("prefill", "decode")
 
@@ -83,7 +85,7 @@ class Proxy:
 
     async def _connections(self, app: web.Application) -> AsyncIterator[None]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0, socket_factory=_socket)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S, socket_factory=_socket)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             self._session = session
             discovery = self._options.discovery

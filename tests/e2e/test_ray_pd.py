@@ -16,7 +16,7 @@ from tests.support.ray_app import ray_app
 from tests.support.reference import reference_texts
 from tests.support.vllm_server import get, metric, post
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(720)
 
 MAX_MODEL_LEN = 1024
 LENGTHS = (5, 32, 167, 700)

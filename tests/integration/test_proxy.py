@@ -53,6 +53,18 @@ class Server:
             self.working -= 1
 
 
+async def dead(server: Server, request: web.Request) -> web.StreamResponse:
+    """What vLLM says when its engine is gone."""
+    status = 500 if request.method == "POST" else 503
+    return web.json_response({"error": {"message": "EngineDeadError"}}, status=status)
+
+
+async def stumbles(server: Server, request: web.Request) -> web.StreamResponse:
+    """Cannot serve this request, but others."""
+    status = 500 if request.method == "POST" else 200
+    return web.json_response({"error": {"message": "engine"}}, status=status)
+
+
 def says(status: int = 200, **document: Any) -> Step:
     async def step(server: Server, request: web.Request) -> web.StreamResponse:
         return web.json_response(document, status=status, headers={"Retry-After": "7"})
@@ -93,6 +105,11 @@ async def streams_for_ever(server: Server, request: web.Request) -> web.StreamRe
 
 async def empty(server: Server, request: web.Request) -> web.StreamResponse:
     return web.Response(content_type="application/json")
+
+
+BROKEN = pytest.mark.parametrize(
+    "broken", [says(503), dead, empty, streams()], ids=["503", "dead", "empty", "no event"]
+)
 
 
 @dataclass
@@ -333,7 +350,7 @@ def test_errors_pass_through_as_they_were_given(status: int, side: str, stream: 
 
 def test_an_error_of_decodes_own_passes_through() -> None:
     async def main() -> None:
-        async with setup([ticket()], [says(500, error={"message": "engine"})]) as it:
+        async with setup([ticket()], [stumbles]) as it:
             got, text, _ = await it.ask()
             assert (got, json.loads(text)) == (500, {"error": {"message": "engine"}})
 
@@ -351,7 +368,7 @@ def test_broken_prefill_servers_cost_time_and_nothing_else(broken: Step) -> None
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("broken", [says(503), empty, streams()], ids=["503", "empty", "no event"])
+@BROKEN
 def test_broken_decode_server_is_replaced(broken: Step, stream: bool) -> None:
     good = streams(EVENTS[0].encode(), DONE.encode()) if stream else says(choices=[])
 
@@ -366,7 +383,7 @@ def test_broken_decode_server_is_replaced(broken: Step, stream: bool) -> None:
     run(main())
 
 
-@pytest.mark.parametrize("broken", [says(503), empty, streams()], ids=["503", "empty", "no event"])
+@BROKEN
 @pytest.mark.parametrize("stream", [False, True])
 def test_never_an_empty_200(broken: Step, stream: bool) -> None:
     async def main() -> None:

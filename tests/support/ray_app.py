@@ -25,7 +25,7 @@ from tests.support.vllm_server import CPU_ENV, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.2"
-START_TIMEOUT_S = 280.0
+START_TIMEOUT_S = 420.0
 
 
 @contextmanager
