@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -11,10 +13,14 @@ from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
 from deployments.continuation import STREAM_ERROR, StreamParts
 from deployments.generation import GenerationRequest, Output
+from deployments.links import LinkPolicy, Links
 from deployments.resumption import SENT_TOKEN_IDS
 from deployments.route_hint import RouteHint
 from deployments.server import BatonServer, own_replica_id
 from transfer import faults
+from transfer.params import ticket_owners
+
+logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 
 class DecodeServer(BatonServer):
@@ -23,6 +29,19 @@ class DecodeServer(BatonServer):
     Its engine's connector is a ``kv_consumer``. Everything that is not a hand-off (tokenize,
     embeddings, score) is served here as :class:`~ray.serve.llm.deployment.LLMServer` does it.
     """
+
+    async def __init__(  # type: ignore[misc]
+        self, llm_config: Any, *, links: LinkPolicy, **kwargs: Any
+    ) -> None:
+        self._links = Links(links)
+        await super().__init__(llm_config, **kwargs)
+
+    def engine_told(self, statuses: list[dict[str, Any]], now: float) -> None:
+        super().engine_told(statuses, now)
+        for owner in self._links.told(statuses, now):
+            logger.warning(
+                "reads from engine %s fail again and again; its prompts are computed here", owner
+            )
 
     async def decode(
         self, hint: RouteHint, request: GenerationRequest
@@ -38,6 +57,10 @@ class DecodeServer(BatonServer):
         """
         await faults.reach_async("decode.accepted")
         replica_id = own_replica_id()
+        owners = ticket_owners(request.body.kv_transfer_params)
+        if owners and not self._links.may_read(owners, time.monotonic()):
+            yield Output("", replica_id, unread=True)
+            request = request.with_tickets(())
         parts = None
         if request.sent is not None:
             parts = StreamParts(request.method, request.sent, replica_id)

@@ -75,6 +75,7 @@ class Output:
     Attributes:
         content: one response object, or server-sent events, framed; may be empty.
         replica_id: who decodes.
+        unread: nothing but this: the tickets will not be read, the prompts are computed here.
         refused: ``content`` is an error: the request itself is at fault, and no other replica
             would take it.
         token_ids: the tokens of the answer that came with it.
@@ -85,6 +86,7 @@ class Output:
 
     content: Any
     replica_id: str = ""
+    unread: bool = False
     refused: bool = False
     token_ids: tuple[int, ...] = ()
     text: str = ""

@@ -6,13 +6,22 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from enum import Enum
 from typing import Any, Protocol
 
+from deployments.admission import UNBOUNDED, Admission, Place, PromptSize
 from deployments.background import Background
-from deployments.errors import ContinuationMismatch, NoReplica, ReplicaLost, ServiceUnavailable
+from deployments.errors import (
+    ContinuationMismatch,
+    NoReplica,
+    Overloaded,
+    ReplicaLost,
+    ServiceUnavailable,
+)
 from deployments.generation import GenerationRequest, Output, PrefillAnswer, Transcript
 from deployments.handoff_state import (
     Answer,
@@ -30,6 +39,7 @@ from deployments.handoff_state import (
     Refused,
     RetryPolicy,
     Start,
+    TicketsUnread,
 )
 from transfer import faults
 
@@ -58,16 +68,39 @@ class Caller(Protocol):
         ...
 
 
+class RouterEvent(Enum):
+    """What a router counts; all of it is out of the ordinary."""
+
+    REFUSED = "refused"
+    PREFILL_LOST = "prefill_lost"
+    NO_PREFILL = "no_prefill"
+    DECODE_LOST = "decode_lost"
+    NO_DECODE = "no_decode"
+    TICKETS_UNREAD = "tickets_unread"
+    STREAM_RESUMED = "stream_resumed"
+    STREAM_BROKEN = "stream_broken"
+
+
 class Coordinator:
     """Runs requests through prefill and decode.
 
     Args:
         caller: calls replicas.
         policy: retry budget of every request.
+        admission: who is let in; without one, everybody.
+        count: told of every :class:`RouterEvent`.
     """
 
-    def __init__(self, caller: Caller, policy: RetryPolicy) -> None:
+    def __init__(
+        self,
+        caller: Caller,
+        policy: RetryPolicy,
+        admission: Admission | None = None,
+        count: Callable[[RouterEvent], None] = lambda event: None,
+    ) -> None:
+        self._count = count
         self._caller = caller
+        self._admission = admission or Admission(UNBOUNDED)
         self._policy = policy
         self._background = Background()
 
@@ -83,8 +116,15 @@ class Coordinator:
             bypass: skip prefill; decode computes the prompt itself.
 
         Raises:
+            Overloaded: it was not let in; no replica saw it.
             ServiceUnavailable: no replica could serve it; nothing was sent.
         """
+        size = PromptSize.of(request.body)
+        try:
+            place = self._admission.enter(size, time.monotonic(), prefill=not bypass)
+        except Overloaded:
+            self._count(RouterEvent.REFUSED)
+            raise
         handoff = Handoff(self._policy, random.random)
         transcript = Transcript(request.sent)
         try:
@@ -97,7 +137,7 @@ class Coordinator:
                 request = replace(request, sent=transcript.sent())
                 match step:
                     case CallPrefill():
-                        instructions = await self._prefill(handoff, step, request)
+                        instructions = await self._prefill(handoff, step, request, place)
                     case CallDecode():
                         instructions = []
                         attempt = self._decode(handoff, step, request, transcript)
@@ -113,9 +153,11 @@ class Coordinator:
                         yield error
                         return
                     case Answer(error=error):
+                        self._count(RouterEvent.STREAM_BROKEN)
                         yield _stream_error(error)
                         return
         finally:
+            place.leave(time.monotonic())
             self._carry_out_notices(handoff.on(ClientGone()))
 
     async def drain(self) -> None:
@@ -125,19 +167,26 @@ class Coordinator:
     # ------------------------------------------------------------------------------------------
 
     async def _prefill(
-        self, handoff: Handoff, step: CallPrefill, request: GenerationRequest
+        self, handoff: Handoff, step: CallPrefill, request: GenerationRequest, place: Place
     ) -> list[Instruction]:
         await faults.reach_async("router.queued")
         try:
             answer = await self._caller.prefill(request, step.exclude)
         except ReplicaLost as lost:
             logger.warning("%s; trying another", lost)
+            self._count(RouterEvent.PREFILL_LOST)
+            place.not_prefilled(time.monotonic())
             return handoff.on(PrefillLost(lost.replica_id))
         except NoReplica as missing:
             logger.warning("%s; decode computes the prompt", missing)
+            self._count(RouterEvent.NO_PREFILL)
+            place.not_prefilled(time.monotonic())
             return handoff.on(PrefillLost(None))
         if answer.error is not None:
+            place.not_prefilled(time.monotonic())
             return handoff.on(Refused(answer.error))
+        tokens = sum(int(ticket.get("num_tokens", 0)) for ticket in answer.tickets)
+        place.prefilled(answer.replica_id, tokens, time.monotonic())
         return handoff.on(Prefilled(answer.replica_id, answer.tickets))
 
     async def _decode(
@@ -154,6 +203,10 @@ class Coordinator:
         try:
             async with aclosing(outputs):
                 async for output in outputs:
+                    if output.unread:
+                        self._count(RouterEvent.TICKETS_UNREAD)
+                        self._carry_out_notices(handoff.on(TicketsUnread()))
+                        continue
                     number += 1
                     await faults.reach_async("router.stream" if number > 1 else "router.output")
                     if number == 1:
@@ -161,10 +214,13 @@ class Coordinator:
                             yield _Next(handoff.on(Refused(output.content)))
                             return
                         handoff.on(FirstChunk())
+                        if request.sent is not None and request.sent.created is not None:
+                            self._count(RouterEvent.STREAM_RESUMED)
                     transcript.add(output)
                     if output.content:
                         yield output.content
         except ReplicaLost as lost:
+            self._count(RouterEvent.DECODE_LOST)
             resumable = transcript.sent() is not None
             logger.warning(
                 "%s%s", lost, "; trying another" if not number or resumable else " in mid-stream"
@@ -176,6 +232,7 @@ class Coordinator:
             return
         except NoReplica as missing:
             logger.warning("%s", missing)
+            self._count(RouterEvent.NO_DECODE)
             yield _Next(handoff.on(DecodeLost(None)))
             return
         yield _Next(handoff.on(DecodeEnded()))

@@ -83,6 +83,11 @@ class FirstChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class TicketsUnread:
+    """The decode replica that has the call will not read the tickets and computes by itself."""
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeLost:
     """A decode replica died on us; ``replica_id`` None: no replica took the call.
 
@@ -104,7 +109,15 @@ class ClientGone:
 
 
 Event = (
-    Start | Prefilled | PrefillLost | Refused | FirstChunk | DecodeLost | DecodeEnded | ClientGone
+    Start
+    | Prefilled
+    | PrefillLost
+    | Refused
+    | TicketsUnread
+    | FirstChunk
+    | DecodeLost
+    | DecodeEnded
+    | ClientGone
 )
 
 # ---- instructions ----------------------------------------------------------------------------
@@ -201,6 +214,8 @@ class Handoff:
                 self.stage is Stage.STREAMING
             ):
                 return self._stream_lost(replica_id, resumable)
+            case TicketsUnread() if self.stage is Stage.DECODING:
+                return self._give_up()
             case FirstChunk() if self.stage is Stage.DECODING:
                 self.stage, self._sent = Stage.STREAMING, True
                 if _readers(self._tickets) == 1:

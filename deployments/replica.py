@@ -83,14 +83,14 @@ class ReplicaCaller:
         async with asyncio.timeout(timeout_s):
             return str(await self._unary(role, "ready", RouteHint()))
 
-    async def status(self, role: str) -> list[dict[str, Any]]:
-        """Transfer status of every worker of every replica of ``role``; empty if there is none."""
+    async def status(self, role: str, timeout_s: float) -> list[dict[str, Any]]:
+        """Transfer status of every worker of every replica of ``role`` that answers."""
         try:
             response = self._handles[role].broadcast("status", RouteHint())
-            replicas = await response.results_async()
+            replicas = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
         except DeploymentUnavailableError:
             return []
-        return [status for statuses in replicas for status in statuses]
+        return [status for told in replicas if isinstance(told, list) for status in told]
 
     async def decode(
         self, request: GenerationRequest, exclude: frozenset[str]

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import time
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.llm.deployment import LLMServer
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from deployments.health import require_healthy
+from deployments.background import Background
+from deployments.health import EngineHealth
 from deployments.route_hint import RouteHint
 
+logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
+
 STATUS_TIMEOUT_S = 30.0
+WATCH_PERIOD_S = 1.0
+DRAIN_POLL_S = 0.1
 
 
 class BatonServer(LLMServer):
@@ -25,10 +33,27 @@ class BatonServer(LLMServer):
         return BatonEngine
 
     # Serve awaits a constructor that is a coroutine; typing knows no such thing.
-    async def __init__(self, llm_config: Any, **kwargs: Any) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, llm_config: Any, *, engine_timeout_s: float, **kwargs: Any
+    ) -> None:
         # Where the engine's processes say they are: the address by which Ray knows this node.
         os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
+        self._background = Background()
         await super().__init__(llm_config, **kwargs)
+        self._health = EngineHealth(engine_timeout_s, time.monotonic())
+        self._watching = self._background.start(self._watch_engine())
+
+    async def __del__(self) -> None:
+        """Serve calls this when all requests have ended, before it ends the process.
+
+        Blocks that are still offered stay for their readers, until ``drain_timeout_s`` is over and
+        Serve ends the process all the same.
+        """
+        watching = getattr(self, "_watching", None)
+        if watching is not None:
+            watching.cancel()
+            await until_nothing_is_offered(self.engine)
+        await super().__del__()
 
     async def status(self, hint: RouteHint) -> list[dict[str, Any]]:
         """Transfer status of every rank of this replica's engine; see ``WorkerControl``."""
@@ -47,15 +72,34 @@ class BatonServer(LLMServer):
         await self.check_health()
         return own_replica_id()
 
+    def engine_told(self, statuses: list[dict[str, Any]], now: float) -> None:
+        """Takes what the engine tells of itself every second."""
+        self._health.told(statuses, now)
+
     async def check_health(self) -> None:
-        """Fails when the engine is dead, or its transfer engine is."""
+        """Fails when the engine is dead, does not answer, or cannot hand anything over."""
         await super().check_health()
-        if self.engine is not None:
-            require_healthy(
-                await asyncio.wait_for(self.engine.transfer_status(), timeout=STATUS_TIMEOUT_S)
-            )
+        self._health.require(time.monotonic())
+
+    async def _watch_engine(self) -> None:
+        """Asks the engine again and again; ends when it is dead."""
+        try:
+            while True:
+                self.engine_told(await self.engine.transfer_status(), time.monotonic())
+                await asyncio.sleep(WATCH_PERIOD_S)
+        except EngineDeadError as dead:
+            logger.error("the engine is dead: %s", dead)
 
 
 def own_replica_id() -> str:
     """Serve's id of the replica this runs in."""
     return str(serve.get_replica_context().replica_id.unique_id)
+
+
+async def until_nothing_is_offered(engine: Any) -> None:
+    """Waits until an engine's offers are read, given up or expired, or the engine is dead."""
+    try:
+        while any(status["offers"] for status in await engine.transfer_status()):  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_POLL_S)
+    except EngineDeadError:
+        logger.warning("the engine died while its readers were waited for")

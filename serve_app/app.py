@@ -14,8 +14,10 @@ from ray.serve.llm import LLMConfig, ModelLoadingConfig, build_llm_deployment
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
+from deployments.admission import AdmissionPolicy
 from deployments.decode import DecodeServer
 from deployments.handoff_state import RetryPolicy
+from deployments.links import LinkPolicy
 from deployments.prefill import PrefillServer
 from deployments.replica_router import HintedRouter
 from serve_app.config import Settings, SettingsError, SideSettings, parse_settings
@@ -51,10 +53,21 @@ def build_app(args: dict[str, Any]) -> Application:
         role: llm_config(settings, role) for role in ("prefill", "decode")
     }
     prefill = build_llm_deployment(
-        configs["prefill"], name_prefix="Prefill:", deployment_cls=PrefillServer
+        configs["prefill"],
+        name_prefix="Prefill:",
+        bind_kwargs={"engine_timeout_s": settings.prefill.engine_timeout_s},
+        deployment_cls=PrefillServer,
     )
     decode = build_llm_deployment(
-        configs["decode"], name_prefix="Decode:", deployment_cls=DecodeServer
+        configs["decode"],
+        name_prefix="Decode:",
+        bind_kwargs={
+            "engine_timeout_s": settings.decode.engine_timeout_s,
+            "links": LinkPolicy(
+                failures=settings.router.link_failures, pause_s=settings.router.link_pause_s
+            ),
+        },
+        deployment_cls=DecodeServer,
     )
     router = settings.router
     ingress = serve.deployment(
@@ -72,7 +85,12 @@ def build_app(args: dict[str, Any]) -> Application:
             attempts=router.attempts,
             backoff_s=router.backoff_s,
             backoff_max_s=router.backoff_max_s,
+            jitter=router.jitter,
         ),
+        admission=AdmissionPolicy(
+            max_requests=router.max_requests, max_prefill_wait_s=router.max_prefill_wait_s
+        ),
+        max_prompts=router.max_prompts,
         pick_timeout_s=router.pick_timeout_s,
         health_timeout_s=router.health_timeout_s,
     )
@@ -142,8 +160,9 @@ def _deployment_config(side: SideSettings) -> dict[str, Any]:
     config: dict[str, Any] = {
         "max_ongoing_requests": side.max_ongoing_requests,
         "graceful_shutdown_timeout_s": side.drain_timeout_s,
-        "health_check_period_s": 5,
-        "health_check_timeout_s": 40,
+        # Three failures in a row replace a replica: within 10 s. A check waits for nothing.
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 10,
         "request_router_config": RequestRouterConfig(request_router_class=HintedRouter),
         "ray_actor_options": {"num_cpus": side.resources.cpus_per_replica},
     }

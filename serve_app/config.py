@@ -126,6 +126,7 @@ class SideSettings(Section):
     resources: ResourceSettings = ResourceSettings()
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 1024
     drain_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    engine_timeout_s: Annotated[float, Field(gt=0)] = 60.0
 
     @field_validator("engine")
     @classmethod
@@ -149,9 +150,15 @@ class RouterSettings(Section):
         default_factory=list, description="Bearer keys; empty: anybody may ask."
     )
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16 << 20
+    max_prompts: Annotated[int, Field(ge=1)] = 128
+    max_requests: Annotated[int, Field(ge=1)] = 1024
+    max_prefill_wait_s: Annotated[float, Field(gt=0)] = 60.0
     attempts: Annotated[int, Field(ge=1, le=10)] = 3
     backoff_s: Annotated[float, Field(ge=0)] = 0.05
     backoff_max_s: Annotated[float, Field(ge=0)] = 2.0
+    jitter: Annotated[float, Field(ge=0, le=1)] = 0.5
+    link_failures: Annotated[int, Field(ge=1)] = 3
+    link_pause_s: Annotated[float, Field(gt=0)] = 30.0
     pick_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     health_timeout_s: Annotated[float, Field(gt=0)] = 10.0
 

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from vllm.exceptions import VLLMClientError, VLLMNotFoundError
 
-from deployments.errors import ServiceUnavailable
+from deployments.errors import Overloaded, ServiceUnavailable
 from serve_app.error_body import ERROR_TYPES, error_body, usual_kind
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
@@ -78,6 +78,10 @@ def add_error_handlers(app: FastAPI) -> None:
         seconds = error.retry_after_s if isinstance(error, ServiceUnavailable) else 1.0
         return error_response(503, str(error), headers={"Retry-After": str(max(1, round(seconds)))})
 
+    async def overloaded(request: Request, error: Exception) -> JSONResponse:
+        seconds = error.retry_after_s if isinstance(error, Overloaded) else 1
+        return error_response(429, str(error), headers={"Retry-After": str(seconds)})
+
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         logger.error("unexpected error at %s", request.url.path, exc_info=error)
         return error_response(500, "an unexpected error occurred; the server's log has it")
@@ -89,6 +93,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(VLLMClientError, rejected)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(ServiceUnavailable, unavailable)
+    app.add_exception_handler(Overloaded, overloaded)
     app.add_exception_handler(Exception, unexpected)
 
 

@@ -31,12 +31,14 @@ from ray.llm._internal.serve.observability.metrics.fast_api_metrics import (
     metrics_lifespan,
 )
 from ray.serve.handle import DeploymentHandle
+from ray.util.metrics import Counter
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from deployments.admission import Admission, AdmissionPolicy
 from deployments.continuation import may_go_on
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.generation import GenerationRequest, Method, Sent
-from deployments.handoff import Coordinator
+from deployments.handoff import Coordinator, RouterEvent
 from deployments.handoff_state import RetryPolicy
 from deployments.replica import ReplicaCaller
 from serve_app.error_body import error_body
@@ -64,6 +66,8 @@ class Ingress(OpenAiIngress):
         decode: handle of the decode deployment.
         model_card: what ``/v1/models`` says.
         policy: retry budget of a request.
+        admission: bounds of what is let in.
+        max_prompts: prompts times samples in one request.
         pick_timeout_s: how long a request waits for a replica that can take it.
         health_timeout_s: how long ``/health`` waits for a side's answer.
     """
@@ -75,12 +79,15 @@ class Ingress(OpenAiIngress):
         *,
         model_card: ModelCard,
         policy: RetryPolicy,
+        admission: AdmissionPolicy,
+        max_prompts: int,
         pick_timeout_s: float,
         health_timeout_s: float,
     ) -> None:
         super().__init__({model_card.id: decode}, {model_card.id: model_card})
         self._caller = ReplicaCaller(prefill, decode, pick_timeout_s=pick_timeout_s)
-        self._coordinator = Coordinator(self._caller, policy)
+        self._coordinator = Coordinator(self._caller, policy, Admission(admission), _count)
+        self._max_prompts = max_prompts
         self._health_timeout_s = health_timeout_s
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
@@ -105,7 +112,9 @@ class Ingress(OpenAiIngress):
     async def status(self) -> Response:
         """Every replica's transfer totals since start, and what is pinned now."""
         sides = ("prefill", "decode")
-        answers = await asyncio.gather(*(self._caller.status(side) for side in sides))
+        answers = await asyncio.gather(
+            *(self._caller.status(side, self._health_timeout_s) for side in sides)
+        )
         return JSONResponse(dict(zip(sides, answers, strict=True)))
 
     async def metrics(self) -> Response:
@@ -171,6 +180,14 @@ class Ingress(OpenAiIngress):
             and body.prompt in (None, "", [], [[]], [""])
         ):
             return error_response(400, "prompt: it must not be empty", param="prompt")
+        prompts, samples = _prompts(body), body.n or 1
+        if prompts * samples > self._max_prompts:
+            return error_response(
+                400,
+                f"{'prompt' if prompts > 1 else 'n'}: {prompts} prompts with {samples} samples "
+                f"each are more than {self._max_prompts} answers; send several requests",
+                param="prompt" if prompts > 1 else "n",
+            )
         return None
 
 
@@ -200,6 +217,24 @@ def _error(error: ErrorResponse) -> JSONResponse:
     info = error.error
     status = int(info.code or 400)
     return JSONResponse(error_body(status, info.message, param=info.param), status_code=status)
+
+
+_EVENTS = Counter(
+    "baton_router_events_total",
+    description="What went out of the ordinary way in the router.",
+    tag_keys=("event",),
+)
+
+
+def _count(event: RouterEvent) -> None:
+    _EVENTS.inc(tags={"event": event.value})
+
+
+def _prompts(body: Body) -> int:
+    """How many prompts a request has: only a list of texts or of lists holds several."""
+    prompt = getattr(body, "prompt", None)
+    several = isinstance(prompt, list) and not all(isinstance(item, int) for item in prompt)
+    return len(prompt) if several and prompt is not None else 1
 
 
 async def _closing(first: Any, chunks: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:

@@ -26,3 +26,11 @@ def tickets_to_params(tickets: Sequence[Mapping[str, Any]]) -> dict[str, Any] | 
         "do_remote_decode": False,
         "tickets": [dict(ticket) for ticket in tickets],
     }
+
+
+def ticket_owners(params: Mapping[str, Any] | None) -> frozenset[str]:
+    """The engines whose blocks the tickets in ``kv_transfer_params`` are for."""
+    if not params:
+        return frozenset()
+    tickets = params.get("tickets", [params])
+    return frozenset(str(t["remote_engine_id"]) for t in tickets if "remote_engine_id" in t)

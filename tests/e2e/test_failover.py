@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import signal
 import time
@@ -15,14 +17,16 @@ import pytest
 
 from tests.support.baton_app import BatonApp, write_config
 from tests.support.streams import Stream
-from tests.support.vllm_server import post
+from tests.support.vllm_server import get, metric, post
 from transfer import faults
 
 pytestmark = pytest.mark.timeout(600)
 
 MODEL = "tiny"
-PROMPT = "The quick brown fox jumps over the lazy dog and then it goes home to sleep. " * 3
+PROMPT = "The quick brown fox jumps over the lazy dog and then it goes home to sleep. " * 2
 LONG = 300
+MAX_REQUESTS = 16
+EVENTS = "ray_baton_router_events_total"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
@@ -73,7 +77,7 @@ def app(
         model_id=MODEL,
         prefill={"replicas": 2},
         decode={"replicas": 2},
-        router={"max_body_bytes": 1 << 20},
+        router={"max_requests": MAX_REQUESTS},
     )
     env = {faults.VARIABLE: str(holds.folder)}
     with BatonApp(config, folder / "up.log", env) as running:
@@ -88,7 +92,7 @@ def two_by_two(app: BatonApp) -> BatonApp:
         status = app.status()
         return all(len(status[side]) == 2 for side in ("prefill", "decode"))
 
-    wait_for(whole, f"not all replicas came up: {app.status()}", 120.0)
+    wait_for(whole, f"not all replicas came up: {app.status()}", 200.0)
     idle_within(app, 10.0)
     return app
 
@@ -171,3 +175,153 @@ def test_streams_survive_the_death_of_their_decode_replica(
         holds.let_go("decode.streaming")
     assert answers == expected
     idle_within(app, 5.0)
+
+
+def test_requests_outlive_replicas_until_one_is_left(two_by_two: BatonApp, holds: Holds) -> None:
+    """Three of four replicas are killed one after the other, each with the request in its hands."""
+    app = two_by_two
+    path, body = request(40, max_tokens=40)
+    expected = undisturbed(app, path, body)
+    (first, second), (decode, _) = replica_pids(app, "prefill"), replica_pids(app, "decode")
+
+    def ask(point: str, victim: Callable[[int], int]) -> None:
+        holds.arm(point)
+        with Stream(app.url, path, body) as stream, ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(whole, stream)
+            held = holds.pid(point)
+            os.kill(victim(held), signal.SIGKILL)
+            holds.let_go(point)
+            assert answer.result(60) == expected, f"after {point}"
+
+    killed: list[int] = []
+
+    def itself(held: int) -> int:
+        killed.append(held)
+        return held
+
+    # Before its ticket: the other prefill replica computes.
+    ask("prefill.computing", itself)
+    assert killed[0] in (first, second)
+    # After its ticket: decode cannot read, and computes itself.
+    (other,) = {first, second} - {killed[0]}
+    ask("router.ticket", lambda held: other)
+    # No prefill replica is left, and decode dies before its first output: the other one computes.
+    ask("decode.accepted", itself)
+    assert killed[1] in replica_pids(app, "decode") | {decode}
+    assert app.pinned_blocks() == 0
+
+
+HELD_BY_ROUTER_OR_REPLICA = [
+    "router.queued",
+    "prefill.computing",
+    "prefill.answering",
+    "router.ticket",
+    "decode.accepted",
+    "router.output",
+    "router.stream",
+    "decode.streaming",
+]
+HELD_IN_TRANSFER = ["reader.connecting", "reader.reading", "reader.confirming", "reader.confirmed"]
+
+
+@pytest.mark.parametrize("point", HELD_BY_ROUTER_OR_REPLICA + HELD_IN_TRANSFER)
+def test_client_that_leaves_frees_everything_within_a_second(
+    two_by_two: BatonApp, holds: Holds, point: str
+) -> None:
+    app = two_by_two
+    path, body = request(point_number(point), max_tokens=700)
+    holds.arm(point)
+    try:
+        with Stream(app.url, path, body) as stream:
+            if point.endswith(("stream", "streaming")):
+                next(iter(stream))
+            holds.pid(point)
+        if point in HELD_IN_TRANSFER:
+            # The read's own thread is held; nobody can take its memory away from under it.
+            holds.let_go(point)
+        idle_within(app, 1.0)
+    finally:
+        holds.let_go(point)
+    # Nor does what was held bring anything with it.
+    time.sleep(0.2)
+    idle_within(app, 1.0)
+
+
+def point_number(point: str) -> int:
+    """Prompts differ, or decode would have their blocks in its prefix cache."""
+    return 100 + (HELD_BY_ROUTER_OR_REPLICA + HELD_IN_TRANSFER).index(point)
+
+
+def test_replica_whose_engine_dies_is_replaced_and_its_streams_go_on(two_by_two: BatonApp) -> None:
+    app = two_by_two
+    asked = [request(number) for number in range(200, 204)]
+    expected = [undisturbed(app, *one) for one in asked]
+    victim = app.status()["decode"][0]
+    with ThreadPoolExecutor(len(asked)) as pool, ExitStack() as clients:
+        streams = [clients.enter_context(Stream(app.url, *one)) for one in asked]
+        readers: list[Future[Any]] = [pool.submit(whole, stream) for stream in streams]
+        wait_for(lambda: all(len(s.events) > 2 for s in streams), "the streams do not begin")
+        # The engine's process, not the replica's, which has to notice and say so.
+        assert victim["pid"] != victim["replica_pid"]
+        os.kill(victim["pid"], signal.SIGKILL)
+        killed = time.monotonic()
+        assert [reader.result(120) for reader in readers] == expected
+
+    def gone() -> bool:
+        return not Path(f"/proc/{victim['replica_pid']}").exists()
+
+    wait_for(gone, "the replica stayed", 60.0)
+    print(f"replaced {time.monotonic() - killed:.1f} s after its engine's death")
+
+
+def test_client_that_does_not_read_holds_no_replica(two_by_two: BatonApp) -> None:
+    app = two_by_two
+    path, body = request(300, max_tokens=700)
+    expected = undisturbed(app, path, body)
+    path, body = request(300, max_tokens=700)
+    with Stream(app.url, path, body) as stream:
+        events = iter(stream)
+        next(events)
+        # Nothing more is read, and yet both engines come to their end.
+        idle_within(app, 60.0)
+        for _ in events:
+            pass
+        assert stream.text == expected[0]
+        assert stream.ended
+
+
+def test_what_is_too_much_is_refused_before_prefill(two_by_two: BatonApp) -> None:
+    app = two_by_two
+    _, body = request(400, max_tokens=150)
+    before = app.totals("prefill").get("owner_released", 0)
+
+    def ask(number: int) -> tuple[int, str | None, dict[str, Any]]:
+        connection = http.client.HTTPConnection(app.url.removeprefix("http://"), timeout=120)
+        try:
+            content = json.dumps({**body, "prompt": f"{number} {body['prompt']}"})
+            connection.request("POST", COMPLETIONS, content, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            retry_after = response.getheader("Retry-After")
+            return response.status, retry_after, json.loads(response.read())
+        finally:
+            connection.close()
+
+    count = 3 * MAX_REQUESTS
+    with ThreadPoolExecutor(count) as pool:
+        answers = list(pool.map(ask, range(count)))
+    served = [answer for status, _, answer in answers if status == 200]
+    refused = [(retry, answer) for status, retry, answer in answers if status == 429]
+    assert len(served) + len(refused) == count
+    assert len(served) >= MAX_REQUESTS
+    assert refused
+    for retry_after, answer in refused:
+        assert int(retry_after or 0) >= 1
+        assert answer["error"]["type"] == "rate_limit_error"
+    assert all(answer["usage"]["completion_tokens"] == 150 for answer in served)
+    idle_within(app, 10.0)
+    assert app.totals("prefill")["owner_released"] - before == len(served)
+
+    def counted() -> float:
+        return metric(get(f"{app.url}/metrics")[1], EVENTS, event="refused")
+
+    wait_for(lambda: counted() == len(refused), "the metric does not count them")

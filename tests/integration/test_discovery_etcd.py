@@ -145,9 +145,12 @@ def test_a_restarted_worker_overwrites_its_record_and_is_not_taken_back(
         _, meta = client.get(record_key("default", A.peer))
         new.publish(again)
         eventually(lambda: other.lookup(A.peer) == again)
+        assert not old.superseded
         # The old one loses its lease and finds the place taken; later it ends.
         client.revoke_lease(meta.lease_id)
     time.sleep(TTL_S)
+    eventually(lambda: old.superseded)
+    assert not new.superseded
     old.close()
     time.sleep(0.3)
     assert other.lookup(A.peer) == again

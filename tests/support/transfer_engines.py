@@ -33,6 +33,8 @@ SLOWNESS = 5 if os.environ.get("RDMA_VM") else 1
 class Directory:
     """Discovery of a whole test: what one engine publishes, all see at once."""
 
+    superseded = False
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._records: dict[PeerId, WorkerRecord] = {}

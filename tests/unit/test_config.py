@@ -97,7 +97,7 @@ def test_reading_settings_does_not_change_what_was_given() -> None:
         ("prefill.replica", "replicas, autoscaling, tensor_parallel_size, engine, env"),
         ("decode.resources.gpus", "cpus_per_replica, cpus_per_worker, gpus_per_worker"),
         ("decode.autoscaling.max", "min_replicas, max_replicas, target_ongoing_requests"),
-        ("router.retries", "replicas, cpus_per_replica, api_keys, max_body_bytes, attempts"),
+        ("router.retries", "replicas, cpus_per_replica, api_keys, max_body_bytes, max_prompts"),
     ],
 )
 def test_unknown_key_is_named_with_its_path_and_the_known_ones(path: str, known: str) -> None:

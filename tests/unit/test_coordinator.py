@@ -14,9 +14,16 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 )
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
-from deployments.errors import ContinuationMismatch, NoReplica, ReplicaLost, ServiceUnavailable
+from deployments.admission import Admission, AdmissionPolicy
+from deployments.errors import (
+    ContinuationMismatch,
+    NoReplica,
+    Overloaded,
+    ReplicaLost,
+    ServiceUnavailable,
+)
 from deployments.generation import GenerationRequest, Output, PrefillAnswer, Sent
-from deployments.handoff import Coordinator
+from deployments.handoff import Coordinator, RouterEvent
 from deployments.handoff_state import RetryPolicy
 
 T1: dict[str, Any] = {"handoff_id": "h1", "version": 1}
@@ -263,6 +270,15 @@ def test_decode_lost_before_its_first_chunk_is_replaced_with_the_same_tickets(
     assert caller.aborted == []
 
 
+def test_tickets_that_decode_leaves_unread_are_given_up_at_once() -> None:
+    unread = Output("", "d1", unread=True)
+    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[unread, *CHUNKS]])
+
+    assert served(caller) == CHUNKS
+    assert caller.aborted == [("p1", ("h1",))]
+    assert len(caller.calls()) == 2
+
+
 @pytest.mark.parametrize(
     "decodes",
     [
@@ -305,8 +321,15 @@ def test_error_of_a_kind_we_do_not_know_passes_and_the_blocks_are_given_up() -> 
 # ---- streams that go on elsewhere ----------------------------------------------------------------
 
 
-def part(text: str, *token_ids: int, resumable: bool = True) -> Output:
-    return Output(f"data: {text}\n\n", "d1", text=text, token_ids=token_ids, resumable=resumable)
+def part(text: str, *token_ids: int, resumable: bool = True, created: int | None = None) -> Output:
+    return Output(
+        f"data: {text}\n\n",
+        "d1",
+        text=text,
+        token_ids=token_ids,
+        resumable=resumable,
+        created=created,
+    )
 
 
 def test_broken_stream_goes_on_with_what_the_client_has() -> None:
@@ -325,6 +348,42 @@ def test_broken_stream_goes_on_with_what_the_client_has() -> None:
     assert caller.sent == [Sent(), Sent(), Sent((1, 2, 3), "abc"), Sent((1, 2, 3), "abc")]
     assert caller.brought() == [None, T1, None, T2]
     assert caller.aborted == []
+
+
+def test_router_counts_what_is_out_of_the_ordinary() -> None:
+    unread = Output("", "d1", unread=True)
+    caller = FakeCaller(
+        [lost("p1", "prefill"), PrefillAnswer("p2", (T1,)), NoReplica("prefill", 1.0)],
+        [
+            [NoReplica("decode", 1.0)],
+            [unread, part("a", 1, created=7), lost("d1")],
+            [part("b", 2, resumable=False), lost("d2")],
+        ],
+    )
+    events: list[RouterEvent] = []
+
+    async def main() -> None:
+        admission = Admission(AdmissionPolicy(max_requests=1))
+        coordinator = Coordinator(caller, POLICY, admission, events.append)
+        chunks = coordinator.run(generation(sent=Sent()))
+        assert await anext(chunks)
+        with pytest.raises(Overloaded):
+            await anext(coordinator.run(generation()))
+        assert len([chunk async for chunk in chunks]) == 2
+        await coordinator.drain()
+
+    drive(main())
+    assert [event.value for event in events] == [
+        "prefill_lost",
+        "no_decode",
+        "tickets_unread",
+        "refused",
+        "decode_lost",
+        "no_prefill",
+        "stream_resumed",
+        "decode_lost",
+        "stream_broken",
+    ]
 
 
 def test_stream_goes_on_twice() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from deployments.handoff_state import (
     RetryPolicy,
     Stage,
     Start,
+    TicketsUnread,
 )
 
 POLICY = RetryPolicy(attempts=3, backoff_s=0.1, backoff_max_s=0.3, jitter=0.0)
@@ -182,6 +184,18 @@ PATHS: dict[str, list[Step]] = {
         (DecodeLost("d0", resumable=True), [GIVE_UP, prefill()]),
         (ClientGone(), []),
         (Prefilled("p2", BOTH[:1]), [GiveUp("p2", ("h1",))]),
+    ],
+    "decode leaves the tickets unread": [
+        *TO_DECODE,
+        (TicketsUnread(), [GIVE_UP]),
+        (FirstChunk(), []),
+        (DecodeEnded(), []),
+    ],
+    "decode leaves the tickets unread and is lost": [
+        *TO_DECODE,
+        (TicketsUnread(), [GIVE_UP]),
+        (DecodeLost("d0"), [decode("d0", pause_s=0.1)]),
+        (ClientGone(), []),
     ],
     "decode ends without a word": [*TO_DECODE, (DecodeEnded(), [GIVE_UP, Answer(None)])],
     "client gone at once": [(ClientGone(), [])],
@@ -370,6 +384,14 @@ class AnyOrder(RuleBasedStateMachine):
 
     @precondition(lambda self: self.decoding() and not self.streaming)
     @rule()
+    def tickets_unread(self) -> None:
+        before = self.running
+        assert isinstance(before, CallDecode)
+        self.tell(TicketsUnread(), ends_call=False)
+        self.running = replace(before, tickets=())
+
+    @precondition(lambda self: self.decoding() and not self.streaming)
+    @rule()
     def first_chunk(self) -> None:
         assert isinstance(self.running, CallDecode)
         if self.client_here:
@@ -440,6 +462,7 @@ class AnyOrder(RuleBasedStateMachine):
                 DecodeLost("v", resumable=True),
                 DecodeLost(None),
                 DecodeEnded(),
+                TicketsUnread(),
                 ClientGone(),
             ]
         )

@@ -19,6 +19,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 )
 from ray.llm._internal.serve.core.ingress.ingress import make_fastapi_ingress
 
+from deployments.admission import AdmissionPolicy
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.generation import GenerationRequest, Output, PrefillAnswer
 from deployments.handoff_state import RetryPolicy
@@ -46,6 +47,7 @@ class FakeCaller:
     aborted: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     not_ready: dict[str, Exception] = field(default_factory=dict)
     decoding: int = 0
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
         self.calls.append(("prefill", request.method, request.body))
@@ -56,6 +58,7 @@ class FakeCaller:
     ) -> AsyncGenerator[Output, None]:
         self.calls.append(("decode", request.method, request.body))
         self.decoding += 1
+        self.begun.set()
         try:
             for chunk in self.chunks:
                 if isinstance(chunk, Exception):
@@ -86,7 +89,12 @@ class FakeCaller:
 class Endpoint:
     """The ingress as Serve mounts it, without Serve."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, api_keys: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        api_keys: tuple[str, ...] = (),
+        max_requests: int = 8,
+    ) -> None:
         self.caller = FakeCaller()
         apps: list[Any] = []
 
@@ -106,6 +114,8 @@ class Endpoint:
                 id="demo", object="model", owned_by="baton", permission=[], metadata={}
             ),
             policy=RetryPolicy(attempts=2, backoff_s=0.0),
+            admission=AdmissionPolicy(max_requests=max_requests),
+            max_prompts=4,
             pick_timeout_s=1.0,
             health_timeout_s=1.0,
         )
@@ -361,3 +371,49 @@ def test_health_says_which_side_is_missing(endpoint: Endpoint, error: Exception,
 
     assert response.status_code == 503
     assert response.json() == {"status": "unavailable", "prefill": "ok", "decode": said}
+
+
+# ---- too much at once ----------------------------------------------------------------------------
+
+
+def test_more_requests_than_allowed_get_429_with_retry_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    endpoint = Endpoint(monkeypatch, max_requests=1)
+    endpoint.caller.chunks = [HANG]
+
+    async def main() -> httpx.Response:
+        transport = httpx.ASGITransport(endpoint.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            first = asyncio.ensure_future(client.post("/v1/completions", json=COMPLETION))
+            await endpoint.caller.begun.wait()
+            second = await client.post("/v1/completions", json=COMPLETION)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            return second
+
+    response = asyncio.run(main())
+
+    assert response.status_code == 429
+    assert int(response.headers["retry-after"]) >= 1
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", 429)
+    assert endpoint.caller.sides() == ["prefill", "decode"]
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"prompt": ["a"] * 5}, "prompt"),
+        ({"prompt": [[1]] * 2, "n": 3}, "prompt"),
+        ({"n": 5}, "n"),
+    ],
+)
+def test_too_many_answers_of_one_request(
+    endpoint: Endpoint, more: dict[str, Any], field: str
+) -> None:
+    error = endpoint.refused(400, "POST", "/v1/completions", json={**COMPLETION, **more})
+
+    assert error["param"] == field
+    assert "more than 4 answers" in error["message"]

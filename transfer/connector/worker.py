@@ -78,6 +78,7 @@ class BatonWorker:
         self._loads: dict[str, _Load] = {}
         self._failed_blocks: set[int] = set()
         self._reads_by_owner: Counter[str] = Counter()
+        self._failed_by_owner: Counter[str] = Counter()
         self.stats = TransferStats()
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -208,8 +209,10 @@ class BatonWorker:
             "offers": len(self._pinned),
             "loads": len(self._loads),
             "reads_by_owner": dict(self._reads_by_owner),
+            "failed_by_owner": dict(self._failed_by_owner),
             "totals": self.stats.totals,
             "healthy": self._engine is not None and self._engine.healthy,
+            "registered": self._engine is not None and self._engine.registered,
         }
 
     def close(self) -> None:
@@ -283,6 +286,8 @@ class BatonWorker:
         error = None if handle is None else handle.error
         refused = handle is None or isinstance(error, HandoffRefused | LayoutMismatch)
         self.stats.count_read(Outcome.REFUSED if refused else Outcome.FAILED, tokens=0)
+        if not refused:
+            self._failed_by_owner[read.ticket.engine_id] += 1
         self.stats.count_recomputed(max(0, read.num_tokens - 1))
         if error is not None:
             logger.warning("read for request %s failed, recomputing: %s", read.request_id, error)

@@ -109,6 +109,14 @@ class Discovery(ABC):
     def healthy(self) -> bool:
         """Whether the directory answers now. The view stays usable when it does not."""
 
+    @property
+    def superseded(self) -> bool:
+        """Whether another start of a worker published here has taken its place for good.
+
+        Peers find that one now, and no hand-off of ours; this process should end.
+        """
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Withdraw own records and stop the threads. Idempotent; takes a few seconds at most.

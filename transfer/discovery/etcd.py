@@ -148,6 +148,11 @@ class EtcdDiscovery(Discovery):
     def healthy(self) -> bool:
         return self._lease_loop.connected and self._watch_loop.connected
 
+    @property
+    def superseded(self) -> bool:
+        with self._changed:
+            return any(own.superseded for own in self._own.values())
+
     def close(self) -> None:
         with self._changed:
             if self._closed:
@@ -295,7 +300,9 @@ class EtcdDiscovery(Discovery):
                     own.record.incarnation,
                 )
                 # Counts as written there: if the other one goes, the mirror lacks it.
+                own.superseded = True
                 return existing.mod_revision
+        own.superseded = False
         revision = existing.mod_revision if existing is not None else 0
         return client.put_if_unchanged(own.key, own.value, self._lease_id, revision)
 
@@ -372,6 +379,7 @@ class _OwnRecord:
     Attributes:
         put_revision: where it was written; 0 while it has to be (again).
         was_written: it has been there before, so a successor may have replaced it since.
+        superseded: a successor has.
     """
 
     record: WorkerRecord
@@ -379,6 +387,7 @@ class _OwnRecord:
     value: bytes
     put_revision: int = 0
     was_written: bool = False
+    superseded: bool = False
 
 
 class _Loop:

@@ -128,8 +128,15 @@ class TransferEngine:
 
     @property
     def healthy(self) -> bool:
-        """Whether it is started and not closed."""
-        return self._state is EngineState.RUNNING
+        """Whether it is started and not closed, and readers are let in."""
+        with self._lock:
+            listening = all(listener.alive for listener in self._listeners)
+        return self._state is EngineState.RUNNING and listening
+
+    @property
+    def registered(self) -> bool:
+        """Whether peers can find it, as far as is known; False after another start replaced it."""
+        return not self._discovery.superseded
 
     @property
     def incarnation(self) -> str:

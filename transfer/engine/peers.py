@@ -25,6 +25,11 @@ class PeerEvent(Protocol):
 class Discovery(Protocol):
     """The part of :class:`transfer.discovery.base.Discovery` that the engine uses."""
 
+    @property
+    def superseded(self) -> bool:
+        """Whether another start of a worker published here has taken its place."""
+        ...
+
     def publish(self, record: WorkerRecord) -> None:
         """Make a record visible to all; returns at once."""
         ...

@@ -311,6 +311,11 @@ class Listener(ABC):
     def address(self) -> str:
         """Where peers reach it."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether it still lets readers in. One without a thread that could end always does."""
+        return True
+
     @abstractmethod
     def close(self) -> None:
         """Cut every connection and join every thread. Idempotent."""

@@ -82,6 +82,10 @@ class TcpListener(Listener):
     def address(self) -> str:
         return self._address
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
