@@ -9,6 +9,8 @@
 #   CONFIG, PORT what `make serve` runs, and its HTTP port if not the configuration's
 #   PYTEST_ARGS  more arguments for pytest
 #   RDMA_DEVICE  an RDMA device of this machine for test-rdma; without one it makes a virtual machine
+#   FUZZ_ARGS    options of libFuzzer for `make fuzz`; by default it ends after an hour
+#   SOAK_MINUTES how long `make soak` lasts; 30
 #   BENCH_ARGS   arguments for `make bench-transfer`: --quick is the bars' cases only, 3 minutes;
 #                --help lists them
 
@@ -23,6 +25,8 @@ PORT ?=
 PYTEST_ARGS ?=
 RDMA_DEVICE ?= $(firstword $(notdir $(wildcard /sys/class/infiniband/*)))
 BENCH_ARGS ?=
+FUZZ_ARGS ?= -max_total_time=3600
+SOAK_MINUTES ?= 30
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,7 +35,7 @@ STAMP := $(VENV)/.baton-setup
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 CODE := serve_app deployments transfer tests requirements bench
 
-.PHONY: help setup serve test test-rdma bench-transfer check format model lock clean
+.PHONY: help setup serve test chaos soak fuzz test-rdma bench-transfer check format model lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,6 +66,24 @@ serve: model ## Set everything up, start etcd, Ray and the demo, and serve until
 
 test: model ## Run every test but those marked slow
 	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+chaos: $(STAMP) ## Inject every fault under load and write the table in docs/reliability.md (under an hour)
+	rm -rf build/chaos
+	@status=0; $(BIN)/python -m pytest tests/chaos -m 'chaos and not soak' $(PYTEST_ARGS) || status=$$?; \
+	  $(BIN)/python -m tests.support.chaos_table; exit $$status
+
+soak: $(STAMP) ## Mixed traffic and a random fault every 20 s (SOAK_MINUTES)
+	SOAK_MINUTES=$(SOAK_MINUTES) $(BIN)/python -m pytest tests/chaos -m soak -s $(PYTEST_ARGS)
+
+FUZZ := .fuzz
+
+fuzz: $(STAMP) $(FUZZ)/atheris.ok ## Look for bytes that break a decoder of the wire (FUZZ_ARGS)
+	@mkdir -p $(FUZZ)/corpus
+	PYTHONPATH=$(CURDIR):$(FUZZ)/atheris $(BIN)/python -m tests.fuzz.wire $(FUZZ)/corpus $(FUZZ_ARGS)
+
+$(FUZZ)/atheris.ok: Makefile | $(STAMP)
+	$(BIN)/python -m pip install --quiet --target $(FUZZ)/atheris atheris==3.0.0
+	@touch $@
 
 RDMA_PACKAGES := qemu-system-x86 busybox-static kmod iproute2 ibverbs-providers ibverbs-utils \
   python3-pyverbs perftest
@@ -123,6 +145,6 @@ lock: $(STAMP) ## Resolve the dependencies anew and rewrite requirements/cpu.loc
 	$(BIN)/python requirements/lock.py
 
 clean: ## Remove the virtual environment and caches (the demo model stays)
-	rm -rf $(VENV) $(BENCH) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	rm -rf $(VENV) $(BENCH) $(FUZZ) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 	  .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
