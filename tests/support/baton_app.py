@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import yaml
 
-from tests.support.vllm_server import free_port, get
+from tests.support.vllm_server import die_with_parent, free_port, get
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 280.0
@@ -30,6 +30,7 @@ def write_config(
     decode: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
     transfer: dict[str, Any] | None = None,
+    discovery: dict[str, Any] | None = None,
 ) -> Path:
     """A Serve config like the demo's, with small engines in float32."""
     document = yaml.safe_load((ROOT / "config.yaml").read_text())
@@ -48,6 +49,8 @@ def write_config(
         router=router or {},
         transfer=transfer or {},
     )
+    if discovery is not None:
+        document["applications"][0]["args"]["discovery"] = discovery
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
@@ -82,6 +85,8 @@ class BatonApp:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **self._env},
+                # A test run that is killed must not leave an application behind.
+                preexec_fn=die_with_parent,
             )
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self._process.poll() is None:

@@ -79,8 +79,18 @@ class EtcdServer:
         """``host:port`` for clients."""
         return f"127.0.0.1:{self._ports[0]}"
 
+    @property
+    def peer_url(self) -> str:
+        """Where other members reach it."""
+        return f"http://127.0.0.1:{self._ports[1]}"
+
     def start(self) -> None:
         """Start on the same data and ports as before; returns when it answers."""
+        self.launch()
+        self.wait()
+
+    def launch(self, *extra_arguments: str) -> None:
+        """Start without waiting; what the arguments say comes before what others said."""
         client, peer = (f"http://127.0.0.1:{port}" for port in self._ports)
         command = [
             *(sys.executable, "-I", "-S", "-c", _WRAPPER, str(os.getpid()), str(find_etcd())),
@@ -89,14 +99,22 @@ class EtcdServer:
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
             *("--initial-cluster", f"test={peer}", "--unsafe-no-fsync", "--log-level", "warn"),
             *self._extra_arguments,
+            *extra_arguments,
         ]
         with open(self._folder / "log", "ab") as output:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
+
+    def wait(self) -> None:
+        """Return when it answers, as a member of a majority."""
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline_s:
+            if (
+                self._process is None
+                or self._process.poll() is not None
+                or time.monotonic() > deadline_s
+            ):
                 log = (self._folder / "log").read_text(errors="replace")[-2000:]
                 self.kill()
                 raise RuntimeError(f"etcd did not start:\n{log}")

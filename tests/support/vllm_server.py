@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -82,12 +83,20 @@ class VllmServer:
         model: folder of the model.
         arguments: further command line arguments.
         log: file that gets its output.
+        environment: besides this process's own.
     """
 
-    def __init__(self, model: Path, arguments: list[str], log: Path) -> None:
+    def __init__(
+        self,
+        model: Path,
+        arguments: list[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
+        self._environment = dict(environment or {})
         self._command = [
             sys.executable,
             "-m",
@@ -106,11 +115,11 @@ class VllmServer:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
-                env={**os.environ, **CPU_ENV, "PYTHONPATH": str(root)},
+                env={**os.environ, **CPU_ENV, "PYTHONPATH": str(root), **self._environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def wait(self) -> None:
@@ -165,5 +174,6 @@ class VllmServer:
         self.kill()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """In a child before its program starts: it is killed when the thread that made it ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

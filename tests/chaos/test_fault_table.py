@@ -1,0 +1,38 @@
+"""Every fault at every phase where it makes sense: never wrong, never stuck, never leaked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.chaos_app import ChaosApp
+from tests.support.chaos_faults import FAULTS, LEAVING, Fault
+from tests.support.chaos_run import run_alone, run_under_load
+
+# The first test starts the application.
+pytestmark = pytest.mark.timeout(600)
+
+
+def _rows(faults: list[Fault]) -> list[Any]:
+    """The full suite is run by hand (`make chaos`); the quick part with all other tests."""
+    return [
+        pytest.param(fault, id=fault.name, marks=() if fault.quick else pytest.mark.slow)
+        for fault in faults
+    ]
+
+
+@pytest.mark.parametrize("fault", _rows(LEAVING))
+def test_a_client_that_leaves(ring: ChaosApp, results: Path, fault: Fault) -> None:
+    row = run_alone(ring, fault).save(results)
+    assert row.leaked == 0, row
+
+
+@pytest.mark.parametrize("fault", _rows(FAULTS))
+def test_under_load(ring: ChaosApp, results: Path, fault: Fault) -> None:
+    row = run_under_load(ring, fault).save(results)
+    assert (row.wrong, row.stuck, row.leaked) == (0, 0, 0), row
+    # There is always a healthy twin, or one that comes back in time.
+    assert 0 < row.ok == row.requests, row
+    assert not [note for note in row.notes if note.startswith("not as before")], row

@@ -1,0 +1,51 @@
+"""Writes the rows that the chaos suite left behind into docs/reliability.md.
+
+``python -m tests.support.chaos_table [folder of rows]``
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from tests.support.chaos_faults import FAULTS, LEAVING
+from tests.support.chaos_run import Row
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+_PLACE = re.compile(r"(<!-- chaos table -->\n).*?(<!-- end of chaos table -->)", re.DOTALL)
+_COUNTS = ("requests", "ok", "degraded", "refused", "wrong", "stuck", "leaked")
+
+
+def load(folder: Path) -> dict[str, Row]:
+    """Rows by name."""
+    rows = (Row(**json.loads(path.read_text())) for path in folder.glob("*.json"))
+    return {f"{row.fault}, {row.phase}": row for row in rows}
+
+
+def render(rows: dict[str, Row]) -> str:
+    """The table, in the order of the suite; rows that did not run are left out."""
+    heads = ["fault", "phase", *_COUNTS, "recovery, s"]
+    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
+    for fault in (*FAULTS, *LEAVING):
+        row = rows.get(f"{fault.what}, {fault.phase}")
+        if row is not None:
+            counts = " | ".join(str(getattr(row, name)) for name in _COUNTS)
+            lines.append(f"| {row.fault} | {row.phase} | {counts} | {row.recovery_s:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Put the table where the marks in the document are."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/chaos")
+    table = render(load(folder))
+    text, found = _PLACE.subn(lambda mark: mark[1] + table + mark[2], DOCUMENT.read_text())
+    if found != 1:
+        raise SystemExit(f"{DOCUMENT} has {found} places for the table, 1 is expected")
+    DOCUMENT.write_text(text)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

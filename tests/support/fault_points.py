@@ -1,0 +1,60 @@
+"""Arms the fault points of :mod:`transfer.faults` and says who is held at them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+
+class Armed:
+    """One point that will hold the next thread that reaches it, or does.
+
+    Attributes:
+        about: the engine that the held thread is dealing with; known once :meth:`wait` returned.
+    """
+
+    def __init__(self, folder: Path, point: str) -> None:
+        self._folder = folder
+        self._point = point
+        self.about = ""
+        (folder / point).touch()
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        """The process that is held, once one is.
+
+        Raises:
+            TimeoutError: nobody came.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (held := self._held()) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nobody reached {self._point} in {timeout_s} s")
+            time.sleep(0.005)
+        self.about = held.read_text()
+        return int(held.name.rpartition("@")[2])
+
+    def release(self) -> None:
+        """Let it go on; or, if nobody came, hold nobody. Idempotent."""
+        (self._folder / self._point).unlink(missing_ok=True)
+        if (held := self._held()) is not None:
+            held.unlink(missing_ok=True)
+
+    def _held(self) -> Path | None:
+        return next(iter(self._folder.glob(f"{self._point}@*")), None)
+
+
+class FaultPoints:
+    """The folder that processes under test get as ``BATON_FAULTS``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def arm(self, point: str) -> Armed:
+        """Hold the next thread that reaches ``point``, whatever process it is of."""
+        return Armed(self.folder, point)
+
+    def clear(self) -> None:
+        """Hold nobody, and let go of everybody."""
+        for path in self.folder.iterdir():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,228 @@
+"""Stands between decode and prefill workers: cuts, swallows or slows what passes, etcd unaffected.
+
+:class:`WorkerRelays` writes a relay's address into every prefill worker's record in etcd, so that
+whole applications can be partitioned on one machine without touching its network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Coroutine, Sequence
+from enum import Enum
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from transfer.addressing import parse_address
+from transfer.discovery.etcd_client import EtcdConnector, EtcdUnavailable, KeyValue
+from transfer.discovery.record import workers_prefix
+from transfer.discovery.settings import EtcdSettings
+
+_CHUNK_BYTES = 64 << 10
+_LOOK_EVERY_S = 0.2
+_Answer = TypeVar("_Answer")
+
+
+class Link(Enum):
+    """What a relay does with bytes."""
+
+    OPEN = "open"
+    SILENT = "silent"
+    """Nothing passes and nobody is told, as when packets are dropped."""
+    REFUSED = "refused"
+    """Connections are cut, new ones at once."""
+
+
+class Relay:
+    """Passes the connections of one address on. All of its methods run on its event loop."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self._target = target
+        self._link = Link.OPEN
+        self._open = asyncio.Event()
+        self._open.set()
+        self._bytes_per_s: float | None = None
+        self._turn = asyncio.Lock()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        self.passed_bytes = 0
+
+    async def listen(self) -> str:
+        """Begin; gives the address to connect to."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def set(self, link: Link, bytes_per_s: float | None) -> None:
+        """Change what passes from now on, and how fast from the target."""
+        self._link, self._bytes_per_s = link, bytes_per_s
+        if link is Link.SILENT:
+            self._open.clear()
+        else:
+            self._open.set()
+        if link is Link.REFUSED:
+            self._cut()
+
+    async def close(self) -> None:
+        """Cut everything and end."""
+        self._link = Link.REFUSED
+        self._open.set()
+        self._cut()
+        if self._server is not None:
+            self._server.close()
+
+    def _cut(self) -> None:
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._open.wait()
+        if self._link is Link.REFUSED:
+            writer.transport.abort()
+            return
+        try:
+            upstream, downstream = await asyncio.open_connection(*self._target)
+        except OSError:
+            writer.transport.abort()
+            return
+        ends = {writer, downstream}
+        self._writers |= ends
+        try:
+            await asyncio.gather(
+                self._pump(reader, downstream, limited=False),
+                self._pump(upstream, writer, limited=True),
+            )
+        finally:
+            self._writers -= ends
+            for end in ends:
+                end.transport.abort()
+
+    async def _pump(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, limited: bool
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(_CHUNK_BYTES):
+                await self._open.wait()
+                if limited:
+                    await self._paced(len(data))
+                    self.passed_bytes += len(data)
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+    async def _paced(self, count: int) -> None:
+        if self._bytes_per_s is not None:
+            async with self._turn:  # all connections share the rate
+                await asyncio.sleep(count / (self._bytes_per_s or count))
+
+
+class Relays:
+    """Relays on a thread of their own; a context manager."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="relays", daemon=True)
+        # By the address that each passes on to, and the one to connect to instead.
+        self._relays: dict[str, Relay] = {}
+        self._instead: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for relay in self._relays.values():
+            self._run(relay.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @property
+    def passed_bytes(self) -> int:
+        """Bytes that came from the targets through all relays so far."""
+        return sum(relay.passed_bytes for relay in self._relays.values())
+
+    def instead_of(self, address: str) -> str:
+        """The address of the relay to ``address``, which is made if there is none."""
+        if address not in self._relays:
+            target = parse_address(address)
+            relay = Relay((target.host, target.port))
+            self._instead[address] = self._run(relay.listen())
+            self._relays[address] = relay
+        return self._instead[address]
+
+    def set(self, link: Link, bytes_per_s: float | None = None) -> None:
+        """Change all links, those that are made later excepted."""
+        for relay in list(self._relays.values()):
+            self._run(relay.set(link, bytes_per_s))
+
+    def _run(self, work: Coroutine[Any, Any, _Answer]) -> _Answer:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+
+class WorkerRelays(Relays):
+    """A relay before every prefill worker of an application, by its record in etcd.
+
+    Args:
+        endpoints: of the application's etcd.
+        cluster: as in its configuration.
+    """
+
+    def __init__(self, endpoints: Sequence[str], cluster: str) -> None:
+        super().__init__()
+        self._prefix = workers_prefix(cluster)
+        self._connector = EtcdConnector(
+            EtcdSettings(endpoints=tuple(endpoints), cluster=cluster), 1.0
+        )
+        self._stop = threading.Event()
+        self._looker = threading.Thread(target=self._look, name="relay-records", daemon=True)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._looker.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._looker.join()
+        super().__exit__(kind, error, trace)
+
+    def _look(self) -> None:
+        while not self._stop.wait(_LOOK_EVERY_S):
+            try:
+                client = self._connector.client()
+                for item in client.list_prefix(self._prefix).items:
+                    self._redirect(client, item)
+                self._connector.succeeded()
+            except EtcdUnavailable:
+                self._connector.failed()
+        self._connector.close()
+
+    def _redirect(self, client: Any, item: KeyValue) -> None:
+        document = json.loads(item.value or b"{}")
+        (address,) = document.get("addresses") or [""]
+        if document.get("role") != "kv_producer" or address in self._instead.values():
+            return
+        document["addresses"] = [self.instead_of(address)]
+        rpc = client._rpc
+        compare = rpc.Compare(
+            key=item.key.encode(),
+            target=rpc.Compare.MOD,
+            result=rpc.Compare.EQUAL,
+            mod_revision=item.mod_revision,
+        )
+        put = rpc.PutRequest(
+            key=item.key.encode(), value=json.dumps(document).encode(), ignore_lease=True
+        )
+        client._transact(compare, rpc.RequestOp(request_put=put))
