@@ -12,6 +12,9 @@ from transfer.types import ReadPlan, SpanArray
 
 _ADDRESS_LIMIT = 1 << 63
 
+_FEW = 4
+"""Rows up to which plain integers beat numpy, whose every call costs a microsecond."""
+
 
 def block_spans(base: int, block_stride: int, block_length: int, block_ids: ArrayLike) -> SpanArray:
     """Spans of blocks that lie at equal distances.
@@ -59,6 +62,8 @@ def concat(parts: Sequence[SpanArray]) -> SpanArray:
 
 def total_bytes(spans: SpanArray) -> int:
     """Sum of the lengths, for spans that passed :func:`check_spans`."""
+    if spans.shape[0] <= _FEW:
+        return sum(length for _, length in spans.tolist())
     return int(spans[:, 1].sum())
 
 
@@ -72,14 +77,21 @@ def check_spans(spans: SpanArray) -> SpanArray:
     if spans.ndim != 2 or spans.shape[1] != 2 or spans.dtype != np.uint64:
         raise _bad(f"spans must be uint64 of shape [n, 2], not {spans.dtype} {spans.shape}")
     spans = np.ascontiguousarray(spans)
-    if spans.shape[0]:
-        if int(spans.max()) >= _ADDRESS_LIMIT:
-            raise _bad("a span begins or ends beyond the address space")
-        if not spans[:, 1].all():
-            raise _bad("a span has no bytes")
+    if spans.shape[0] <= _FEW:
+        rows = spans.tolist()
+        highest = max(map(max, rows), default=0)
+        shortest = min((length for _, length in rows), default=1)
+        total = sum(length for _, length in rows)
+    else:
+        highest, shortest = int(spans.max()), int(spans[:, 1].min())
         # Float keeps the order of magnitude where 64 bits would wrap around.
-        if float(spans[:, 1].sum(dtype=np.float64)) >= _ADDRESS_LIMIT:
-            raise _bad("the spans have more bytes than there can be")
+        total = float(spans[:, 1].sum(dtype=np.float64))
+    if highest >= _ADDRESS_LIMIT:
+        raise _bad("a span begins or ends beyond the address space")
+    if not shortest:
+        raise _bad("a span has no bytes")
+    if total >= _ADDRESS_LIMIT:
+        raise _bad("the spans have more bytes than there can be")
     return spans
 
 
@@ -87,14 +99,14 @@ def coverage(spans: SpanArray) -> SpanArray:
     """The same bytes as ``spans``, sorted, with touching and overlapping rows joined."""
     if spans.shape[0] == 0:
         return spans
-    starts, ends = _bounds(spans)
-    reach = np.maximum.accumulate(ends)
-    first = np.concatenate(([True], starts[1:] > reach[:-1]))
-    begins = np.flatnonzero(first)
+    starts, ends = _sorted_bounds(spans)
+    # A row begins a new stretch if as many rows ended before it as began before it.
+    begins = np.flatnonzero(np.concatenate(([True], starts[1:] > ends[:-1])))
     lasts = np.concatenate((begins[1:] - 1, [starts.size - 1]))
-    joined = np.empty((begins.size, 2), dtype=np.uint64)
+    # Column by column: searching the starts would else copy them every time.
+    joined = np.empty((begins.size, 2), dtype=np.uint64, order="F")
     joined[:, 0] = starts[begins]
-    joined[:, 1] = reach[lasts] - starts[begins]
+    joined[:, 1] = ends[lasts] - starts[begins]
     return joined
 
 
@@ -102,26 +114,37 @@ def lies_within(spans: SpanArray, cover: SpanArray) -> bool:
     """Whether every row of ``spans`` lies inside one row of ``cover``.
 
     Args:
+        spans: may come from anybody: rows that can be no memory lie nowhere.
         cover: a result of :func:`coverage`.
     """
     if spans.shape[0] == 0:
         return True
     if cover.shape[0] == 0:
         return False
-    starts = cover[:, 0]
-    ends = starts + cover[:, 1]
-    row = np.searchsorted(starts, spans[:, 0], side="right") - 1
-    if int(row.min()) < 0:
+    if spans.shape[0] <= _FEW:
+        rows = np.searchsorted(cover[:, 0], spans[:, 0], side="right") - 1
+        pairs = zip(spans.tolist(), cover[rows].tolist(), rows.tolist(), strict=True)
+        return all(
+            row >= 0 and address + length <= begin + size
+            for (address, length), (begin, size), row in pairs
+        )
+    if int(spans.max()) >= _ADDRESS_LIMIT:
         return False
-    end = ends[row]
-    inside = spans[:, 0] <= end
-    # Compare lengths, not ends: a hostile address plus a length may wrap around.
-    return bool((inside & (spans[:, 1] <= end - np.minimum(spans[:, 0], end))).all())
+    # Rows of a cover do not touch, so what is joined lies in one of them or in none. Sorted, they
+    # are found many times faster than in the order in which they came.
+    wanted = coverage(spans)
+    row = np.searchsorted(cover[:, 0], wanted[:, 0], side="right") - 1
+    if int(row[0]) < 0:
+        return False
+    ends = cover[row, 0] + cover[row, 1]
+    return bool((wanted[:, 0] + wanted[:, 1] <= ends).all())
 
 
 def overlaps_itself(spans: SpanArray) -> bool:
-    """Whether two rows share a byte."""
-    starts, ends = _bounds(spans)
+    """Whether two rows share a byte; rows of no bytes share none but may count as if they did."""
+    if spans.shape[0] < 2:
+        return False
+    starts, ends = _sorted_bounds(spans)
     return bool((starts[1:] < ends[:-1]).any())
 
 
@@ -132,7 +155,7 @@ def merge_adjacent(plan: ReadPlan) -> ReadPlan:
         RegistrationError: when the two sides do not fit each other row by row.
     """
     local, remote = plan.local, plan.remote
-    if local.shape != remote.shape or not np.array_equal(local[:, 1], remote[:, 1]):
+    if local.shape != remote.shape or local[:, 1].tobytes() != remote[:, 1].tobytes():
         raise _bad("local and remote spans of a plan differ in number or length of rows")
     if local.shape[0] < 2:
         return plan
@@ -169,9 +192,12 @@ def slice_plan(plan: ReadPlan, max_bytes: int, max_rows: int) -> Iterator[ReadPl
     #   cuts           |--------|------|---|------|     one new row between two cuts
     row_ends = np.cumsum(lengths)
     piece_ends = np.arange(max_bytes, total, max_bytes, dtype=np.uint64)
-    cuts = np.union1d(row_ends, piece_ends)
+    cut_rows = np.searchsorted(row_ends, piece_ends)
+    inside = row_ends[cut_rows] != piece_ends
+    cuts = np.insert(row_ends, cut_rows[inside], piece_ends[inside])
     starts = np.concatenate((np.zeros(1, dtype=np.uint64), cuts[:-1]))
-    row = np.searchsorted(row_ends, starts, side="right")
+    # As many new rows as old ones, and one more for every row that is cut.
+    row = np.arange(cuts.size) - np.searchsorted(piece_ends[inside], cuts)
     offset = starts - (row_ends - lengths)[row]
     new_lengths = cuts - starts
     local = np.column_stack((plan.local[row, 0] + offset, new_lengths))
@@ -197,14 +223,10 @@ def without_first(plan: ReadPlan, done_bytes: int) -> ReadPlan:
     return ReadPlan(local=local, remote=remote)
 
 
-def _bounds(spans: SpanArray) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Sorted starts and the ends that go with them."""
-    starts = spans[:, 0]
-    ends = starts + spans[:, 1]
-    if starts.size > 1 and not (starts[1:] >= starts[:-1]).all():
-        order = np.argsort(starts, kind="stable")
-        return starts[order], ends[order]
-    return starts, ends
+def _sorted_bounds(spans: SpanArray) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Starts and ends, each sorted by itself: which belong together is not kept, and not needed
+    to tell where rows overlap or leave gaps."""
+    return np.sort(spans[:, 0]), np.sort(spans[:, 0] + spans[:, 1])
 
 
 def _bad(message: str) -> RegistrationError:

@@ -57,7 +57,7 @@ def either(caplog: pytest.LogCaptureFixture) -> Iterator[Pair]:
     """A pair that may also use TCP, and says so in ``caplog``."""
     caplog.set_level(logging.INFO, "transfer")
     with engine_pair(
-        settings=TransferSettings(transports=("rdma", "tcp"), rdma_device=DEVICE)
+        settings=TransferSettings(transports=("rdma", "tcp"), rdma_device=DEVICE, fetch_bytes=0)
     ) as pair:
         yield pair
 
@@ -199,7 +199,7 @@ def test_devices_that_are_not_there(setting: dict[str, object], why: str) -> Non
     engine = make_engine(
         Directory(),
         "lost",
-        settings=TransferSettings(transports=("rdma", "tcp"), **setting),  # type: ignore[arg-type]
+        settings=TransferSettings(transports=("rdma", "tcp"), fetch_bytes=0, **setting),  # type: ignore[arg-type]
     )
     with pytest.raises(ConfigurationError, match=why):
         engine.start()

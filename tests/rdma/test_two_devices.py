@@ -35,7 +35,7 @@ def read_over(owner_devices: str, reader_devices: str) -> None:
     directory = Directory()
     remote, local = Buffer(NUM_BLOCKS, BLOCK_BYTES), Buffer(NUM_BLOCKS, BLOCK_BYTES, fill=0)
     tuning = [
-        TransferSettings(transports=("rdma",), rdma_device=devices)
+        TransferSettings(transports=("rdma",), rdma_device=devices, fetch_bytes=0)
         for devices in (owner_devices, reader_devices)
     ]
     owner = make_engine(directory, "owner", settings=tuning[0])

@@ -25,7 +25,6 @@ from transfer.engine.reader import Notice, PeerReader
 from transfer.engine.timer import DeadlineTimer
 from transfer.errors import (
     ConfigurationError,
-    DeadlineExceeded,
     PeerUnreachable,
     Phase,
     TransferCancelled,
@@ -252,18 +251,34 @@ class TransferEngine:
         with self._lock:
             if not self._reader(owner).submit(handle, credentials, planner):
                 raise self._closed_error()
-        entry = self._timer.schedule(
-            handle.deadline,
-            lambda: handle.stop(
-                DeadlineExceeded(
-                    f"not done within {deadline_s} s",
-                    phase=Phase.READ,
-                    peer=str(owner),
-                    handoff_id=credentials.handoff_id,
-                )
-            ),
-        )
-        handle.when_final(lambda _: self._timer.cancel(entry))
+        self._stop_when_due(handle)
+        return handle
+
+    def read(
+        self,
+        owner: PeerId,
+        credentials: Credentials,
+        planner: Planner,
+        deadline_s: float,
+    ) -> TransferHandle:
+        """As :meth:`submit_read` and then waiting, but on the calling thread.
+
+        For those who have nothing else to do meanwhile: a small read is over sooner than two
+        threads hand over to each other. Does not count among ``max_reads_per_peer``.
+
+        Returns:
+            A handle whose state is final.
+
+        Raises:
+            TransferCancelled: the engine does not run.
+        """
+        handle = TransferHandle(owner, credentials.handoff_id, deadline_s)
+        with self._lock:
+            reader = self._reader(owner)
+            if not reader.admit(handle, credentials):
+                raise self._closed_error()
+        self._stop_when_due(handle)
+        reader.run(handle, credentials, planner)
         return handle
 
     def submit_release(self, owner: PeerId, credentials: Credentials, used: bool) -> None:
@@ -303,6 +318,10 @@ class TransferEngine:
             for at in range(0, len(of_one_start), _RENEWALS_AT_ONCE):
                 batch = of_one_start[at : at + _RENEWALS_AT_ONCE]
                 self._notify(owner, batch[0], "renewal", functools.partial(_renew, batch))
+
+    def _stop_when_due(self, handle: TransferHandle) -> None:
+        entry = self._timer.schedule(handle.deadline, handle.time_out)
+        handle.when_final(lambda _: self._timer.cancel(entry))
 
     def _publish(self, addresses: tuple[str, ...]) -> None:
         self._discovery.publish(

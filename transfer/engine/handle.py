@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from transfer.errors import Phase, TransferCancelled, TransferError
+from transfer.errors import DeadlineExceeded, Phase, TransferCancelled, TransferError
 from transfer.transports.base import Interrupt, ReadSession
 from transfer.types import PeerId
 
@@ -57,6 +57,7 @@ class TransferHandle:
     def __init__(self, owner: PeerId, handoff_id: str, deadline_s: float) -> None:
         self.owner = owner
         self.handoff_id = handoff_id
+        self._deadline_s = deadline_s
         self.deadline = time.monotonic() + deadline_s
         """When the read fails at the latest, on the monotonic clock."""
         self.interrupt = Interrupt()
@@ -139,6 +140,17 @@ class TransferHandle:
         if ended:
             self._announce()
 
+    def time_out(self) -> None:
+        """Stop the read because its deadline passed."""
+        self.stop(
+            DeadlineExceeded(
+                f"not done within {self._deadline_s} s",
+                phase=Phase.READ,
+                peer=str(self.owner),
+                handoff_id=self.handoff_id,
+            )
+        )
+
     def advance(self, state: TransferState) -> None:
         """Go on to a state that is not final.
 
@@ -155,6 +167,11 @@ class TransferHandle:
             if self._session is not None:
                 self._bytes_before += self._session.bytes_moved
             self._session = session
+
+    def add_bytes(self, count: int) -> None:
+        """Count bytes that came without a session."""
+        with self._lock:
+            self._bytes_before += count
 
     def finish(self, error: TransferError | None) -> None:
         """The engine is through with it; an error from :meth:`stop` wins over ``error``."""

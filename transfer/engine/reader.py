@@ -12,7 +12,7 @@ from transfer import faults
 from transfer.engine.budget import ByteBudget
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.engine.links import Link, PeerLinks
-from transfer.engine.memory import MemoryTable
+from transfer.engine.memory import MemoryTable, copy_in
 from transfer.engine.workers import Workers
 from transfer.errors import (
     DeadlineExceeded,
@@ -27,7 +27,7 @@ from transfer.errors import (
 )
 from transfer.settings import TransferSettings
 from transfer.spans import check_spans, merge_adjacent, overlaps_itself, total_bytes
-from transfer.transports.base import DataChannel
+from transfer.transports.base import MAX_FETCH_ROWS, DataChannel
 from transfer.types import Credentials, PeerId, PeerInfo, Planner, ReadPlan
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,11 @@ class PeerReader:
         self._links = links
         self._memory = memory
         self._budget = budget
+        self._fetch_bytes = settings.fetch_bytes
         self._lock = threading.Lock()
+        # Threads of others that read; closing waits for them too.
+        self._guests = 0
+        self._guest_left = threading.Condition(self._lock)
         # Each with the owner's incarnation that it reads from.
         self._handles: dict[TransferHandle, str] = {}
         self._reads = Workers(f"baton-reads-{owner}", settings.max_reads_per_peer)
@@ -86,7 +90,7 @@ class PeerReader:
     @property
     def quiet(self) -> bool:
         """Whether it has nothing to do."""
-        return self._reads.quiet and self._notices.quiet
+        return self._reads.quiet and self._notices.quiet and not self._guests
 
     def submit(self, handle: TransferHandle, credentials: Credentials, planner: Planner) -> bool:
         """Begin a read soon; False when closed."""
@@ -95,14 +99,33 @@ class PeerReader:
         handle.when_final(self._forget)
         return self._reads.submit(lambda: self._read(handle, credentials, planner))
 
+    def admit(self, handle: TransferHandle, credentials: Credentials) -> bool:
+        """Expect :meth:`run` with the same arguments; False when closed."""
+        with self._lock:
+            if self._closing.is_set():
+                return False
+            self._handles[handle] = credentials.incarnation
+            self._guests += 1
+            return True
+
+    def run(self, handle: TransferHandle, credentials: Credentials, planner: Planner) -> None:
+        """After :meth:`admit`: read on the calling thread; the handle is final on return."""
+        try:
+            handle.when_final(self._forget)
+            self._read(handle, credentials, planner)
+        finally:
+            with self._guest_left:
+                self._guests -= 1
+                self._guest_left.notify_all()
+
     def notify(self, notice: Notice) -> bool:
         """Send a notice soon, again and again until it arrives or expires; False when closed."""
         return self._notices.submit(lambda: self._deliver(notice))
 
     @property
     def alive(self) -> bool:
-        """Whether it has threads."""
-        return self._reads.alive or self._notices.alive
+        """Whether threads use it."""
+        return self._reads.alive or self._notices.alive or self._guests > 0
 
     def fail_starts_but(self, alive: str, error: Callable[[], TransferError]) -> None:
         """Stop every read from, and cut every connection to, other starts of the owner than
@@ -113,8 +136,9 @@ class PeerReader:
     def shut(self, error: Callable[[], TransferError]) -> None:
         """Take nothing more and stop every read. Does not block."""
         self._reads.shut()
+        with self._lock:
+            self._closing.set()
         self._stop(error)
-        self._closing.set()
         self._notices.shut()
         if not self.alive:
             self._links.close()
@@ -128,6 +152,9 @@ class PeerReader:
         cutter.join()
         self._links.close()
         self._reads.join()
+        with self._guest_left:
+            while self._guests:
+                self._guest_left.wait()
 
     def _forget(self, handle: TransferHandle) -> None:
         with self._lock:
@@ -143,7 +170,15 @@ class PeerReader:
     def _read(self, handle: TransferHandle, credentials: Credentials, planner: Planner) -> None:
         unforeseen = True
         try:
-            _Read(handle, credentials, planner, self._links, self._memory, self._budget).run()
+            _Read(
+                handle,
+                credentials,
+                planner,
+                self._links,
+                self._memory,
+                self._budget,
+                self._fetch_bytes,
+            ).run()
             unforeseen = False
             handle.finish(None)
         except TransferError as error:
@@ -190,6 +225,7 @@ class _Read:
         links: PeerLinks,
         memory: MemoryTable,
         budget: ByteBudget,
+        fetch_bytes: int,
     ) -> None:
         self._handle = handle
         self._credentials = credentials
@@ -197,6 +233,7 @@ class _Read:
         self._links = links
         self._memory = memory
         self._budget = budget
+        self._fetch_bytes = fetch_bytes
         self._plan: ReadPlan | None = None
         self._all_read = False
         self._read_id = ""
@@ -217,8 +254,12 @@ class _Read:
     def _try(self) -> None:
         handle = self._handle
         with self._links.use(self._credentials.incarnation, handle.deadline) as link:
+            plan = self._plan = self._plan or self._checked_plan(link.info)
+            if self._is_small(plan):
+                self._fetch(link, plan)
+                return
             if not self._all_read:
-                self._read(link)
+                self._read(link, plan)
             handle.advance(TransferState.CONFIRMING)
             faults.reach("reader.confirming", self._handle.owner.engine_id)
             link.control.release(
@@ -226,13 +267,24 @@ class _Read:
             )
             faults.reach("reader.confirmed", self._handle.owner.engine_id)
 
-    def _read(self, link: Link) -> None:
-        if self._plan is None:
-            self._plan = self._checked_plan(link.info)
+    def _is_small(self, plan: ReadPlan) -> bool:
+        rows = plan.local.shape[0]
+        return 0 < rows <= MAX_FETCH_ROWS and total_bytes(plan.local) <= self._fetch_bytes
+
+    def _fetch(self, link: Link, plan: ReadPlan) -> None:
+        handle = self._handle
+        handle.advance(TransferState.CONFIRMING)
+        data = link.control.fetch(self._credentials, plan.remote, self._left_s())
+        # Until here a read that is stopped is final at once: nothing was written.
+        handle.advance(TransferState.READING)
+        copy_in(plan.local, data)
+        handle.add_bytes(len(data))
+
+    def _read(self, link: Link, plan: ReadPlan) -> None:
         while not self._all_read:
             channel = link.routes.channel
             try:
-                self._read_from(channel, self._plan)
+                self._read_from(channel, plan)
                 self._all_read = True
             except TransportUnavailable as error:
                 self._handle.interrupt.check()

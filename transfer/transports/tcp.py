@@ -8,6 +8,7 @@ next slice before it takes in the one before.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -45,6 +46,8 @@ _PIPELINED_REQUESTS = 2
 # A request must fit the sockets' buffers: the owner does not take it in while it sends.
 _MAX_REQUEST_ROWS = 2048
 _MIN_SLICE_BYTES = 1 << 20
+# What an owner that is not busy needs to answer a small read.
+_SPIN_S = 100e-6
 
 
 class TcpTransport(ControlTransport):
@@ -105,6 +108,24 @@ class TcpControl(ControlChannel):
         )
         return bytes(answer)
 
+    def fetch(self, credentials: Credentials, spans: SpanArray, timeout_s: float) -> bytearray:
+        body = wire.encode_read(credentials, spans)
+        wanted = total_bytes(spans)
+        fetched = self._call(
+            MessageType.FETCH,
+            body,
+            MessageType.FETCHED,
+            timeout_s,
+            Phase.READ,
+            credentials,
+            body_hint=wanted,
+        )
+        if len(fetched) != wanted:
+            raise FatalError(
+                f"{len(fetched)} of {wanted} bytes came", phase=Phase.READ, peer=self._peer
+            )
+        return fetched
+
     def begin_read(
         self,
         credentials: Credentials,
@@ -156,6 +177,7 @@ class TcpControl(ControlChannel):
         timeout_s: float,
         phase: Phase,
         credentials: Credentials | None = None,
+        body_hint: int = 0,
     ) -> bytearray:
         handoff_id = credentials.handoff_id if credentials else ""
         deadline = time.monotonic() + timeout_s
@@ -169,7 +191,7 @@ class TcpControl(ControlChannel):
         whole = False
         try:
             with translated(phase, self._peer, handoff_id):
-                header, answer = self._exchange(request, body, deadline)
+                header, answer = self._exchange(request, body, deadline, body_hint)
             if header.type is MessageType.ERROR:
                 whole = True
                 raise wire.decode_error(answer, phase, self._peer, handoff_id)
@@ -183,15 +205,17 @@ class TcpControl(ControlChannel):
             self._turn.release()
 
     def _exchange(
-        self, request: MessageType, body: bytes, deadline: float
+        self, request: MessageType, body: bytes, deadline: float, body_hint: int
     ) -> tuple[Header, bytearray]:
         if self._broken:
             raise ConnectionAbortedError("the connection was shut down")
-        left_s = max(0.001, deadline - time.monotonic())
+        left_s = _rounded_up(max(0.001, deadline - time.monotonic()))
         self._stream.set_timeouts(receive_s=left_s, send_s=left_s)
         request_id = next(self._request_ids)
         self._stream.send(wire.message(request, request_id, body))
-        return receive_answer(self._stream, request_id, left_s, self._peer)
+        if body_hint:
+            self._stream.spin(_SPIN_S)
+        return receive_answer(self._stream, request_id, left_s, self._peer, body_hint)
 
 
 class TcpData(DataChannel):
@@ -283,7 +307,6 @@ class TcpReadSession(ReadSession):
         self._channel = channel
         self._peer = peer
         self._credentials = credentials
-        self._credential_bytes = wire.encode_credentials(credentials)
         self._slices = slices
         self._total_bytes = sum(total_bytes(piece.local) for piece in slices)
         self._lock = threading.Lock()
@@ -358,7 +381,7 @@ class TcpReadSession(ReadSession):
         while True:
             while len(asked) < _PIPELINED_REQUESTS and (piece := self._next_slice()) is not None:
                 request_id = next(request_ids)
-                body = self._credential_bytes + piece.remote.tobytes()
+                body = wire.encode_read(self._credentials, piece.remote)
                 stream.send(wire.message(MessageType.READ, request_id, body))
                 asked.append((request_id, SpanCursor(piece.local)))
             if not asked:
@@ -385,3 +408,9 @@ class TcpReadSession(ReadSession):
     def _count(self, moved: int) -> None:
         with self._lock:
             self._moved += moved
+
+
+def _rounded_up(seconds: float) -> float:
+    """A little more, so that consecutive calls of like timeouts need not set it anew."""
+    fraction, exponent = math.frexp(seconds)
+    return math.ldexp(math.ceil(fraction * 16), exponent - 4)

@@ -68,12 +68,22 @@ def _shake_hands(stream: TcpStream, caller: Caller, address: str, timeout_s: flo
 
 
 def receive_answer(
-    stream: TcpStream, request_id: int, timeout_s: float, peer: str
+    stream: TcpStream, request_id: int, timeout_s: float, peer: str, body_hint: int = 0
 ) -> tuple[Header, bytearray]:
-    header = wire.decode_header(stream.receive(wire.HEADER.size, timeout_s))
-    if header.request_id != request_id or header.type is MessageType.DATA:
+    """Header and body of the only answer that is due.
+
+    Args:
+        body_hint: bytes of a body that is likely; they are taken in with the header.
+    """
+    message = bytearray(wire.HEADER.size + body_hint)
+    came = stream.receive_some(memoryview(message), wire.HEADER.size, timeout_s)
+    header = wire.decode_header(memoryview(message)[: wire.HEADER.size])
+    whole = wire.HEADER.size + header.body_bytes
+    if header.request_id != request_id or header.type is MessageType.DATA or came > whole:
         raise unexpected(header, peer)
-    return header, stream.receive(header.body_bytes, timeout_s)
+    del message[came:]
+    body = message[wire.HEADER.size :]
+    return header, body + stream.receive(whole - came, timeout_s)
 
 
 def unexpected(header: Header, peer: str) -> ProtocolError:

@@ -22,10 +22,11 @@ from transfer.errors import (
     TransferError,
     TransportUnavailable,
 )
-from transfer.settings import MAX_SLICE_BYTES, TransferSettings
+from transfer.settings import MAX_FETCH_BYTES, MAX_SLICE_BYTES, TransferSettings
 from transfer.spans import total_bytes
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Attachment, Caller, Listener, OwnerService
+from transfer.transports.tcp_locality import ProcessorFollower
 from transfer.transports.tcp_stream import SpanCursor, TcpStream
 from transfer.transports.tcp_wire import Header, MessageType
 from transfer.transports.tls import TlsContexts
@@ -185,6 +186,7 @@ class _Conversation:
         self._attachments: dict[str, Attachment] = {}
         self._stall_s = settings.stall_timeout_s
         self._header = bytearray(wire.HEADER.size)
+        self._follower = ProcessorFollower(stream)
 
     def run(self) -> None:
         """Serve until the stream ends.
@@ -246,6 +248,10 @@ class _Conversation:
             case MessageType.READ:
                 self._read(caller, header.request_id, body)
                 return
+            case MessageType.FETCH:
+                credentials, spans = wire.decode_read(body)
+                fetched = self._fetch(caller, credentials, spans)
+                answer = wire.message(MessageType.FETCHED, header.request_id, fetched)
             case MessageType.BEGIN:
                 answer = self._begin(caller, header.request_id, body)
             case MessageType.ATTACH:
@@ -293,12 +299,21 @@ class _Conversation:
             attachment = self._attachments[scheme] = listener.attach(caller)
         return attachment
 
+    def _fetch(self, caller: Caller, credentials: Credentials, spans: SpanArray) -> bytes:
+        size = total_bytes(spans)
+        if size > MAX_FETCH_BYTES:
+            raise ProtocolError(
+                f"FETCH of {size} bytes, at most {MAX_FETCH_BYTES} go at once", phase=Phase.READ
+            )
+        return self._service.fetch(caller, credentials, spans)
+
     def _read(self, caller: Caller, request_id: int, body: bytearray) -> None:
         credentials, spans = wire.decode_read(body)
         permit = self._service.begin_read(caller, credentials, spans, self._stream.shutdown)
         try:
             faults.reach("owner.sending")
             head, rows = _with_header(request_id, spans)
+            self._follower.follow()
             whole = self._stream.send_spans(SpanCursor(rows), lambda: permit.valid)
             del head
         finally:

@@ -32,6 +32,12 @@ _KEEPALIVE_IDLE_S = 30
 _KEEPALIVE_INTERVAL_S = 10
 _KEEPALIVE_PROBES = 3
 
+# socket(7); not every build of Python has the name.
+_SO_INCOMING_CPU = 49
+
+_SAME_HOST_SEND_BUFFER_BYTES = 512 << 10
+"""What is under way stays in a second-level cache; the kernel would let it grow to megabytes."""
+
 _LINGER_S = 0.5
 _LINGER_BYTES = 64 << 10
 
@@ -134,6 +140,7 @@ class TcpStream:
         self._socket = sock
         self._lock = threading.Lock()
         self._closed = False
+        self._timeouts_s = (0.0, 0.0)
         self.peer = peer
         sock.setblocking(True)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -141,9 +148,13 @@ class TcpStream:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+        self.same_host = _is_same_host(sock)
+        """Whether both ends are on this host."""
         if buffer_bytes:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        elif self.same_host:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SAME_HOST_SEND_BUFFER_BYTES)
 
     def __repr__(self) -> str:
         return f"<TcpStream {self.peer} {'closed' if self._closed else 'open'}>"
@@ -169,11 +180,18 @@ class TcpStream:
 
     def set_timeouts(self, receive_s: float, send_s: float) -> None:
         """Bound the time that a call waits for the next byte; 0 is for ever."""
+        if (receive_s, send_s) == self._timeouts_s:
+            return
+        self._timeouts_s = (receive_s, send_s)
         for option, timeout_s in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
             # A timeout of less than a microsecond would read as none.
             micros = max(1, round(timeout_s * 1e6)) if timeout_s else 0
             value = struct.pack("@ll", *divmod(micros, 1_000_000))
             self._socket.setsockopt(socket.SOL_SOCKET, option, value)
+
+    def incoming_processor(self) -> int:
+        """The processor that took in the last bytes; on one host, that on which they were sent."""
+        return self._socket.getsockopt(socket.SOL_SOCKET, _SO_INCOMING_CPU)
 
     @property
     def secured(self) -> bool:
@@ -202,12 +220,27 @@ class TcpStream:
             OSError: the stream broke or ended (``ConnectionResetError``) or stalled
                 (``TimeoutError``).
         """
+        self.receive_some(view, len(view), stall_s)
+
+    def receive_some(self, view: memoryview, least: int, stall_s: float | None = None) -> int:
+        """As :meth:`receive_into`, but content with the first ``least`` bytes; how many came."""
         filled = self._first_bytes(view)
         deadline = None if stall_s is None else time.monotonic() + stall_s
-        while filled < len(view):
+        while filled < least:
             if deadline is not None:
                 self._wait_readable(deadline)
             filled += self._first_bytes(view[filled:])
+        return filled
+
+    def spin(self, seconds: float) -> None:
+        """Wait so long, awake, for the next byte: sooner than to be woken when it is due soon."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            try:
+                socket.socket.recv(self._socket, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                return
+            except BlockingIOError:
+                continue
 
     def receive(self, count: int, stall_s: float | None = None) -> bytearray:
         """The next ``count`` bytes; ``count`` was bounded by the caller."""
@@ -298,6 +331,14 @@ def tls_error(
     else:
         why = f"TLS failed, does the other end speak it and trust ours? {error.reason or error}"
     return TlsRefused(why, phase=phase, peer=peer, handoff_id=handoff_id)
+
+
+def _is_same_host(sock: socket.socket) -> bool:
+    # A host that connects to itself does so from the address that it connects to.
+    try:
+        return bool(sock.getpeername()[0] == sock.getsockname()[0])
+    except OSError:  # it broke already, which the first call on it will say
+        return False
 
 
 def _ended() -> ConnectionResetError:

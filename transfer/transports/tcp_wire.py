@@ -17,6 +17,9 @@ Text is a 16-bit length and UTF-8. Credentials are handoff_id, incarnation, toke
 text, the fence in 64 bits and the share in 16. Rows of spans are raw: address and length, 64 bits
 each.
 
+FETCH is a small read in one round trip: FETCHED has the bytes of the spans, copied while they were
+pinned, and says that the reader was counted off as a RELEASE would have done.
+
 A READ is answered by DATA, whose body is the bytes of the spans in the order of the request, or
 by ERROR. Answers come in the order of the requests. BEGIN asks leave to read the same spans by
 another transport, in which the owner takes no part; its read id comes back in RELEASE. A BEGIN
@@ -43,8 +46,8 @@ from transfer.errors import (
     TransferError,
     TransportUnavailable,
 )
-from transfer.settings import MAX_SLICE_BYTES
-from transfer.transports.base import Caller
+from transfer.settings import MAX_FETCH_BYTES, MAX_SLICE_BYTES
+from transfer.transports.base import MAX_FETCH_ROWS, Caller
 from transfer.types import Credentials, PeerId, PeerInfo, SpanArray
 
 MAGIC = b"BATN"
@@ -79,6 +82,8 @@ class MessageType(IntEnum):
     KEYS = 12
     ATTACH = 13
     ATTACHED = 14
+    FETCH = 15
+    FETCHED = 16
 
 
 _CONTROL_BODY_BYTES = 1 << 20
@@ -88,6 +93,8 @@ _MAX_BODY_BYTES = dict.fromkeys(MessageType, _CONTROL_BODY_BYTES) | {
     MessageType.READ: MAX_READ_ROWS * _ROW_BYTES + 4096,
     MessageType.BEGIN: MAX_READ_ROWS * _ROW_BYTES + 4096,
     MessageType.DATA: MAX_SLICE_BYTES,
+    MessageType.FETCH: MAX_FETCH_ROWS * _ROW_BYTES + 4096,
+    MessageType.FETCHED: MAX_FETCH_BYTES,
     MessageType.RELEASE: 4096,
     MessageType.ABORT: 4096,
     MessageType.OK: 0,
@@ -203,6 +210,11 @@ def encode_credentials(credentials: Credentials) -> bytes:
             _U16.pack(credentials.share),
         )
     )
+
+
+def encode_read(credentials: Credentials, spans: SpanArray) -> bytes:
+    """Body of a READ or a FETCH."""
+    return encode_credentials(credentials) + spans.tobytes()
 
 
 def decode_read(body: bytes | bytearray) -> tuple[Credentials, SpanArray]:
@@ -329,7 +341,7 @@ class _Fields:
     def _take(self, count: int) -> memoryview:
         upto = self._at + count
         if upto > len(self._view):
-            raise _malformed(f"body of {len(self._view)} bytes ends within a field")
+            raise _ends_early(self._view)
         taken = self._view[self._at : upto]
         self._at = upto
         return taken
@@ -353,16 +365,20 @@ class _Fields:
         return value == 1
 
     def text(self) -> str:
-        length = self.u16()
+        begin = self._at + 2
+        length = int.from_bytes(self._view[self._at : begin], "little")
         if length > MAX_TEXT_BYTES:
             raise _malformed(f"text of {length} bytes, at most {MAX_TEXT_BYTES} are read")
+        self._at = begin + length
+        if self._at > len(self._view):
+            raise _ends_early(self._view)
         try:
-            return str(self._take(length), "utf-8")
+            return str(self._view[begin : self._at], "utf-8")
         except UnicodeDecodeError:
             raise _malformed("text is not UTF-8") from None
 
     def credentials(self) -> Credentials:
-        handoff_id, incarnation, token, reader = (self.text() for _ in range(4))
+        handoff_id, incarnation, token, reader = self.text(), self.text(), self.text(), self.text()
         fence, share = self.u64(), self.u16()
         if not share:
             raise _malformed("credentials with a share of 0")
@@ -397,6 +413,10 @@ def _shortened(text: str) -> str:
     """At most a few hundred characters, safe to encode."""
     clean = text.encode("utf-8", "replace")[:MAX_TEXT_BYTES]
     return clean.decode("utf-8", "ignore")
+
+
+def _ends_early(body: memoryview) -> ProtocolError:
+    return _malformed(f"body of {len(body)} bytes ends within a field")
 
 
 def _malformed(message: str) -> ProtocolError:
