@@ -274,7 +274,9 @@ class _Read:
     def _fetch(self, link: Link, plan: ReadPlan) -> None:
         handle = self._handle
         handle.advance(TransferState.CONFIRMING)
+        faults.reach("reader.confirming", handle.owner.engine_id)
         data = link.control.fetch(self._credentials, plan.remote, self._left_s())
+        faults.reach("reader.confirmed", handle.owner.engine_id)
         # Until here a read that is stopped is final at once: nothing was written.
         handle.advance(TransferState.READING)
         copy_in(plan.local, data)
