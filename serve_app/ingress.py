@@ -220,7 +220,7 @@ def _error(error: ErrorResponse) -> JSONResponse:
 
 
 _EVENTS = Counter(
-    "baton_router_events_total",
+    "baton_router_events",
     description="What went out of the ordinary way in the router.",
     tag_keys=("event",),
 )
