@@ -121,6 +121,7 @@ class Handoff:
     ended_at_s: float = 0.0
     # Reader names: how each was counted off, and which process reads for those that were not.
     released: dict[str, Release] = field(default_factory=dict)
+    counted_off: Fraction | int = 0
     reading: dict[str, Caller] = field(default_factory=dict)
     # One-sided reads that began: their ids, and the reader's name.
     one_sided: dict[str, str] = field(default_factory=dict)
@@ -129,9 +130,14 @@ class Handoff:
     @property
     def readers_left(self) -> int:
         """Readers that were not counted off, those that were in part included."""
-        # Exact, and seldom more than one or two terms.
-        off = sum((Fraction(1, release.share) for release in self.released.values()), Fraction(0))
-        return self.offer.readers - math.floor(off)
+        return self.offer.readers - math.floor(self.counted_off)
+
+    def count_off(self, reader: str, release: Release) -> None:
+        """``reader`` is through; called once for each."""
+        self.released[reader] = release
+        self.reading.pop(reader, None)
+        # Exact: thirds add up to one. Kept, as a hand-off may have very many readers.
+        self.counted_off += 1 if release.share == 1 else Fraction(1, release.share)
 
     @property
     def live(self) -> bool:

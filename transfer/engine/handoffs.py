@@ -158,8 +158,7 @@ class HandoffTable:
                 raise self._is_over(handoff, Phase.CONFIRM)
             if read_id and handoff.one_sided.get(read_id) != credentials.reader:
                 raise _refused("that read never began", credentials.handoff_id, Phase.CONFIRM)
-            handoff.released[credentials.reader] = Release(used, read_id, credentials.share)
-            handoff.reading.pop(credentials.reader, None)
+            handoff.count_off(credentials.reader, Release(used, read_id, credentials.share))
             if handoff.readers_left <= 0:
                 # No revoking: every reader said that it has what it wants, and the owner's side
                 # of the last read may still be on its way back from the system call.
