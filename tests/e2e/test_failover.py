@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(600)
 
 MODEL = "tiny"
 PROMPT = "The quick brown fox jumps over the lazy dog and then it goes home to sleep. " * 2
-LONG = 300
+LONG = 600
 MAX_REQUESTS = 16
 EVENTS = "ray_baton_router_events_total"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -46,6 +46,11 @@ class Holds:
     def let_go(self, point: str) -> None:
         """Disarms the point and frees who is held there."""
         for file in (self.folder / point, *self.folder.glob(f"{point}@*")):
+            file.unlink(missing_ok=True)
+
+    def let_all_go(self) -> None:
+        """After a test that failed half-way."""
+        for file in self.folder.iterdir():
             file.unlink(missing_ok=True)
 
     def _held(self, point: str) -> int:
@@ -85,8 +90,10 @@ def app(
 
 
 @pytest.fixture
-def two_by_two(app: BatonApp) -> BatonApp:
+def two_by_two(app: BatonApp, holds: Holds) -> BatonApp:
     """The application with all its replicas up and nothing left of the test before."""
+
+    holds.let_all_go()
 
     def whole() -> bool:
         status = app.status()
@@ -148,10 +155,10 @@ def whole(stream: Stream) -> tuple[str, str, Any]:
 STREAMS: list[dict[str, Any]] = [
     {},
     {},
-    {"stop": ["zzzz never", "there zzz"], "min_tokens": 250},
+    {"stop": ["zzzz never", "there zzz"], "min_tokens": 500},
     {"stop": ["zzzz never", "there zzz"]},
     {"repetition_penalty": 1.2, "seed": 4},
-    {"logit_bias": {"70": 3.0}, "max_tokens": 280},
+    {"logit_bias": {"70": 3.0}, "max_tokens": 560},
 ]
 
 
