@@ -26,7 +26,6 @@ from transfer.settings import MAX_FETCH_BYTES, MAX_SLICE_BYTES, TransferSettings
 from transfer.spans import total_bytes
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Attachment, Caller, Listener, OwnerService
-from transfer.transports.tcp_locality import ProcessorFollower
 from transfer.transports.tcp_stream import SpanCursor, TcpStream
 from transfer.transports.tcp_wire import Header, MessageType
 from transfer.transports.tls import TlsContexts
@@ -186,7 +185,6 @@ class _Conversation:
         self._attachments: dict[str, Attachment] = {}
         self._stall_s = settings.stall_timeout_s
         self._header = bytearray(wire.HEADER.size)
-        self._follower = ProcessorFollower(stream)
 
     def run(self) -> None:
         """Serve until the stream ends.
@@ -313,7 +311,6 @@ class _Conversation:
         try:
             faults.reach("owner.sending")
             head, rows = _with_header(request_id, spans)
-            self._follower.follow()
             whole = self._stream.send_spans(SpanCursor(rows), lambda: permit.valid)
             del head
         finally:

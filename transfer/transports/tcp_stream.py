@@ -32,12 +32,6 @@ _KEEPALIVE_IDLE_S = 30
 _KEEPALIVE_INTERVAL_S = 10
 _KEEPALIVE_PROBES = 3
 
-# socket(7); not every build of Python has the name.
-_SO_INCOMING_CPU = 49
-
-_SAME_HOST_SEND_BUFFER_BYTES = 512 << 10
-"""What is under way stays in a second-level cache; the kernel would let it grow to megabytes."""
-
 _LINGER_S = 0.5
 _LINGER_BYTES = 64 << 10
 
@@ -148,13 +142,9 @@ class TcpStream:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
-        self.same_host = _is_same_host(sock)
-        """Whether both ends are on this host."""
         if buffer_bytes:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
-        elif self.same_host:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SAME_HOST_SEND_BUFFER_BYTES)
 
     def __repr__(self) -> str:
         return f"<TcpStream {self.peer} {'closed' if self._closed else 'open'}>"
@@ -188,10 +178,6 @@ class TcpStream:
             micros = max(1, round(timeout_s * 1e6)) if timeout_s else 0
             value = struct.pack("@ll", *divmod(micros, 1_000_000))
             self._socket.setsockopt(socket.SOL_SOCKET, option, value)
-
-    def incoming_processor(self) -> int:
-        """The processor that took in the last bytes; on one host, that on which they were sent."""
-        return self._socket.getsockopt(socket.SOL_SOCKET, _SO_INCOMING_CPU)
 
     @property
     def secured(self) -> bool:
@@ -331,14 +317,6 @@ def tls_error(
     else:
         why = f"TLS failed, does the other end speak it and trust ours? {error.reason or error}"
     return TlsRefused(why, phase=phase, peer=peer, handoff_id=handoff_id)
-
-
-def _is_same_host(sock: socket.socket) -> bool:
-    # A host that connects to itself does so from the address that it connects to.
-    try:
-        return bool(sock.getpeername()[0] == sock.getsockname()[0])
-    except OSError:  # it broke already, which the first call on it will say
-        return False
 
 
 def _ended() -> ConnectionResetError:
