@@ -73,6 +73,10 @@ class TransportUnavailable(RetryableError):
     """This way of moving bytes does not work with this peer; another one may."""
 
 
+class HandoffNotReady(RetryableError):
+    """The owner's ticket is quicker than its offer, which will come."""
+
+
 class DeadlineExceeded(RetryableError):
     """The peer did not answer in time."""
 

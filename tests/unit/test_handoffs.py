@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from transfer.engine import handoffs as module
 from transfer.engine.handoff import HandoffState, Offer, Permit
 from transfer.engine.handoffs import HandoffTable
-from transfer.errors import HandoffRefused, RegistrationError
+from transfer.errors import HandoffNotReady, HandoffRefused, RegistrationError
 from transfer.spans import block_spans
 from transfer.transports.base import Caller
 from transfer.types import Credentials, PeerId, SpanArray
@@ -177,6 +178,23 @@ def test_every_reader_must_release(table: HandoffTable) -> None:
     assert [one.readers_left for one in table.snapshot()] == [1]
     table.release(credentials(reader="c"), used=False)
     assert ends(table) == [("h", HandoffState.RELEASED)]
+
+
+def test_what_is_still_to_be_offered_is_not_refused(table: HandoffTable) -> None:
+    table.offer(offer("earlier"))
+    early = credentials("later", fence=8)
+    with pytest.raises(HandoffNotReady):
+        begin(table, early)
+    with pytest.raises(HandoffNotReady):
+        table.release(early, used=False)
+    with pytest.raises(HandoffNotReady):
+        table.renew(early)
+    with pytest.raises(HandoffRefused, match="another start"):
+        begin(table, credentials("later", fence=8, incarnation="start-0"))
+    table.offer(replace(offer("later"), fence=8))
+    table.release(early, used=False)
+    with pytest.raises(HandoffRefused, match="unknown"):
+        begin(table, credentials("forged", fence=8))
 
 
 def test_readers_that_share_count_as_one_together(table: HandoffTable) -> None:

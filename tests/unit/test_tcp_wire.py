@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from transfer.errors import (
     DeadlineExceeded,
+    HandoffNotReady,
     HandoffRefused,
     LayoutMismatch,
     PeerUnreachable,
@@ -133,6 +134,7 @@ def test_attach_round_trip() -> None:
     ("sent", "received"),
     [
         (HandoffRefused, HandoffRefused),
+        (HandoffNotReady, HandoffNotReady),
         (RegistrationError, HandoffRefused),
         (DeadlineExceeded, HandoffRefused),
         (ProtocolError, ProtocolError),

@@ -23,7 +23,7 @@ from transfer.engine.handoff import (
     Permit,
     Release,
 )
-from transfer.errors import HandoffRefused, Phase, RegistrationError
+from transfer.errors import HandoffNotReady, HandoffRefused, Phase, RegistrationError
 from transfer.spans import check_spans, coverage, empty_spans, lies_within
 from transfer.transports.base import Caller
 from transfer.types import Credentials, PeerId, SpanArray
@@ -38,6 +38,10 @@ MAX_ONE_SIDED_READS = 1024
 class HandoffTable:
     """All hand-offs of one owner. Thread-safe.
 
+    Offers come in the order of their fences. Credentials with a higher one than any so far are of
+    an offer that is still on its way here, and raise ``HandoffNotReady``: a ticket goes out from
+    the scheduler's process, and may be quicker than the offer to the workers.
+
     Args:
         incarnation: of the owner; credentials for another one are refused.
         clock: seconds, monotonic.
@@ -50,6 +54,7 @@ class HandoffTable:
         self._live: dict[str, Handoff] = {}
         self._over: OrderedDict[str, Handoff] = OrderedDict()
         self._untaken: list[Handoff] = []
+        self._highest_fence = -1
 
     def __repr__(self) -> str:
         with self._lock:
@@ -80,6 +85,7 @@ class HandoffTable:
             if offer.handoff_id in self._live or offer.handoff_id in self._over:
                 raise _refused("offered before", offer.handoff_id, Phase.REGISTER)
             self._live[offer.handoff_id] = Handoff(offer, cover, now, now + offer.ttl_s)
+            self._highest_fence = max(self._highest_fence, offer.fence)
 
     def begin_read(
         self,
@@ -294,6 +300,8 @@ class HandoffTable:
         if credentials.incarnation != self._incarnation:
             raise _refused("offered by another start of the owner", credentials.handoff_id, phase)
         handoff = self._live.get(credentials.handoff_id) or self._over.get(credentials.handoff_id)
+        if handoff is None and credentials.fence > self._highest_fence:
+            raise HandoffNotReady("not offered yet", phase=phase, handoff_id=credentials.handoff_id)
         if handoff is None:
             raise _refused("unknown", credentials.handoff_id, phase)
         if not hmac.compare_digest(_secret(credentials.token), _secret(handoff.offer.token)):

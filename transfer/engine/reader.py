@@ -17,6 +17,7 @@ from transfer.engine.workers import Workers
 from transfer.errors import (
     DeadlineExceeded,
     FatalError,
+    HandoffNotReady,
     HandoffRefused,
     PeerUnreachable,
     Phase,
@@ -36,6 +37,8 @@ _TRIES = 2
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _NOTICE_TIMEOUT_S = 5.0
+_NOT_READY_S = 10.0
+"""How long an owner may take to offer what its ticket promised: a step of its model."""
 
 # What a planner may raise when it is handed a peer's layout that makes no sense to it.
 _PLANNER_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -240,15 +243,23 @@ class _Read:
 
     def run(self) -> None:
         """Return when the owner confirmed; raise whatever else ends the read."""
-        for tries_left in reversed(range(_TRIES)):
+        tries_left = _TRIES - 1
+        ready_by = min(self._handle.deadline, time.monotonic() + _NOT_READY_S)
+        pause_s = _FIRST_PAUSE_S / 20
+        while True:
             self._handle.advance(TransferState.CONNECTING)
             faults.reach("reader.connecting", self._handle.owner.engine_id)
             try:
                 self._try()
                 return
+            except HandoffNotReady:
+                if time.monotonic() + pause_s >= ready_by or self._handle.wait(pause_s):
+                    raise
+                pause_s = min(pause_s * 2, _FIRST_PAUSE_S)
             except PeerUnreachable as error:
                 if not tries_left or self._handle.interrupt.error is not None:
                     raise
+                tries_left -= 1
                 logger.info("will try once more: %s", error)
 
     def _try(self) -> None:

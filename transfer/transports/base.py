@@ -58,7 +58,8 @@ class ReadPermit(Protocol):
 class OwnerService(Protocol):
     """What a listener asks of the engine it serves. Callable from any thread.
 
-    Every method but ``info`` and ``end_read`` raises ``HandoffRefused`` when the hand-off is not
+    Every method but ``info`` and ``end_read`` raises ``HandoffNotReady`` when the hand-off is still
+    to be offered, and ``HandoffRefused`` when it is not
     as the credentials say.
     """
 

@@ -14,6 +14,7 @@ from transfer import faults
 from transfer.addressing import Address
 from transfer.errors import (
     ConfigurationError,
+    HandoffNotReady,
     HandoffRefused,
     PeerUnreachable,
     Phase,
@@ -274,7 +275,7 @@ class _Conversation:
     def _renew(self, credentials: Credentials) -> bool:
         try:
             self._service.renew(credentials)
-        except HandoffRefused:
+        except (HandoffRefused, HandoffNotReady):
             return False
         return True
 

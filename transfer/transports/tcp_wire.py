@@ -37,6 +37,7 @@ from enum import IntEnum, unique
 import numpy as np
 
 from transfer.errors import (
+    HandoffNotReady,
     HandoffRefused,
     LayoutMismatch,
     PeerUnreachable,
@@ -112,6 +113,7 @@ class ErrorCode(IntEnum):
     LAYOUT = 4
     UNAVAILABLE = 5
     TLS = 6
+    NOT_READY = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +308,8 @@ def encode_error(error: TransferError) -> bytes:
         code = ErrorCode.TLS
     elif isinstance(error, TransportUnavailable):
         code = ErrorCode.UNAVAILABLE
+    elif isinstance(error, HandoffNotReady):
+        code = ErrorCode.NOT_READY
     else:
         code = ErrorCode.REFUSED
     return bytes([code]) + _text(_shortened(error.message))
@@ -325,6 +329,7 @@ def decode_error(
         ErrorCode.LAYOUT: LayoutMismatch,
         ErrorCode.TLS: TlsRefused,
         ErrorCode.UNAVAILABLE: TransportUnavailable,
+        ErrorCode.NOT_READY: HandoffNotReady,
     }
     if code not in kinds:
         raise _malformed(f"unknown error code {code}")

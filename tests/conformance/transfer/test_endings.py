@@ -26,7 +26,7 @@ from tests.support.transfer_engines import (
     wait_until,
 )
 from transfer.engine.handle import TransferHandle, TransferState
-from transfer.engine.handoff import HandoffState
+from transfer.engine.handoff import HandoffState, Offer
 from transfer.errors import (
     ConfigurationError,
     DeadlineExceeded,
@@ -68,6 +68,27 @@ def half_way(handle: TransferHandle) -> None:
 
 def is_in(handle: TransferHandle, state: TransferState) -> None:
     assert handle.state is state
+
+
+def test_a_reader_that_is_quicker_than_the_offer(pair: Pair) -> None:
+    earlier = pair.offer()
+    proof = replace(earlier, handoff_id="a" * 32, fence=earlier.fence + 1)
+    other = replace(proof, handoff_id="b" * 32)
+    handle = pair.read(proof)
+    pair.reader.submit_release(pair.owner_id, other, used=False)
+    succeeds(pair.read(earlier))
+    assert not handle.wait(0.1)
+    spans = pair.remote.spans(range(pair.remote.num_blocks))
+    for late in (proof, other):
+        pair.owner.offer(Offer(late.handoff_id, late.fence, late.token, spans, 1, 30.0, 1))
+    succeeds(handle)
+    assert pair.local_is_remote()
+    assert wait_until(lambda: not pair.owner.offers())
+    assert {one.handoff_id for one in pair.owner.take_ended()} == {
+        earlier.handoff_id,
+        proof.handoff_id,
+        other.handoff_id,
+    }
 
 
 def test_n_readers(pair: Pair) -> None:
