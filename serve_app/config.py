@@ -209,12 +209,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _sides_agree(self) -> Settings:
-        if self.prefill.tensor_parallel_size != self.decode.tensor_parallel_size:
-            raise ValueError(
-                f"prefill.tensor_parallel_size ({self.prefill.tensor_parallel_size}) and "
-                f"decode.tensor_parallel_size ({self.decode.tensor_parallel_size}) must be equal"
-            )
-        for name in ("dtype", "block_size", "kv_cache_dtype", "quantization", "max_model_len"):
+        for name in ("dtype", "kv_cache_dtype", "quantization", "max_model_len"):
             values = [
                 {**self.engine, **side.engine}.get(name) for side in (self.prefill, self.decode)
             ]
@@ -223,6 +218,17 @@ class Settings(Section):
                     f"{name} is {values[0]} for prefill and {values[1]} for decode; KV blocks mean "
                     "the same on both sides only if it is equal, so set it in engine"
                 )
+        sizes = [
+            size
+            for side in (self.prefill, self.decode)
+            if isinstance(size := {**self.engine, **side.engine}.get("block_size"), int)
+            and size > 0
+        ]
+        if len(sizes) == 2 and max(sizes) % min(sizes):
+            raise ValueError(
+                f"block_size is {sizes[0]} for prefill and {sizes[1]} for decode; one must be a "
+                "multiple of the other"
+            )
         return self
 
     def side(self, role: Literal["prefill", "decode"]) -> SideSettings:

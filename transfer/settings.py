@@ -19,6 +19,8 @@ class TransferSettings:
     """Settings of one transfer engine; checked when made.
 
     Attributes:
+        digests: whether KV blocks are compared with digests that their owner made before the
+            transfer; to be set on both sides. The connector's, not the transfer engine's.
         host: address to listen on and to advertise to peers.
         port: port to listen on; 0 takes a free one, which is then published.
         streams_per_peer: data streams that one read may use at once.
@@ -72,6 +74,7 @@ class TransferSettings:
     tls_key: str = ""
     tls_server_name: str = ""
     http_url: str = ""
+    digests: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not 0 < len(self.host) <= 255:
@@ -88,6 +91,8 @@ class TransferSettings:
         _check_whole("rdma_gid_index", self.rdma_gid_index, -1, 65535)
         _check_whole("max_connections", self.max_connections, 1, 65535)
         _check_whole("socket_buffer_bytes", self.socket_buffer_bytes, 0, 1 << 30)
+        if type(self.digests) is not bool:
+            raise _wrong("digests", self.digests, "true or false")
         for name in ("ticket_ttl_s", "connect_timeout_s", "read_deadline_s", "stall_timeout_s"):
             _check_seconds(name, getattr(self, name))
         if not isinstance(self.http_url, str) or (self.http_url and not is_http_url(self.http_url)):

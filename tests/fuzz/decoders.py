@@ -40,15 +40,32 @@ TICKET = {
     "fence": 7,
     "num_tokens": 70,
     "block_size": 32,
+    "kv_axes": "BHNC",
     "layout_hash": "d" * 64,
     "prompt_hash": "e" * 64,
     "token": "c" * 32,
     "readers": 1,
-    "digests": None,
     "expires_at": 1.7e9,
 }
 RECORD = WorkerRecord(PEER, "b" * 32, "kv_producer", 2, ("tcp://127.0.0.1:1", SHM), "d" * 64, 1.0)
-LAYOUT = KVLayout((1 << 20, 1 << 21), 8192, (0, 4096), 1024, 64, 32, 0, 1)
+LAYOUT = KVLayout(
+    bases=(1 << 20, 1 << 21),
+    axes="BHNC",
+    kernel_stride=8192,
+    head_stride=4096,
+    token_stride=128,
+    kernel_tokens=32,
+    kernels_per_block=1,
+    num_blocks=64,
+    packing="cpu-vec",
+    strips=((16, 4), (1, 64)),
+    granule=1,
+    total_heads=2,
+    rank=0,
+    tp_size=1,
+    digest_base=1 << 22,
+    digest_tokens=16,
+)
 END = handshake.End(1, True, 17, 99, 0, 5, 16, bytes(range(16)))
 KEYS = KeyMap(
     np.array([10, 20], dtype=np.uint64),

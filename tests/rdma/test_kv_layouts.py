@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,21 +20,22 @@ from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 4, 48, 2, 16, 128
 
 
-def _layout_module() -> ModuleType:
-    """``transfer.connector.layout`` by its path: its package imports vLLM."""
-    import transfer
+def _connector_module(name: str) -> Any:
+    """A module of ``transfer.connector`` that needs no vLLM, which the package itself does."""
+    try:
+        return importlib.import_module(f"transfer.connector.{name}")
+    except ModuleNotFoundError:
+        import transfer
 
-    path = Path(transfer.__file__).parent / "connector" / "layout.py"
-    spec = importlib.util.spec_from_file_location("layout_by_path", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+        package = ModuleType("transfer.connector")
+        package.__path__ = [str(Path(path) / "connector") for path in transfer.__path__]
+        sys.modules["transfer.connector"] = package
+        return importlib.import_module(f"transfer.connector.{name}")
 
 
-layout: Any = _layout_module()
+layout = _connector_module("layout")
+packing = _connector_module("packing")
+pairing = _connector_module("pairing")
 
 # Physical orders of (block, head, token, content), outermost first.
 TOGETHER = (0, 1, 2, 3)
@@ -59,7 +60,14 @@ class Worker:
             for tensor in self.layers
         ]
         self.layout = layout.describe(
-            views, num_blocks=blocks, block_size=TOKENS, rank=0, tp_size=1
+            views,
+            packing.token_major(2 * CONTENT),
+            axes="".join("BHNC"[axis] for axis in order),
+            num_blocks=blocks,
+            block_size=TOKENS,
+            total_heads=HEADS,
+            rank=0,
+            tp_size=1,
         )
 
 
@@ -79,12 +87,15 @@ def test_blocks_of_one_worker_arrive_in_another(case: TransferCase, order: tuple
 
     def planner(info: PeerInfo) -> ReadPlan:
         theirs = layout.KVLayout.decode(info.layout)
-        plan: ReadPlan = layout.plan_read(decode.layout, local_ids, theirs, remote_ids)
+        into = pairing.Stretch(0, len(local_ids) * TOKENS, local_ids)
+        plan: ReadPlan = pairing.plan_read(
+            decode.layout, into, theirs, remote_ids, decode.layout.heads
+        )
         return plan
 
     proof = Credentials("f" * 32, "owner-1", 3, "token", "decode")
     with owner, reader:
-        grant = prefill.layout.spans(remote_ids)
+        grant = pairing.block_spans_of(prefill.layout, remote_ids)
         owner.offer(Offer(proof.handoff_id, 3, "token", grant, 1, 30.0, len(remote_ids)))
         succeeds(reader.submit_read(PeerId("owner", 0), proof, planner, 20))
         (ended,) = take_ended(owner)

@@ -19,8 +19,8 @@ _CHAT_TEMPLATE: Final = (
 _MAX_TOKENS: Final = 8192
 
 
-def make_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """Writes a Llama of 2 layers (64 wide, 4 heads, 2 KV heads, head size 32) and its tokenizer.
+def make_tiny_model(folder: Path, seed: int = 0, kv_heads: int = 2) -> Path:
+    """Writes a Llama of 2 layers (64 wide, 4 heads of size 32) and its tokenizer.
 
     A Hugging Face folder in float32, the same bytes for the same seed. The weights are spread
     widely enough that greedy decoding wanders through the vocabulary instead of repeating one
@@ -40,7 +40,7 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=32,  # vLLM's attention on CPU wants a multiple of 32
         max_position_embeddings=_MAX_TOKENS,
         tie_word_embeddings=False,

@@ -142,6 +142,12 @@ class VllmServer:
             raise RuntimeError("not started")
         return self._process
 
+    @property
+    def tp_size(self) -> int:
+        """How many ranks the engine has."""
+        option = "--tensor-parallel-size"
+        return int(self._command[self._command.index(option) + 1]) if option in self._command else 1
+
     def metric(self, name: str, **labels: str) -> float:
         """A metric of this server; see :func:`metric`."""
         return metric(get(f"{self.url}/metrics")[1], name, **labels)

@@ -274,17 +274,25 @@ def test_autoscaling_range_must_not_be_empty() -> None:
     assert line == "decode.autoscaling: min_replicas (4) is above max_replicas (3)"
 
 
-def test_sides_need_the_same_tensor_parallel_size() -> None:
-    line = fault(changed("prefill.tensor_parallel_size", 2))
+def test_sides_may_differ_in_tensor_parallel_size() -> None:
+    settings = parse_settings(changed("prefill.tensor_parallel_size", 2))
 
-    assert line == (
-        "args: prefill.tensor_parallel_size (2) and decode.tensor_parallel_size (1) must be equal"
+    assert settings.prefill.tensor_parallel_size == 2
+    assert settings.decode.tensor_parallel_size == 1
+
+
+def test_sides_may_differ_in_block_size_if_one_is_a_multiple_of_the_other() -> None:
+    args = changed("prefill.engine.block_size", 64)
+    args["decode"]["engine"] = {"block_size": 32}
+    assert isinstance(parse_settings(args), Settings)
+
+    args["decode"]["engine"] = {"block_size": 48}
+    assert fault(args) == (
+        "args: block_size is 64 for prefill and 48 for decode; one must be a multiple of the other"
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["dtype", "block_size", "kv_cache_dtype", "quantization", "max_model_len"]
-)
+@pytest.mark.parametrize("name", ["dtype", "kv_cache_dtype", "quantization", "max_model_len"])
 def test_sides_must_not_differ_in_what_blocks_mean(name: str) -> None:
     line = fault(changed(f"prefill.engine.{name}", "other"))
 

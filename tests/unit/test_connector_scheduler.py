@@ -9,14 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
-from transfer.connector.metadata import BatonMetadata, Holding, WorkerHandshake
+from transfer.connector.metadata import (
+    BatonMetadata,
+    Holding,
+    Verdict,
+    WorkerHandshake,
+    WorkerReport,
+)
 from transfer.connector.scheduler import BatonScheduler
+from transfer.connector.stats import Outcome
 from transfer.connector.ticket import MAX_READERS, Ticket, prompt_hash
 from transfer.params import tickets_to_params
 
 BLOCK = 16
 TTL_S = 20.0
-HANDSHAKE = WorkerHandshake(incarnation="d" * 32, layout_hash="e" * 64)
+HANDSHAKE = WorkerHandshake(incarnation="d" * 32, layout_hash="e" * 64, kv_axes="BHNC")
 
 
 class Clock:
@@ -79,6 +86,7 @@ def make_ticket(token_ids: list[int], handoff: str = "1", **changes: Any) -> Tic
         block_ids=tuple(range(blocks_for(len(token_ids)))),
         num_tokens=len(token_ids),
         block_size=BLOCK,
+        kv_axes="BHNC",
         tp_size=2,
         layout_hash="e" * 64,
         prompt_hash=prompt_hash(token_ids),
@@ -110,6 +118,7 @@ def decode_request(token_ids: list[int], *brought: Ticket, **fields: Any) -> Any
 
 
 NOTHING = BatonMetadata()
+REFUSED = Verdict(Outcome.REFUSED, recomputed_tokens=39)
 
 # ---- decode: what is read ------------------------------------------------------------------------
 
@@ -129,7 +138,7 @@ def test_whole_prompt_is_read_when_nothing_is_cached_here(length: int) -> None:
     assert read.request_id == "request-1"
     assert read.ticket == ticket
     assert read.num_tokens == length
-    assert read.remote_block_ids == ticket.block_ids
+    assert read.first_token == 0
     assert read.local_block_ids == tuple(range(100, 100 + blocks_for(length)))
     assert metadata == dataclasses.replace(NOTHING, reads=[read])
     assert not scheduler.has_pending
@@ -155,7 +164,7 @@ def test_blocks_cached_here_are_skipped_on_both_sides(length: int, local: int) -
 
     (read,) = scheduler.take_metadata().reads
     skipped = local // BLOCK
-    assert read.remote_block_ids == tuple(range(50 + skipped, 50 + blocks_for(length)))
+    assert read.first_token == local
     assert read.local_block_ids == tuple(range(100 + skipped, 100 + blocks_for(length)))
     assert read.num_tokens == length - local
 
@@ -179,10 +188,10 @@ def test_every_missing_token_is_read_into_its_own_block(
         assert not metadata.reads
         return
     (read,) = metadata.reads
-    pairs = dict(zip(read.local_block_ids, read.remote_block_ids, strict=True))
-    assert pairs == {
-        100 + block: 900 + block for block in range(local // BLOCK, blocks_for(length))
-    }
+    assert (read.first_token, read.num_tokens) == (local, length - local)
+    assert read.local_block_ids == tuple(
+        100 + block for block in range(local // BLOCK, blocks_for(length))
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +224,9 @@ def test_request_that_must_not_read_caches_forfeits_and_recomputes() -> None:
     assert schedule(scheduler, request) == (0, False)
 
     assert scheduler.take_metadata() == dataclasses.replace(
-        NOTHING, forfeits=[Holding("request-1", ticket)], recomputed_tokens=39
+        NOTHING,
+        forfeits=[Holding("request-1", ticket)],
+        verdicts=[Verdict(None, recomputed_tokens=39)],
     )
 
 
@@ -231,7 +242,7 @@ def test_tokens_that_vllm_does_not_take_count_as_recomputed() -> None:
 
     metadata = scheduler.take_metadata()
     assert metadata.forfeits == [Holding("request-1", ticket)]
-    assert metadata.recomputed_tokens == 2 * BLOCK - 1
+    assert metadata.verdicts == [Verdict(None, recomputed_tokens=2 * BLOCK - 1)]
     assert not metadata.reads
 
 
@@ -245,7 +256,7 @@ def test_asking_again_before_there_are_blocks_changes_nothing() -> None:
     assert scheduler.take_metadata() == NOTHING
     assert schedule(scheduler, request, 2 * BLOCK) == (BLOCK, True)
     (read,) = scheduler.take_metadata().reads
-    assert read.remote_block_ids == (2,)
+    assert read.first_token == 2 * BLOCK
     assert read.local_block_ids == (102,)
 
 
@@ -267,13 +278,48 @@ def test_after_the_load_the_request_is_like_any_other() -> None:
     schedule(scheduler, request)
     scheduler.take_metadata()
 
-    scheduler.on_loaded({"request-1", "another"})
+    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": Outcome.OK}))
 
+    assert scheduler.has_pending
+    assert scheduler.take_metadata() == dataclasses.replace(
+        NOTHING, verdicts=[Verdict(Outcome.OK, tokens=40)]
+    )
     # vLLM asks again when it resumes the request, and after a load that failed.
     assert schedule(scheduler, request) == (0, False)
     request.status = RequestStatus.FINISHED_STOPPED
     assert scheduler.request_finished(request, [100, 101, 102]) == (False, None)
     assert scheduler.take_metadata() == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("ranks", "verdict"),
+    [
+        ([[Outcome.OK, Outcome.OK]], Verdict(Outcome.OK, tokens=40)),
+        ([[Outcome.OK], [Outcome.OK]], Verdict(Outcome.OK, tokens=40)),
+        ([[Outcome.OK], [Outcome.FAILED]], Verdict(Outcome.FAILED, recomputed_tokens=39)),
+        ([[Outcome.CORRUPTED], [Outcome.OK]], Verdict(Outcome.CORRUPTED, recomputed_tokens=39)),
+        ([[Outcome.FAILED, Outcome.REFUSED]], Verdict(Outcome.FAILED, recomputed_tokens=39)),
+        ([[Outcome.CANCELLED], [Outcome.OK]], Verdict(Outcome.CANCELLED)),
+    ],
+)
+def test_a_prompt_came_only_if_all_ranks_have_it(
+    ranks: list[list[Outcome]], verdict: Verdict
+) -> None:
+    scheduler = make_scheduler("consumer")
+    request = decode_request(tokens(40), make_ticket(tokens(40)))
+    scheduler.on_new_request(request)
+    schedule(scheduler, request)
+    scheduler.take_metadata()
+
+    for number, step in enumerate(ranks, 1):
+        report = WorkerReport()
+        for outcome in step:
+            report = report.aggregate(WorkerReport({"request-1": outcome}))
+        # vLLM names the request once the last rank has named it.
+        scheduler.on_loaded({"request-1"} if number == len(ranks) else set(), report)
+
+    assert scheduler.take_metadata().verdicts == [verdict]
+    assert not scheduler.has_pending
 
 
 @pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": False}, {"other": 1}])
@@ -320,8 +366,7 @@ def test_ticket_of_another_prompt_is_refused_and_forfeited(prompt: dict[str, Any
     assert scheduler.take_metadata() == dataclasses.replace(
         NOTHING,
         forfeits=[Holding("request-1", ticket)],
-        refused=1,
-        recomputed_tokens=request.num_prompt_tokens - 1,
+        verdicts=[Verdict(Outcome.REFUSED, recomputed_tokens=request.num_prompt_tokens - 1)],
     )
 
 
@@ -352,15 +397,29 @@ def test_ticket_that_covers_another_length_is_refused(num_tokens: int) -> None:
     scheduler.on_new_request(request)
 
     assert schedule(scheduler, request) == (0, False)
-    assert scheduler.take_metadata().refused == 1
+    (verdict,) = scheduler.take_metadata().verdicts
+    assert verdict.outcome is Outcome.REFUSED
 
 
 @pytest.mark.parametrize(("block_size", "local"), [(8, 0), (32, 0), (1024, 2 * BLOCK)])
-def test_ticket_in_blocks_of_another_size_is_refused_and_forfeited(
+def test_ticket_in_blocks_of_another_size_is_read_into_ours(block_size: int, local: int) -> None:
+    scheduler = make_scheduler("consumer")
+    ticket = make_ticket(
+        tokens(40), block_size=block_size, block_ids=tuple(range(-(-40 // block_size)))
+    )
+    request = decode_request(tokens(40), ticket)
+    scheduler.on_new_request(request)
+
+    assert schedule(scheduler, request, local) == (40 - local, True)
+    (read,) = scheduler.take_metadata().reads
+    assert (read.first_token, read.num_tokens) == (local, 40 - local)
+    assert read.local_block_ids == tuple(range(100 + local // BLOCK, 103))
+
+
+@pytest.mark.parametrize(("block_size", "local"), [(6, 0), (24, 0), (17, 2 * BLOCK)])
+def test_ticket_in_blocks_that_do_not_divide_ours_is_refused_and_forfeited(
     block_size: int, local: int
 ) -> None:
-    # Paired by our block size, its ids would miss some of our blocks, which would then be used
-    # without ever being filled or marked as failed.
     scheduler = make_scheduler("consumer")
     ticket = make_ticket(
         tokens(40), block_size=block_size, block_ids=tuple(range(-(-40 // block_size)))
@@ -370,7 +429,7 @@ def test_ticket_in_blocks_of_another_size_is_refused_and_forfeited(
 
     assert schedule(scheduler, request, local) == (0, False)
     assert scheduler.take_metadata() == dataclasses.replace(
-        NOTHING, forfeits=[Holding("request-1", ticket)], refused=1, recomputed_tokens=39
+        NOTHING, forfeits=[Holding("request-1", ticket)], verdicts=[REFUSED]
     )
 
 
@@ -382,9 +441,7 @@ def test_malformed_ticket_is_refused_and_the_prompt_computed(change: dict[str, A
     scheduler.on_new_request(request)
 
     assert schedule(scheduler, request) == (0, False)
-    assert scheduler.take_metadata() == dataclasses.replace(
-        NOTHING, refused=1, recomputed_tokens=39
-    )
+    assert scheduler.take_metadata() == dataclasses.replace(NOTHING, verdicts=[REFUSED])
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -412,9 +469,7 @@ def test_prompt_that_is_not_in_the_bundle_is_computed_and_leaves_the_bundle_alon
     scheduler.on_new_request(request)
 
     assert schedule(scheduler, request) == (0, False)
-    assert scheduler.take_metadata() == dataclasses.replace(
-        NOTHING, refused=1, recomputed_tokens=39
-    )
+    assert scheduler.take_metadata() == dataclasses.replace(NOTHING, verdicts=[REFUSED])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -467,7 +522,8 @@ def test_abort_while_loading_cancels() -> None:
     assert scheduler.has_pending
     assert scheduler.take_metadata() == dataclasses.replace(NOTHING, cancels=["request-1"])
     # The worker still reports the end of the read; by then the request is forgotten.
-    scheduler.on_loaded({"request-1"})
+    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": Outcome.CANCELLED}))
+    assert scheduler.take_metadata().verdicts == [Verdict(Outcome.CANCELLED)]
     assert scheduler.take_metadata() == NOTHING
 
 
@@ -486,7 +542,7 @@ def test_tickets_are_renewed_four_times_in_their_life_until_loaded() -> None:
     renewed: list[tuple[float, list[str]]] = []
     for step in range(60):
         if step == 31:
-            scheduler.on_loaded({"loading"})
+            scheduler.on_loaded({"loading"}, None)
         clock.now_s += 0.5
         names = [holding.request_id for holding in scheduler.take_metadata().renewals]
         if names:
@@ -560,6 +616,7 @@ def test_finished_prefill_is_offered(status: RequestStatus) -> None:
         block_ids=(5, 3, 8),
         num_tokens=40,
         block_size=BLOCK,
+        kv_axes="BHNC",
         tp_size=2,
         readers=1,
         prompt_hash=prompt_hash(
@@ -691,4 +748,5 @@ def test_ticket_goes_from_one_engine_to_the_other() -> None:
 
     assert schedule(decode, request, BLOCK) == (40 - BLOCK, True)
     (read,) = decode.take_metadata().reads
-    assert read.remote_block_ids == (3, 8)
+    assert read.ticket.block_ids == (5, 3, 8)
+    assert read.first_token == BLOCK

@@ -28,6 +28,7 @@ TICKET = Ticket(
     block_ids=(4, 0, 9),
     num_tokens=33,
     block_size=16,
+    kv_axes="BHNC",
     tp_size=2,
     layout_hash="b" * 64,
     prompt_hash="c" * 64,
@@ -35,7 +36,7 @@ TICKET = Ticket(
     expires_at_s=1_700_000_000.25,
 )
 GOOD = TICKET.to_params()
-REQUIRED = sorted(set(GOOD) - {"do_remote_prefill", "do_remote_decode", "digests"})
+REQUIRED = sorted(set(GOOD) - {"do_remote_prefill", "do_remote_decode"})
 
 hex32 = st.text("0123456789abcdef", min_size=32, max_size=32)
 hex64 = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -57,6 +58,7 @@ def tickets(draw: st.DrawFn) -> Ticket:
         block_ids=tuple(block_ids),
         num_tokens=full + draw(st.integers(1, block_size)),
         block_size=block_size,
+        kv_axes=draw(st.sampled_from(["BHNC", "BNHC"])),
         tp_size=draw(st.integers(1, 4096)),
         layout_hash=draw(hex64),
         prompt_hash=draw(hex64),
@@ -114,7 +116,7 @@ def test_wire_format_is_the_documented_one() -> None:
         "prompt_hash": "c" * 64,
         "token": "a" * 32,
         "readers": 3,
-        "digests": None,
+        "kv_axes": "BHNC",
         "expires_at": 1_700_000_000.25,
     }
 
@@ -146,6 +148,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "fence": ["7", 7.0, True, None],
     "num_tokens": ["33", 33.0, True, None],
     "block_size": ["16", 16.0, True, None],
+    "kv_axes": [7, None, ["BHNC"]],
     "layout_hash": [7, None],
     "prompt_hash": [7, None],
     "token": [7, None],
@@ -163,6 +166,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "fence": [0, -1, 1 << 63],
     "num_tokens": [0, -33, (1 << 40) + 1],
     "block_size": [0, -16, (1 << 20) + 1],
+    "kv_axes": ["", "x" * 513],
     "layout_hash": ["", "b" * 63, "b" * 65, "B" * 64, "b" * 64 + "\n"],
     "prompt_hash": ["", "c" * 63, "c" * 65, "C" * 64],
     "token": ["", "a" * 31, "a" * 33, "Z" * 32],

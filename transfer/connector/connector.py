@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
 )
 
+from transfer.connector.limits import refuse_unsupported
 from transfer.connector.logs import log_with_vllm
-from transfer.connector.metadata import BatonMetadata, WorkerHandshake
+from transfer.connector.metadata import BatonMetadata, WorkerHandshake, WorkerReport
 from transfer.connector.scheduler import BatonScheduler
 from transfer.connector.settings import ConnectorSettings
 from transfer.connector.stats import TransferPromMetrics, TransferStats
@@ -44,12 +46,14 @@ class BatonConnector(KVConnectorBase_V1):
         ConfigurationError: settings, or a model that cannot be handed over; says which.
     """
 
+    worker_class: ClassVar[type[BatonWorker]] = BatonWorker
+
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         log_with_vllm()
-        _refuse_unsupported(vllm_config, kv_cache_config)
+        refuse_unsupported(vllm_config, kv_cache_config)
         transfer = self._kv_transfer_config
         settings = ConnectorSettings.from_extra_config(transfer.kv_connector_extra_config)
         if settings.die_with_parent:
@@ -66,7 +70,7 @@ class BatonConnector(KVConnectorBase_V1):
                 consumer=transfer.is_kv_consumer,
             )
         else:
-            self._worker = BatonWorker(vllm_config, kv_cache_config, settings)
+            self._worker = self.worker_class(vllm_config, kv_cache_config, settings)
 
     # ---- scheduler side ----------------------------------------------------------------------
 
@@ -98,7 +102,11 @@ class BatonConnector(KVConnectorBase_V1):
         return self._scheduler_side.take_metadata()
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        self._scheduler_side.on_loaded(connector_output.finished_recving or set())
+        report = connector_output.kv_connector_worker_meta
+        self._scheduler_side.on_loaded(
+            connector_output.finished_recving or set(),
+            report if isinstance(report, WorkerReport) else None,
+        )
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -151,6 +159,9 @@ class BatonConnector(KVConnectorBase_V1):
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker_side.take_failed_blocks()
 
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self._worker_side.take_report()
+
     def shutdown(self) -> None:
         if self._worker is not None:
             self._worker.close()
@@ -194,19 +205,3 @@ class BatonConnector(KVConnectorBase_V1):
         if self._worker is None:
             raise RuntimeError("a worker call reached the scheduler's connector")
         return self._worker
-
-
-def _refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    groups = len(kv_cache_config.kv_cache_groups)
-    parallel = vllm_config.parallel_config
-    reason = None
-    if groups > 1:
-        reason = f"models with {groups} KV cache groups (sliding window, Mamba)"
-    elif vllm_config.model_config.use_mla:
-        reason = "multi-head latent attention (MLA)"
-    elif parallel.pipeline_parallel_size > 1:
-        reason = f"pipeline_parallel_size={parallel.pipeline_parallel_size}, only 1"
-    elif parallel.decode_context_parallel_size > 1:
-        reason = f"decode_context_parallel_size={parallel.decode_context_parallel_size}, only 1"
-    if reason is not None:
-        raise ConfigurationError(f"BatonConnector does not support {reason}", phase=Phase.REGISTER)

@@ -40,8 +40,12 @@ def weights_fingerprint(model: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
-def layout_hash(vllm_config: VllmConfig, *, physical_layout: str, attention_backend: str) -> str:
-    """64 hex digits; equal on two workers exactly if their KV blocks are interchangeable."""
+def layout_hash(vllm_config: VllmConfig, *, packing: str, attention_backend: str) -> str:
+    """64 hex digits; equal on two workers exactly if the same prompt means the same KV to both.
+
+    It does not cover what is compared or translated on its own: tensor parallelism, block sizes
+    and the order of axes, which :mod:`transfer.connector.layout` describes.
+    """
     from vllm import __version__ as vllm_version
 
     model = vllm_config.model_config
@@ -59,9 +63,8 @@ def layout_hash(vllm_config: VllmConfig, *, physical_layout: str, attention_back
         "layers": model.get_total_num_hidden_layers(),
         "kv_heads": model.get_total_num_kv_heads(),
         "head_size": model.get_head_size(),
-        "block_size": vllm_config.cache_config.block_size,
         "cache_dtype": str(vllm_config.cache_config.cache_dtype),
-        "physical_layout": physical_layout,
+        "packing": packing,
         "attention_backend": attention_backend,
         "speculative": speculative.method if speculative is not None else None,
     }

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
 )
 
+from transfer.connector.stats import Outcome, worse
 from transfer.connector.ticket import Ticket
 
 
@@ -23,12 +25,17 @@ class NewOffer:
 
 @dataclass(frozen=True, slots=True)
 class NewRead:
-    """Fetch the owner's ``remote_block_ids`` into our ``local_block_ids``."""
+    """Fetch a prompt's tokens from ``first_token`` on into ``local_block_ids``.
+
+    Attributes:
+        first_token: the first one of a block of ours.
+        num_tokens: how many, to the end of what the ticket covers.
+    """
 
     request_id: str
     ticket: Ticket
     local_block_ids: tuple[int, ...]
-    remote_block_ids: tuple[int, ...]
+    first_token: int
     num_tokens: int
 
 
@@ -40,13 +47,26 @@ class Holding:
     ticket: Ticket
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of one request's hand-off, on all ranks together.
+
+    Attributes:
+        tokens: prompt tokens that came by it.
+        recomputed_tokens: prompt tokens that decode computes although they came with a ticket.
+    """
+
+    outcome: Outcome | None
+    tokens: int = 0
+    recomputed_tokens: int = 0
+
+
 @dataclass
 class BatonMetadata(KVConnectorMetadata):
     """One step's instructions; all lists may be empty.
 
     Attributes:
-        refused: tickets that the scheduler side turned down.
-        recomputed_tokens: prompt tokens that decode computes although they came with a ticket.
+        verdicts: for the workers' counters, because vLLM asks those.
     """
 
     offers: list[NewOffer] = field(default_factory=list)
@@ -54,8 +74,26 @@ class BatonMetadata(KVConnectorMetadata):
     cancels: list[str] = field(default_factory=list)
     forfeits: list[Holding] = field(default_factory=list)
     renewals: list[Holding] = field(default_factory=list)
-    refused: int = 0
-    recomputed_tokens: int = 0
+    verdicts: list[Verdict] = field(default_factory=list)
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """How reads ended on the ranks that report in one step: request id -> outcome.
+
+    vLLM adds the ranks' reports up before the scheduler side sees them.
+    """
+
+    reads: dict[str, Outcome] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
+        """Both reports in one; of two outcomes of a read the worse."""
+        if not isinstance(other, WorkerReport):
+            raise TypeError(f"a report of {type(other).__name__} beside BatonConnector's")
+        reads = dict(self.reads)
+        for request_id, outcome in other.reads.items():
+            reads[request_id] = worse(outcome, reads.get(request_id))
+        return WorkerReport(reads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +102,4 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):
 
     incarnation: str
     layout_hash: str
+    kv_axes: str

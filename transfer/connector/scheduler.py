@@ -21,8 +21,11 @@ from transfer.connector.metadata import (
     Holding,
     NewOffer,
     NewRead,
+    Verdict,
     WorkerHandshake,
+    WorkerReport,
 )
+from transfer.connector.stats import Outcome, worse
 from transfer.connector.ticket import (
     MAX_READERS,
     Ticket,
@@ -80,6 +83,9 @@ class BatonScheduler:
         self._handshake: WorkerHandshake | None = None
         self._fence = 0
         self._inbound: dict[str, _Inbound] = {}
+        # Reads on their way: tokens, and the worst outcome of the ranks that are through.
+        self._reading: dict[str, int] = {}
+        self._outcomes: dict[str, Outcome] = {}
         self._pending = BatonMetadata()
         self._last_renewal_s = 0.0
 
@@ -125,26 +131,43 @@ class BatonScheduler:
             del self._inbound[request.request_id]
             self._pending.forfeits.append(Holding(request.request_id, ticket))
             missing = ticket.num_tokens - inbound.local_tokens
-            self._pending.recomputed_tokens += max(0, missing - 1)
+            if missing > 1:
+                self._pending.verdicts.append(Verdict(None, recomputed_tokens=missing - 1))
             return
-        first = (ticket.num_tokens - num_external) // self._block_size
+        first_token = ticket.num_tokens - num_external
+        first, stop = first_token // self._block_size, self._blocks_of(ticket.num_tokens)
         (local_ids,) = blocks.get_block_ids()
-        remote_ids = ticket.block_ids[first:]
         inbound.loading = True
+        self._reading[request.request_id] = num_external
         self._pending.reads.append(
             NewRead(
                 request_id=request.request_id,
                 ticket=ticket,
-                local_block_ids=tuple(local_ids[first : first + len(remote_ids)]),
-                remote_block_ids=remote_ids,
+                local_block_ids=tuple(local_ids[first:stop]),
+                first_token=first_token,
                 num_tokens=num_external,
             )
         )
 
-    def on_loaded(self, request_ids: set[str]) -> None:
-        """The worker side is through with these reads, for better or worse."""
+    def on_loaded(self, request_ids: set[str], report: WorkerReport | None) -> None:
+        """All ranks are through with these reads, for better or worse.
+
+        Args:
+            report: of the ranks that ended one in this step, perhaps before the others.
+        """
+        for request_id, outcome in (report.reads if report is not None else {}).items():
+            self._outcomes[request_id] = worse(outcome, self._outcomes.get(request_id))
         for request_id in request_ids:
             self._inbound.pop(request_id, None)
+            tokens = self._reading.pop(request_id, 0)
+            outcome = self._outcomes.pop(request_id, Outcome.FAILED)
+            if outcome is Outcome.OK:
+                verdict = Verdict(outcome, tokens=tokens)
+            elif outcome is Outcome.CANCELLED:
+                verdict = Verdict(outcome)
+            else:
+                verdict = Verdict(outcome, recomputed_tokens=max(0, tokens - 1))
+            self._pending.verdicts.append(verdict)
 
     # ---- prefill side ------------------------------------------------------------------------
 
@@ -187,7 +210,13 @@ class BatonScheduler:
     def has_pending(self) -> bool:
         """Whether a step is needed to hand instructions to the worker side."""
         pending = self._pending
-        return bool(pending.offers or pending.cancels or pending.forfeits or pending.reads)
+        return bool(
+            pending.offers
+            or pending.cancels
+            or pending.forfeits
+            or pending.reads
+            or pending.verdicts
+        )
 
     # ------------------------------------------------------------------------------------------
 
@@ -200,17 +229,16 @@ class BatonScheduler:
             return None
         wanted = _prompt_hash(request)
         for ticket in tickets:
-            # Blocks of another size cannot be paired with ours, whatever the prompt is.
-            if (ticket.prompt_hash, ticket.num_tokens, ticket.block_size) == (
+            if (ticket.prompt_hash, ticket.num_tokens) == (
                 wanted,
                 request.num_prompt_tokens,
-                self._block_size,
-            ):
+            ) and self._divides(ticket.block_size):
                 return ticket
         if len(tickets) == 1:
             self._pending.forfeits += everything
         logger.warning(
-            "request %s brought no ticket of its prompt in blocks of %d tokens",
+            "request %s brought no ticket of its prompt in blocks of %d tokens, a multiple or an "
+            "even part of them",
             request.request_id,
             self._block_size,
         )
@@ -218,8 +246,15 @@ class BatonScheduler:
         return None
 
     def _refuse(self, request: Request) -> None:
-        self._pending.refused += 1
-        self._pending.recomputed_tokens += max(0, request.num_prompt_tokens - 1)
+        recomputed = max(0, request.num_prompt_tokens - 1)
+        self._pending.verdicts.append(Verdict(Outcome.REFUSED, recomputed_tokens=recomputed))
+
+    def _divides(self, block_size: int) -> bool:
+        """Whether blocks of that size can become ours."""
+        return max(block_size, self._block_size) % min(block_size, self._block_size) == 0
+
+    def _blocks_of(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
 
     def _write_ticket(
         self,
@@ -240,9 +275,10 @@ class BatonScheduler:
             fence=self._fence,
             token=secrets.token_hex(16),
             request_id=request.request_id,
-            block_ids=tuple(block_ids[: -(-num_tokens // self._block_size)]),
+            block_ids=tuple(block_ids[: self._blocks_of(num_tokens)]),
             num_tokens=num_tokens,
             block_size=self._block_size,
+            kv_axes=handshake.kv_axes,
             tp_size=self._tp_size,
             layout_hash=handshake.layout_hash,
             prompt_hash=_prompt_hash(request),

@@ -25,6 +25,21 @@ class Outcome(StrEnum):
     REFUSED = "refused"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    CORRUPTED = "corrupted"
+
+
+_WORST_LAST = (
+    Outcome.OK,
+    Outcome.CANCELLED,
+    Outcome.REFUSED,
+    Outcome.FAILED,
+    Outcome.CORRUPTED,
+)
+
+
+def worse(one: Outcome, other: Outcome | None) -> Outcome:
+    """Of a read's outcomes on two ranks, the one that counts for the request."""
+    return one if other is None else max(one, other, key=_WORST_LAST.index)
 
 
 class TransferStats(KVConnectorStats):

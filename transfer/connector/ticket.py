@@ -62,6 +62,7 @@ class Ticket:
         block_ids: the owner's blocks, in token order; the last may be partly filled.
         num_tokens: prompt tokens whose KV the blocks hold.
         block_size: tokens per block at the owner.
+        kv_axes: order of the axes of its KV memory, outermost first: ``BHNC`` and the like.
         prompt_hash: see :func:`prompt_hash`.
         readers: how many requests read it (``n`` samples of one prompt).
         expires_at_s: Unix time at the owner when it gives up, unless renewed.
@@ -76,6 +77,7 @@ class Ticket:
     block_ids: tuple[int, ...]
     num_tokens: int
     block_size: int
+    kv_axes: str
     tp_size: int
     layout_hash: str
     prompt_hash: str
@@ -97,11 +99,11 @@ class Ticket:
             "fence": self.fence,
             "num_tokens": self.num_tokens,
             "block_size": self.block_size,
+            "kv_axes": self.kv_axes,
             "layout_hash": self.layout_hash,
             "prompt_hash": self.prompt_hash,
             "token": self.token,
             "readers": self.readers,
-            "digests": None,
             "expires_at": self.expires_at_s,
         }
 
@@ -135,6 +137,7 @@ class Ticket:
             block_ids=block_ids,
             num_tokens=num_tokens,
             block_size=block_size,
+            kv_axes=fields.text("kv_axes"),
             tp_size=fields.integer("tp_size", 1, 1 << 12),
             layout_hash=fields.hex("layout_hash", _HEX64),
             prompt_hash=fields.hex("prompt_hash", _HEX64),

@@ -10,7 +10,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import get_layers_from_vllm_config
@@ -18,19 +18,21 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.network_utils import get_ip
 
+from transfer.connector.digests import BlockDigests, unit_tokens
 from transfer.connector.fingerprint import layout_hash
-from transfer.connector.layout import KVLayout, LayerView, describe, plan_read
-from transfer.connector.metadata import BatonMetadata, Holding, NewOffer, NewRead, WorkerHandshake
+from transfer.connector.layout import KVLayout, LayerView, describe
+from transfer.connector.metadata import BatonMetadata, NewOffer, WorkerHandshake, WorkerReport
+from transfer.connector.packing import Packing, cpu_packing, token_major
+from transfer.connector.pairing import Stretch, block_spans_of, digest_units
+from transfer.connector.reads import EndedRead, PromptReads
 from transfer.connector.settings import ConnectorSettings
 from transfer.connector.staging import HostMirror
 from transfer.connector.stats import Outcome, TransferStats
-from transfer.connector.ticket import Ticket
 from transfer.discovery import make_discovery
 from transfer.engine.engine import TransferEngine
-from transfer.engine.handle import TransferHandle, TransferState
 from transfer.engine.handoff import EndedHandoff, HandoffState, Offer
-from transfer.errors import ConfigurationError, HandoffRefused, LayoutMismatch, Phase
-from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
+from transfer.errors import ConfigurationError, Phase
+from transfer.types import PeerId
 
 if TYPE_CHECKING:
     import torch
@@ -39,17 +41,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_CPU_BACKEND = "CPU_ATTN"
+
+_REMEMBERED_ABORTS = 4096
+"""Those that came before the offer, or after its end."""
+
 _OWNER_OUTCOMES = {
     HandoffState.RELEASED: Outcome.RELEASED,
     HandoffState.ABORTED: Outcome.ABORTED,
     HandoffState.EXPIRED: Outcome.EXPIRED,
 }
-
-
-@dataclass(slots=True)
-class _Load:
-    read: NewRead
-    handle: TransferHandle | None
 
 
 class BatonWorker:
@@ -71,12 +72,16 @@ class BatonWorker:
         self._peer = PeerId(_engine_id(vllm_config), get_tensor_model_parallel_rank())
         self._incarnation = _shared_incarnation(self._tp_size)
         self._mirror: HostMirror | None = None
+        self._digests: BlockDigests | None = None
+        self._said_unchecked = False
         self._layout: KVLayout | None = None
         self._layout_hash = ""
         self._engine: TransferEngine | None = None
         self._pinned: dict[str, NewOffer] = {}
-        self._loads: dict[str, _Load] = {}
+        self._aborted: dict[str, None] = {}
+        self._reads: PromptReads | None = None
         self._failed_blocks: set[int] = set()
+        self._report: dict[str, Outcome] = {}
         self._reads_by_owner: Counter[str] = Counter()
         self._failed_by_owner: Counter[str] = Counter()
         self.stats = TransferStats()
@@ -99,21 +104,33 @@ class BatonWorker:
                     "it expects [blocks, heads, tokens, content]",
                     phase=Phase.REGISTER,
                 )
-        axis_order = _axis_order(tensors[0])
+        axes = _axis_order(tensors[0])
+        packing = _packing(self._vllm_config, tensors[0])
+        on_device = tensors
         if self._settings.host_staging == "always" or tensors[0].device.type != "cpu":
             self._mirror = HostMirror(tensors, self._num_blocks)
             tensors = list(self._mirror.tensors)
-        self._layout = describe(
+        layout = describe(
             [_view(tensor) for tensor in tensors],
+            packing,
+            axes=axes,
             num_blocks=self._num_blocks,
             block_size=self._vllm_config.cache_config.block_size,
+            total_heads=self._vllm_config.model_config.get_total_num_kv_heads(),
             rank=self._peer.rank,
             tp_size=self._tp_size,
         )
+        memory = _storages(tensors)
+        if self._settings.transfer.digests:
+            layout = replace(layout, digest_tokens=unit_tokens(layout.kernel_tokens))
+            self._digests = BlockDigests(on_device, layout)
+            layout = replace(layout, digest_base=self._digests.memory[0])
+            memory.append(self._digests.memory)
+        self._layout = layout
         self._layout_hash = layout_hash(
             self._vllm_config,
-            physical_layout=axis_order,
-            attention_backend=_attention_backends(self._vllm_config),
+            packing=packing.name,
+            attention_backend=",".join(_backend_names(self._vllm_config)),
         )
         discovery = make_discovery(self._settings.discovery)
         self._engine = TransferEngine(
@@ -122,20 +139,32 @@ class BatonWorker:
             role=str(self._vllm_config.kv_transfer_config.kv_role),
             tp_size=self._tp_size,
             layout_hash=self._layout_hash,
-            layout=self._layout.encode(),
+            layout=layout.encode(),
             discovery=discovery,
             settings=self._settings.transfer,
         )
-        for address, length in _storages(tensors):
+        for address, length in memory:
             self._engine.register(address, length)
         discovery.ready(self._settings.transfer.connect_timeout_s * 5)
         self._engine.start()
+        self._reads = PromptReads(
+            self._peer,
+            layout,
+            self._layout_hash,
+            self._engine,
+            self._settings.transfer.read_deadline_s,
+        )
         logger.info("transfer engine up: %r", self._engine)
+
+    @property
+    def rank(self) -> int:
+        """Tensor-parallel rank of this worker."""
+        return self._peer.rank
 
     @property
     def handshake(self) -> WorkerHandshake:
         """What the scheduler side writes into tickets."""
-        return WorkerHandshake(self._incarnation, self._layout_hash)
+        return WorkerHandshake(self._incarnation, self._layout_hash, self._own_layout.axes)
 
     @property
     def engine(self) -> TransferEngine:
@@ -146,27 +175,24 @@ class BatonWorker:
 
     def carry_out(self, metadata: BatonMetadata) -> None:
         """Starts whatever the scheduler side decided in this step. Does not wait."""
-        if self._peer.rank == 0:
-            for _ in range(metadata.refused):
-                self.stats.count_read(Outcome.REFUSED, tokens=0)
-            self.stats.count_recomputed(metadata.recomputed_tokens)
         for offer in metadata.offers:
             self._offer(offer)
+        reads = self._prompt_reads
         for read in metadata.reads:
-            self._read(read)
+            reads.start(read)
         for request_id in metadata.cancels:
-            load = self._loads.get(request_id)
-            if load is not None and load.handle is not None:
-                load.handle.cancel()
+            reads.cancel(request_id)
         for holding in metadata.forfeits:
-            self.engine.submit_release(*self._addressee(holding), used=False)
+            reads.forfeit(holding)
+        reads.renew(metadata.renewals)
+        if not self._counts:
+            return
+        for _ in metadata.forfeits:
             self.stats.count_read(Outcome.FORFEITED, tokens=0)
-        by_owner: dict[PeerId, list[Credentials]] = {}
-        for holding in metadata.renewals:
-            owner, credentials = self._addressee(holding)
-            by_owner.setdefault(owner, []).append(credentials)
-        for owner, renewed in by_owner.items():
-            self.engine.submit_renew(owner, renewed)
+        for verdict in metadata.verdicts:
+            if verdict.outcome is not None:
+                self.stats.count_read(verdict.outcome, tokens=verdict.tokens)
+            self.stats.count_recomputed(verdict.recomputed_tokens)
 
     def take_finished(self) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose blocks readers are done with, and requests whose reads ended."""
@@ -177,13 +203,18 @@ class BatonWorker:
             for ended in self._engine.take_ended()
             if (request_id := self._ended(ended)) is not None
         }
-        received = {
-            request_id
-            for request_id, load in self._loads.items()
-            if load.handle is None or load.handle.state.is_final
-        }
-        for request_id in received:
-            self._loaded(self._loads.pop(request_id))
+        received = set()
+        for ended in self._prompt_reads.take_ended():
+            outcome = self._arrived(ended)
+            owner = ended.read.ticket.engine_id
+            if outcome is Outcome.OK:
+                self._reads_by_owner[owner] += 1
+            elif outcome in (Outcome.FAILED, Outcome.CORRUPTED):
+                self._failed_by_owner[owner] += 1
+            if outcome is not Outcome.OK:
+                self._failed_blocks.update(ended.read.local_block_ids)
+            self._report[ended.read.request_id] = outcome
+            received.add(ended.read.request_id)
         return sent or None, received or None
 
     def take_failed_blocks(self) -> set[int]:
@@ -191,9 +222,20 @@ class BatonWorker:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
+    def take_report(self) -> WorkerReport | None:
+        """How the reads that ended since the last call ended on this rank."""
+        report, self._report = self._report, {}
+        return WorkerReport(report) if report else None
+
     def abort(self, handoff_ids: Sequence[str]) -> int:
         """Ends offers that nobody will read. Returns how many were still pinned."""
         known = [handoff_id for handoff_id in handoff_ids if handoff_id in self._pinned]
+        # Word of the router may be quicker than the scheduler's of the offer.
+        for handoff_id in handoff_ids:
+            if handoff_id not in self._pinned:
+                self._aborted[handoff_id] = None
+        while len(self._aborted) > _REMEMBERED_ABORTS:
+            del self._aborted[next(iter(self._aborted))]
         for handoff_id in known:
             self.engine.abort(handoff_id, "the router gave it up")
         return len(known)
@@ -207,7 +249,7 @@ class BatonWorker:
             "pid": os.getpid(),
             "pinned_blocks": sum(len(o.ticket.block_ids) for o in self._pinned.values()),
             "offers": len(self._pinned),
-            "loads": len(self._loads),
+            "loads": 0 if self._reads is None else len(self._reads),
             "reads_by_owner": dict(self._reads_by_owner),
             "failed_by_owner": dict(self._failed_by_owner),
             "totals": self.stats.totals,
@@ -224,6 +266,10 @@ class BatonWorker:
 
     def _offer(self, offer: NewOffer) -> None:
         ticket = offer.ticket
+        layout = self._own_layout
+        if self._digests is not None:
+            stretch = Stretch(0, ticket.num_tokens, ticket.block_ids)
+            self._digests.write(digest_units(layout, stretch))
         if self._mirror is not None:
             self._mirror.save(ticket.block_ids)
         self._pinned[ticket.handoff_id] = offer
@@ -232,104 +278,89 @@ class BatonWorker:
                 handoff_id=ticket.handoff_id,
                 fence=ticket.fence,
                 token=ticket.token,
-                grant=self._own_layout.spans(ticket.block_ids),
+                grant=block_spans_of(layout, ticket.block_ids),
                 readers=ticket.readers,
                 ttl_s=offer.ttl_s,
                 num_blocks=len(ticket.block_ids),
             )
         )
         self._count_pinned()
+        if ticket.handoff_id in self._aborted:
+            self.abort([ticket.handoff_id])
 
     def _ended(self, ended: EndedHandoff) -> str | None:
         offer = self._pinned.pop(ended.handoff_id, None)
         if offer is None:
             return None
-        self.stats.count_owner(_OWNER_OUTCOMES[ended.state])
+        if self._counts:
+            self.stats.count_owner(_OWNER_OUTCOMES[ended.state])
         self._count_pinned()
         if ended.state is not HandoffState.RELEASED:
             logger.info("hand-off %s %s: %s", ended.handoff_id, ended.state.value, ended.reason)
         return offer.request_id
 
-    def _read(self, read: NewRead) -> None:
-        ticket = read.ticket
-        handle = None
-        if ticket.layout_hash == self._layout_hash and ticket.tp_size == self._tp_size:
-            owner, credentials = self._addressee(Holding(read.request_id, ticket))
-            handle = self.engine.submit_read(
-                owner,
-                credentials,
-                _Planner(self._own_layout, read),
-                deadline_s=self._settings.transfer.read_deadline_s,
-            )
-        else:
-            logger.warning(
-                "ticket of request %s refused: its KV layout or tp_size differs from ours",
-                read.request_id,
-            )
-        self._loads[read.request_id] = _Load(read, handle)
+    def _arrived(self, ended: EndedRead) -> Outcome:
+        """A read ended: takes its blocks in, if they are what the owner had."""
+        read = ended.read
+        if ended.outcome is not Outcome.OK:
+            return ended.outcome
+        if self._mirror is not None:
+            self._mirror.load(read.local_block_ids)
+        if self._digests is not None and not self._check(self._digests, ended):
+            return Outcome.CORRUPTED
+        self.stats.count_bytes(ended.bytes_moved, ended.read_s, ended.total_s)
+        return Outcome.OK
 
-    def _loaded(self, load: _Load) -> None:
-        read, handle = load.read, load.handle
-        if handle is not None and handle.state is TransferState.DONE:
-            if self._mirror is not None:
-                self._mirror.load(read.local_block_ids)
-            timings = handle.timings
-            self._reads_by_owner[read.ticket.engine_id] += 1
-            self.stats.count_read(Outcome.OK, tokens=read.num_tokens)
-            self.stats.count_bytes(handle.bytes_moved, timings.read_s, timings.total_s)
-            return
-        self._failed_blocks.update(read.local_block_ids)
-        if handle is not None and handle.state is TransferState.CANCELLED:
-            self.stats.count_read(Outcome.CANCELLED, tokens=0)
-            self._forfeit(read)
-            return
-        error = None if handle is None else handle.error
-        refused = handle is None or isinstance(error, HandoffRefused | LayoutMismatch)
-        self.stats.count_read(Outcome.REFUSED if refused else Outcome.FAILED, tokens=0)
-        if not refused:
-            self._failed_by_owner[read.ticket.engine_id] += 1
-        self.stats.count_recomputed(max(0, read.num_tokens - 1))
-        if error is not None:
-            logger.warning("read for request %s failed, recomputing: %s", read.request_id, error)
-            if not refused:
-                self._forfeit(read)
-
-    def _forfeit(self, read: NewRead) -> None:
-        owner, credentials = self._addressee(Holding(read.request_id, read.ticket))
-        self.engine.submit_release(owner, credentials, used=False)
-
-    def _addressee(self, holding: Holding) -> tuple[PeerId, Credentials]:
-        ticket: Ticket = holding.ticket
-        return PeerId(ticket.engine_id, self._peer.rank), Credentials(
-            handoff_id=ticket.handoff_id,
-            incarnation=ticket.incarnation,
-            fence=ticket.fence,
-            token=ticket.token,
-            reader=f"{self._peer}#{holding.request_id}",
+    def _check(self, digests: BlockDigests, ended: EndedRead) -> bool:
+        read = ended.read
+        if not ended.has_digests:
+            if not self._said_unchecked:
+                logger.warning(
+                    "engine %s offers blocks without digests; transfer.digests must be set on "
+                    "both sides. Its blocks are used unchecked",
+                    read.ticket.engine_id,
+                )
+            self._said_unchecked = True
+            return True
+        first = read.first_token
+        stretch = Stretch(
+            first,
+            first + read.num_tokens,
+            read.local_block_ids,
+            first // self._own_layout.block_size,
         )
+        if digests.agree(digest_units(self._own_layout, stretch)):
+            return True
+        logger.error(
+            "blocks of request %s arrived changed from engine %s, recomputing",
+            read.request_id,
+            read.ticket.engine_id,
+        )
+        return False
 
     def _count_pinned(self) -> None:
+        if not self._counts:
+            return
         self.stats.set_pinned_blocks(
             sum(len(offer.ticket.block_ids) for offer in self._pinned.values())
         )
+
+    @property
+    def _counts(self) -> bool:
+        """Whether this rank counts what concerns a request as a whole, for all ranks."""
+        return self._peer.rank == 0
+
+    @property
+    def _prompt_reads(self) -> PromptReads:
+        if self._reads is None:
+            raise RuntimeError("the KV caches are not registered yet")
+        return self._reads
 
     @property
     def _own_layout(self) -> KVLayout:
         if self._layout is None:
             raise RuntimeError("the KV caches are not registered yet")
         return self._layout
-
-
-@dataclass(frozen=True, slots=True)
-class _Planner:
-    """Pairs the owner's blocks with ours once the owner's layout is known."""
-
-    local: KVLayout
-    read: NewRead
-
-    def __call__(self, info: PeerInfo) -> ReadPlan:
-        remote = KVLayout.decode(info.layout)
-        return plan_read(self.local, self.read.local_block_ids, remote, self.read.remote_block_ids)
 
 
 def _with_own_address(settings: ConnectorSettings) -> ConnectorSettings:
@@ -367,9 +398,21 @@ def _axis_order(tensor: torch.Tensor) -> str:
     return "".join("BHNC"[axis] for axis in order)
 
 
-def _attention_backends(vllm_config: VllmConfig) -> str:
+def _backend_names(vllm_config: VllmConfig) -> list[str]:
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
-    return ",".join(sorted({layer.get_attn_backend().get_name() for layer in layers.values()}))
+    return sorted({layer.get_attn_backend().get_name() for layer in layers.values()})
+
+
+def _packing(vllm_config: VllmConfig, tensor: torch.Tensor) -> Packing:
+    _, _, tokens, content = tensor.shape
+    if _CPU_BACKEND not in _backend_names(vllm_config):
+        return token_major(content * tensor.element_size())
+    # Imported here because the module is there on CPU only.
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    model, cache_dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    isa = _get_attn_isa(model.dtype, tokens, content // 2, cache_dtype)
+    return cpu_packing(isa, content // 2, tensor.element_size())
 
 
 def _storages(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:

@@ -1,0 +1,68 @@
+"""What is refused when vLLM starts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
+
+from transfer.connector.limits import refuse_unsupported
+from transfer.errors import ConfigurationError
+
+SIZES: dict[str, Any] = {
+    "block_size": 16,
+    "num_kv_heads": 2,
+    "head_size": 64,
+    "dtype": torch.float16,
+}
+FULL = FullAttentionSpec(**SIZES)
+
+
+def start(*specs: KVCacheSpec, mla: bool = False, **parallel: int) -> None:
+    """Checks the fields of vLLM's configuration that the connector looks at."""
+    sizes = {
+        "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        **parallel,
+    }
+    config: Any = SimpleNamespace(
+        parallel_config=SimpleNamespace(**sizes), model_config=SimpleNamespace(use_mla=mla)
+    )
+    cache: Any = SimpleNamespace(
+        kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+    )
+    refuse_unsupported(config, cache)
+
+
+def test_full_attention_is_supported_also_where_it_stands_for_a_window() -> None:
+    start(FULL)
+    start(FullAttentionSpec(**SIZES, sliding_window=128))
+
+
+@pytest.mark.parametrize(
+    ("specs", "changes", "message"),
+    [
+        ([FULL, FULL], {}, "models with 2 KV cache groups"),
+        ([FULL], {"mla": True}, "multi-head latent attention"),
+        ([MLAAttentionSpec(**SIZES)], {}, "of kind MLAAttention, only FullAttention"),
+        ([SlidingWindowSpec(**SIZES, sliding_window=128)], {}, "of kind SlidingWindow, only"),
+        ([FullAttentionSpec(**SIZES, tokens_per_state=4)], {}, "4 tokens in one state"),
+        ([FULL], {"pipeline_parallel_size": 2}, "pipeline_parallel_size=2, only 1"),
+        ([FULL], {"decode_context_parallel_size": 2}, "decode_context_parallel_size=2, only 1"),
+        ([FULL], {"prefill_context_parallel_size": 4}, "prefill_context_parallel_size=4, only 1"),
+    ],
+)
+def test_the_rest_is_refused_with_its_name(
+    specs: list[KVCacheSpec], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=f"does not support .*{message}.*docs/transfer"):
+        start(*specs, **changes)
