@@ -85,7 +85,8 @@ def _server(model: Path, etcd: EtcdServer, sizes: tuple[int, int], log: Path) ->
         "kv_both",
         kv_connector="CorruptingConnector",
         kv_connector_module_path="tests.support.corrupting_connector",
-        transfer={"ticket_ttl_s": 60.0, "digests": True},
+        # Up to four processes load their first kernels on two cores while they are first connected.
+        transfer={"ticket_ttl_s": 60.0, "digests": True, "connect_timeout_s": 15.0},
     )
     return VllmServer(
         model,
@@ -114,7 +115,7 @@ def test_same_text_as_one_engine(engines: Engines, forth: bool, length: int) -> 
     answer = decode.complete(prompt, kv_transfer_params=prefill_ticket(prefill, prompt))
     assert answer["choices"][0]["text"] == expected
     changes = counters.changes()
-    assert changes["tokens"] == length, changes
+    assert changes.get("tokens") == length, changes
     assert changes["ok"] == 1
     assert changes.get("computed", 0) <= 1
     assert changes["bytes"] >= length * engines.kv_heads * BYTES_OF_A_TOKEN
