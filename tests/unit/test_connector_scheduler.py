@@ -46,7 +46,7 @@ def make_scheduler(role: str = "both", clock: Clock | None = None) -> BatonSched
     )
     scheduler.set_handshake(HANDSHAKE)
     # The engine has made a step already; its first one renews whatever is there.
-    scheduler.take_metadata()
+    scheduler.take_metadata(idle=False)
     return scheduler
 
 
@@ -133,7 +133,7 @@ def test_whole_prompt_is_read_when_nothing_is_cached_here(length: int) -> None:
     assert schedule(scheduler, request) == (length, True)
 
     assert scheduler.has_pending
-    metadata = scheduler.take_metadata()
+    metadata = scheduler.take_metadata(idle=False)
     (read,) = metadata.reads
     assert read.request_id == "request-1"
     assert read.ticket == ticket
@@ -162,7 +162,7 @@ def test_blocks_cached_here_are_skipped_on_both_sides(length: int, local: int) -
 
     assert schedule(scheduler, request, local) == (length - local, True)
 
-    (read,) = scheduler.take_metadata().reads
+    (read,) = scheduler.take_metadata(idle=False).reads
     skipped = local // BLOCK
     assert read.first_token == local
     assert read.local_block_ids == tuple(range(100 + skipped, 100 + blocks_for(length)))
@@ -182,7 +182,7 @@ def test_every_missing_token_is_read_into_its_own_block(
     # vLLM may hand out blocks beyond the prompt (lookahead); they must stay out of it.
     scheduler.after_alloc(request, make_blocks(blocks_for(length) + lookahead), count)
 
-    metadata = scheduler.take_metadata()
+    metadata = scheduler.take_metadata(idle=False)
 
     if length - local == 1:
         assert not metadata.reads
@@ -206,13 +206,13 @@ def test_last_token_alone_is_computed_and_the_ticket_forfeited(length: int, loca
     assert schedule(scheduler, request, local) == (0, False)
 
     assert scheduler.has_pending
-    assert scheduler.take_metadata() == dataclasses.replace(
+    assert scheduler.take_metadata(idle=False) == dataclasses.replace(
         NOTHING, forfeits=[Holding("request-1", ticket)]
     )
     # Forfeited once: the end of the request says nothing more.
     request.status = RequestStatus.FINISHED_STOPPED
     assert scheduler.request_finished(request, [100]) == (False, None)
-    assert scheduler.take_metadata() == NOTHING
+    assert scheduler.take_metadata(idle=False) == NOTHING
 
 
 def test_request_that_must_not_read_caches_forfeits_and_recomputes() -> None:
@@ -223,7 +223,7 @@ def test_request_that_must_not_read_caches_forfeits_and_recomputes() -> None:
 
     assert schedule(scheduler, request) == (0, False)
 
-    assert scheduler.take_metadata() == dataclasses.replace(
+    assert scheduler.take_metadata(idle=False) == dataclasses.replace(
         NOTHING,
         forfeits=[Holding("request-1", ticket)],
         verdicts=[Verdict(None, recomputed_tokens=39)],
@@ -240,7 +240,7 @@ def test_tokens_that_vllm_does_not_take_count_as_recomputed() -> None:
 
     scheduler.after_alloc(request, make_blocks(3), 0)
 
-    metadata = scheduler.take_metadata()
+    metadata = scheduler.take_metadata(idle=False)
     assert metadata.forfeits == [Holding("request-1", ticket)]
     assert metadata.verdicts == [Verdict(None, recomputed_tokens=2 * BLOCK - 1)]
     assert not metadata.reads
@@ -253,9 +253,9 @@ def test_asking_again_before_there_are_blocks_changes_nothing() -> None:
 
     assert scheduler.matched_tokens(request, 0) == (3 * BLOCK, True)
     assert scheduler.matched_tokens(request, BLOCK) == (2 * BLOCK, True)
-    assert scheduler.take_metadata() == NOTHING
+    assert scheduler.take_metadata(idle=False) == NOTHING
     assert schedule(scheduler, request, 2 * BLOCK) == (BLOCK, True)
-    (read,) = scheduler.take_metadata().reads
+    (read,) = scheduler.take_metadata(idle=False).reads
     assert read.first_token == 2 * BLOCK
     assert read.local_block_ids == (102,)
 
@@ -265,10 +265,10 @@ def test_read_is_asked_for_once() -> None:
     request = decode_request(tokens(40), make_ticket(tokens(40)))
     scheduler.on_new_request(request)
     schedule(scheduler, request)
-    assert len(scheduler.take_metadata().reads) == 1
+    assert len(scheduler.take_metadata(idle=False).reads) == 1
 
     assert schedule(scheduler, request) == (0, False)
-    assert scheduler.take_metadata() == NOTHING
+    assert scheduler.take_metadata(idle=False) == NOTHING
 
 
 def test_after_the_load_the_request_is_like_any_other() -> None:
@@ -276,19 +276,19 @@ def test_after_the_load_the_request_is_like_any_other() -> None:
     request = decode_request(tokens(40), make_ticket(tokens(40)))
     scheduler.on_new_request(request)
     schedule(scheduler, request)
-    scheduler.take_metadata()
+    scheduler.take_metadata(idle=False)
 
     scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": Outcome.OK}))
 
     assert scheduler.has_pending
-    assert scheduler.take_metadata() == dataclasses.replace(
+    assert scheduler.take_metadata(idle=False) == dataclasses.replace(
         NOTHING, verdicts=[Verdict(Outcome.OK, tokens=40)]
     )
     # vLLM asks again when it resumes the request, and after a load that failed.
     assert schedule(scheduler, request) == (0, False)
     request.status = RequestStatus.FINISHED_STOPPED
     assert scheduler.request_finished(request, [100, 101, 102]) == (False, None)
-    assert scheduler.take_metadata() == NOTHING
+    assert scheduler.take_metadata(idle=False) == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_a_prompt_came_only_if_all_ranks_have_it(
     request = decode_request(tokens(40), make_ticket(tokens(40)))
     scheduler.on_new_request(request)
     schedule(scheduler, request)
-    scheduler.take_metadata()
+    scheduler.take_metadata(idle=False)
 
     for number, step in enumerate(ranks, 1):
         report = WorkerReport()
@@ -318,7 +318,7 @@ def test_a_prompt_came_only_if_all_ranks_have_it(
         # vLLM names the request once the last rank has named it.
         scheduler.on_loaded({"request-1"} if number == len(ranks) else set(), report)
 
-    assert scheduler.take_metadata().verdicts == [verdict]
+    assert scheduler.take_metadata(idle=False).verdicts == [verdict]
     assert not scheduler.has_pending
 
 
@@ -329,7 +329,7 @@ def test_request_without_ticket_is_left_alone(params: dict[str, Any] | None) -> 
     scheduler.on_new_request(request)
 
     assert schedule(scheduler, request) == (0, False)
-    assert scheduler.take_metadata() == NOTHING
+    assert scheduler.take_metadata(idle=False) == NOTHING
 
 
 def test_engine_that_only_prefills_reads_no_tickets() -> None:
@@ -338,7 +338,7 @@ def test_engine_that_only_prefills_reads_no_tickets() -> None:
     scheduler.on_new_request(request)
 
     assert schedule(scheduler, request) == (0, False)
-    assert scheduler.take_metadata() == NOTHING
+    assert scheduler.take_metadata(idle=False) == NOTHING
 
 
 # ---- decode: what is refused ---------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_ticket_of_another_prompt_is_refused_and_forfeited(prompt: dict[str, Any
     scheduler.on_new_request(request)
 
     assert schedule(scheduler, request) == (0, False)
-    assert scheduler.take_metadata() == dataclasses.replace(
+    assert scheduler.take_metadata(idle=False) == dataclasses.replace(
         NOTHING,
         forfeits=[Holding("request-1", ticket)],
         verdicts=[Verdict(Outcome.REFUSED, recomputed_tokens=request.num_prompt_tokens - 1)],
@@ -397,7 +397,7 @@ def test_ticket_that_covers_another_length_is_refused(num_tokens: int) -> None:
     scheduler.on_new_request(request)
 
     assert schedule(scheduler, request) == (0, False)
-    (verdict,) = scheduler.take_metadata().verdicts
+    (verdict,) = scheduler.take_metadata(idle=False).verdicts
     assert verdict.outcome is Outcome.REFUSED
 
 
@@ -411,7 +411,7 @@ def test_ticket_in_blocks_of_another_size_is_read_into_ours(block_size: int, loc
     scheduler.on_new_request(request)
 
     assert schedule(scheduler, request, local) == (40 - local, True)
-    (read,) = scheduler.take_metadata().reads
+    (read,) = scheduler.take_metadata(idle=False).reads
     assert (read.first_token, read.num_tokens) == (local, 40 - local)
     assert read.local_block_ids == tuple(range(100 + local // BLOCK, 103))
 
@@ -428,7 +428,7 @@ def test_ticket_in_blocks_that_do_not_divide_ours_is_refused_and_forfeited(
     scheduler.on_new_request(request)
 
     assert schedule(scheduler, request, local) == (0, False)
-    assert scheduler.take_metadata() == dataclasses.replace(
+    assert scheduler.take_metadata(idle=False) == dataclasses.replace(
         NOTHING, forfeits=[Holding("request-1", ticket)], verdicts=[REFUSED]
     )
 
@@ -441,7 +441,7 @@ def test_malformed_ticket_is_refused_and_the_prompt_computed(change: dict[str, A
     scheduler.on_new_request(request)
 
     assert schedule(scheduler, request) == (0, False)
-    assert scheduler.take_metadata() == dataclasses.replace(NOTHING, verdicts=[REFUSED])
+    assert scheduler.take_metadata(idle=False) == dataclasses.replace(NOTHING, verdicts=[REFUSED])
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -454,7 +454,7 @@ def test_prompt_picks_its_ticket_from_a_bundle(index: int) -> None:
 
     schedule(scheduler, request)
 
-    metadata = scheduler.take_metadata()
+    metadata = scheduler.take_metadata(idle=False)
     (read,) = metadata.reads
     assert read.ticket == bundle[index]
     # The others belong to the other prompts of the same call.
@@ -469,7 +469,7 @@ def test_prompt_that_is_not_in_the_bundle_is_computed_and_leaves_the_bundle_alon
     scheduler.on_new_request(request)
 
     assert schedule(scheduler, request) == (0, False)
-    assert scheduler.take_metadata() == dataclasses.replace(NOTHING, verdicts=[REFUSED])
+    assert scheduler.take_metadata(idle=False) == dataclasses.replace(NOTHING, verdicts=[REFUSED])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -485,7 +485,7 @@ def test_request_that_the_engine_turned_away_forfeits_all_its_tickets(count: int
     assert scheduler.request_finished(request, []) == (False, None)
 
     assert scheduler.has_pending
-    assert scheduler.take_metadata() == dataclasses.replace(
+    assert scheduler.take_metadata(idle=False) == dataclasses.replace(
         NOTHING, forfeits=[Holding("request-1", ticket) for ticket in bundle]
     )
 
@@ -504,7 +504,7 @@ def test_abort_before_scheduling_forfeits() -> None:
     assert scheduler.request_finished(request, []) == (False, None)
 
     assert scheduler.has_pending
-    assert scheduler.take_metadata() == dataclasses.replace(
+    assert scheduler.take_metadata(idle=False) == dataclasses.replace(
         NOTHING, forfeits=[Holding("request-1", ticket)]
     )
 
@@ -514,17 +514,19 @@ def test_abort_while_loading_cancels() -> None:
     request = decode_request(tokens(40), make_ticket(tokens(40)))
     scheduler.on_new_request(request)
     schedule(scheduler, request)
-    scheduler.take_metadata()
+    scheduler.take_metadata(idle=False)
 
     request.status = RequestStatus.FINISHED_ABORTED
     assert scheduler.request_finished(request, [100, 101, 102]) == (False, None)
 
     assert scheduler.has_pending
-    assert scheduler.take_metadata() == dataclasses.replace(NOTHING, cancels=["request-1"])
+    assert scheduler.take_metadata(idle=False) == dataclasses.replace(
+        NOTHING, cancels=["request-1"]
+    )
     # The worker still reports the end of the read; by then the request is forgotten.
     scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": Outcome.CANCELLED}))
-    assert scheduler.take_metadata().verdicts == [Verdict(Outcome.CANCELLED)]
-    assert scheduler.take_metadata() == NOTHING
+    assert scheduler.take_metadata(idle=False).verdicts == [Verdict(Outcome.CANCELLED)]
+    assert scheduler.take_metadata(idle=False) == NOTHING
 
 
 # ---- decode: renewals ----------------------------------------------------------------------------
@@ -544,7 +546,7 @@ def test_tickets_are_renewed_four_times_in_their_life_until_loaded() -> None:
         if step == 31:
             scheduler.on_loaded({"loading"}, None)
         clock.now_s += 0.5
-        names = [holding.request_id for holding in scheduler.take_metadata().renewals]
+        names = [holding.request_id for holding in scheduler.take_metadata(idle=False).renewals]
         if names:
             renewed.append(((step + 1) * 0.5, names))
 
@@ -560,7 +562,7 @@ def test_rare_steps_renew_in_every_step() -> None:
 
     for _ in range(3):
         clock.now_s += TTL_S / 2
-        assert scheduler.take_metadata().renewals == [Holding("request-1", ticket)]
+        assert scheduler.take_metadata(idle=False).renewals == [Holding("request-1", ticket)]
 
 
 # ---- prefill -------------------------------------------------------------------------------------
@@ -625,7 +627,7 @@ def test_finished_prefill_is_offered(status: RequestStatus) -> None:
         expires_at_s=clock.now_s + TTL_S,
     )
     assert scheduler.has_pending
-    (offer,) = scheduler.take_metadata().offers
+    (offer,) = scheduler.take_metadata(idle=False).offers
     assert (offer.request_id, offer.ticket, offer.ttl_s) == ("prefill-x", ticket, TTL_S)
     assert not scheduler.has_pending
 
@@ -667,7 +669,7 @@ def test_prefill_that_ended_otherwise_is_not_offered(status: RequestStatus) -> N
     scheduler = make_scheduler("producer")
 
     assert finish(scheduler, tokens(40), status=status) == (False, None)
-    assert scheduler.take_metadata() == NOTHING
+    assert scheduler.take_metadata(idle=False) == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -677,7 +679,7 @@ def test_request_that_nobody_will_read_is_not_offered(params: dict[str, Any]) ->
     scheduler = make_scheduler("producer")
 
     assert finish(scheduler, tokens(40), params=params) == (False, None)
-    assert scheduler.take_metadata() == NOTHING
+    assert scheduler.take_metadata(idle=False) == NOTHING
 
 
 def test_no_offer_without_blocks() -> None:
@@ -721,7 +723,7 @@ def test_all_readers_of_one_ticket_read_it() -> None:
         scheduler.on_new_request(request)
         schedule(scheduler, request)
 
-    reads = scheduler.take_metadata().reads
+    reads = scheduler.take_metadata(idle=False).reads
 
     assert [read.request_id for read in reads] == ["0_request", "1_request", "2_request"]
     assert {read.ticket for read in reads} == {ticket}
@@ -737,7 +739,7 @@ def test_fences_increase_and_nothing_secret_repeats() -> None:
     assert fences == sorted(set(fences))
     assert len({ticket.handoff_id for ticket in tickets}) == 20
     assert len({ticket.token for ticket in tickets}) == 20
-    assert [offer.ticket for offer in scheduler.take_metadata().offers] == tickets
+    assert [offer.ticket for offer in scheduler.take_metadata(idle=False).offers] == tickets
 
 
 def test_ticket_goes_from_one_engine_to_the_other() -> None:
@@ -747,6 +749,6 @@ def test_ticket_goes_from_one_engine_to_the_other() -> None:
     decode.on_new_request(request)
 
     assert schedule(decode, request, BLOCK) == (40 - BLOCK, True)
-    (read,) = decode.take_metadata().reads
+    (read,) = decode.take_metadata(idle=False).reads
     assert read.ticket.block_ids == (5, 3, 8)
     assert read.first_token == BLOCK

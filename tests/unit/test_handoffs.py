@@ -47,7 +47,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def table(clock: Clock) -> HandoffTable:
-    return HandoffTable("start-1", clock)
+    return HandoffTable("start-1", clock, on_end=lambda: None)
 
 
 def offer(handoff_id: str = "h", *, readers: int = 1, grant: SpanArray = GRANT) -> Offer:
@@ -78,6 +78,21 @@ def begin(
 
 def ends(table: HandoffTable) -> list[tuple[str, HandoffState]]:
     return [(ended.handoff_id, ended.state) for ended in table.take_ended()]
+
+
+def test_word_of_an_end_comes_when_the_blocks_are_free(clock: Clock) -> None:
+    told = Revoked()
+    table = HandoffTable("start-1", clock, on_end=told)
+    table.offer(offer())
+    table.offer(offer("other"))
+    permit = begin(table)
+    table.end_read(begin(table, credentials("other")))
+    table.abort("h", "")
+    assert (told.times, table.take_ended()) == (0, [])
+    table.end_read(permit)
+    assert (told.times, len(table.take_ended())) == (1, 1)
+    table.release(credentials("other"), used=True)
+    assert (told.times, len(table.take_ended())) == (2, 1)
 
 
 def test_read_and_release(table: HandoffTable, clock: Clock) -> None:
@@ -361,7 +376,7 @@ class Lives(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.table = HandoffTable("start-1", self.clock)
+        self.table = HandoffTable("start-1", self.clock, on_end=lambda: None)
         self.names: list[str] = []
         self.taken: list[str] = []
         self.permits: dict[Permit, str] = {}

@@ -36,7 +36,7 @@ class SlowMemory(MemoryTable):
 
 def test_a_fetch_is_refused_when_the_hand_off_ended_while_bytes_were_copied() -> None:
     memory = SlowMemory()
-    table = HandoffTable("i", lambda: memory.now_s)
+    table = HandoffTable("i", lambda: memory.now_s, on_end=lambda: None)
     data = np.arange(64, dtype=np.uint8)
     grant = np.array([[data.ctypes.data, 64]], dtype=np.uint64)
     table.offer(Offer("h", 1, "t", grant, readers=2, ttl_s=5.0, num_blocks=1))

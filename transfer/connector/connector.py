@@ -99,7 +99,9 @@ class BatonConnector(KVConnectorBase_V1):
         self._scheduler_side.after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return self._scheduler_side.take_metadata()
+        return self._scheduler_side.take_metadata(
+            idle=scheduler_output.total_num_scheduled_tokens == 0
+        )
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         report = connector_output.kv_connector_worker_meta

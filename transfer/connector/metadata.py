@@ -66,9 +66,11 @@ class BatonMetadata(KVConnectorMetadata):
     """One step's instructions; all lists may be empty.
 
     Attributes:
+        idle: the model has nothing to compute in this step.
         verdicts: for the workers' counters, because vLLM asks those.
     """
 
+    idle: bool = False
     offers: list[NewOffer] = field(default_factory=list)
     reads: list[NewRead] = field(default_factory=list)
     cancels: list[str] = field(default_factory=list)

@@ -200,10 +200,15 @@ class BatonScheduler:
         self._pending.offers.append(NewOffer(request.request_id, ticket, self._ttl_s))
         return True, ticket.to_params()
 
-    def take_metadata(self) -> BatonMetadata:
-        """This step's instructions; the list starts anew."""
+    def take_metadata(self, *, idle: bool) -> BatonMetadata:
+        """This step's instructions; the list starts anew.
+
+        Args:
+            idle: the model has nothing to compute in this step.
+        """
         self._renew_waiting()
         metadata, self._pending = self._pending, BatonMetadata()
+        metadata.idle = idle
         return metadata
 
     @property

@@ -43,6 +43,14 @@ logger = logging.getLogger(__name__)
 
 _CPU_BACKEND = "CPU_ATTN"
 
+_IDLE_WAIT_S = 0.004
+"""How long a step without computation waits for something to end.
+
+vLLM steps on while blocks are on their way or pinned, a thousand times a second, and the ranks of
+an engine spin between the steps: on cores that the transfer needs too. A request that comes
+meanwhile waits as long at most.
+"""
+
 _REMEMBERED_ABORTS = 4096
 """Those that came before the offer, or after its end."""
 
@@ -81,6 +89,7 @@ class BatonWorker:
         self._aborted: dict[str, None] = {}
         self._reads: PromptReads | None = None
         self._failed_blocks: set[int] = set()
+        self._idle = False
         self._report: dict[str, Outcome] = {}
         self._reads_by_owner: Counter[str] = Counter()
         self._failed_by_owner: Counter[str] = Counter()
@@ -175,6 +184,7 @@ class BatonWorker:
 
     def carry_out(self, metadata: BatonMetadata) -> None:
         """Starts whatever the scheduler side decided in this step. Does not wait."""
+        self._idle = metadata.idle
         for offer in metadata.offers:
             self._offer(offer)
         reads = self._prompt_reads
@@ -195,9 +205,14 @@ class BatonWorker:
             self.stats.count_recomputed(verdict.recomputed_tokens)
 
     def take_finished(self) -> tuple[set[str] | None, set[str] | None]:
-        """Requests whose blocks readers are done with, and requests whose reads ended."""
+        """Requests whose blocks readers are done with, and requests whose reads ended.
+
+        In a step in which the model had nothing to compute, waits up to 4 ms for the first one.
+        """
         if self._engine is None:
             return None, None
+        if self._idle and (self._pinned or self._prompt_reads):
+            self._engine.wait_for_end(_IDLE_WAIT_S)
         sent = {
             request_id
             for ended in self._engine.take_ended()

@@ -52,7 +52,7 @@ class EngineState(StrEnum):
 class TransferEngine:
     """Owner of hand-offs and reader of those of other engines.
 
-    Every method may be called from any thread. None but ``start`` and ``close`` blocks; bytes
+    Every method may be called from any thread. None but those that say so blocks; bytes
     move on the engine's own threads. Make and start it after a fork, not before.
 
     Args:
@@ -91,7 +91,8 @@ class TransferEngine:
         self._tp_size = tp_size
         self._discovery = discovery
         self._settings = settings
-        self._table = HandoffTable(incarnation, time.monotonic)
+        self._ended = threading.Event()
+        self._table = HandoffTable(incarnation, time.monotonic, self._ended.set)
         self._budget = ByteBudget(settings.max_inflight_bytes)
         self._transports = Transports(settings)
         self._memory = MemoryTable(self._transports)
@@ -196,6 +197,18 @@ class TransferEngine:
         prefer_huge_pages(address, length)
         return region
 
+    def wait_for_end(self, timeout_s: float) -> bool:
+        """Block until an own hand-off or a submitted read ends, or has since the last call.
+
+        For the one thread that polls them and has nothing else to do.
+
+        Returns:
+            whether one did within ``timeout_s``.
+        """
+        ended = self._ended.wait(timeout_s)
+        self._ended.clear()
+        return ended
+
     # Owner
 
     def offer(self, offer: Offer) -> None:
@@ -252,6 +265,7 @@ class TransferEngine:
             if not self._reader(owner).submit(handle, credentials, planner):
                 raise self._closed_error()
         self._stop_when_due(handle)
+        handle.when_final(lambda _: self._ended.set())
         return handle
 
     def read(

@@ -45,11 +45,15 @@ class HandoffTable:
     Args:
         incarnation: of the owner; credentials for another one are refused.
         clock: seconds, monotonic.
+        on_end: called when :meth:`take_ended` has something new, with the table's lock held.
     """
 
-    def __init__(self, incarnation: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, incarnation: str, clock: Callable[[], float], on_end: Callable[[], None]
+    ) -> None:
         self._incarnation = incarnation
         self._clock = clock
+        self._on_end = on_end
         self._lock = threading.Lock()
         self._live: dict[str, Handoff] = {}
         self._over: OrderedDict[str, Handoff] = OrderedDict()
@@ -127,7 +131,10 @@ class HandoffTable:
     def end_read(self, permit: Permit) -> None:
         """The spans of ``permit`` are not touched any more. Idempotent."""
         with self._lock:
-            permit.handoff.permits.discard(permit)
+            handoff = permit.handoff
+            handoff.permits.discard(permit)
+            if handoff.offer.handoff_id not in self._live and not handoff.permits:
+                self._on_end()
 
     def release(self, credentials: Credentials, *, used: bool, read_id: str = "") -> None:
         """Count a reader off; the last one ends the hand-off.
@@ -346,6 +353,8 @@ class HandoffTable:
         while len(self._over) > REMEMBERED_ENDS:
             self._over.popitem(last=False)
         self._untaken.append(handoff)
+        if not handoff.permits:
+            self._on_end()
         return list(handoff.permits)
 
     @staticmethod

@@ -256,8 +256,9 @@ class _Read:
                 if time.monotonic() + pause_s >= ready_by or self._handle.wait(pause_s):
                     raise
                 pause_s = min(pause_s * 2, _FIRST_PAUSE_S)
-            except PeerUnreachable as error:
-                if not tries_left or self._handle.interrupt.error is not None:
+            except (PeerUnreachable, DeadlineExceeded) as error:
+                # A connection attempt has less time than the whole read.
+                if not tries_left or self._handle.interrupt.error is not None or self._late():
                     raise
                 tries_left -= 1
                 logger.info("will try once more: %s", error)
@@ -332,6 +333,9 @@ class _Read:
         if overlaps_itself(plan.local):
             raise RegistrationError("local spans overlap", phase=Phase.READ)
         return plan
+
+    def _late(self) -> bool:
+        return time.monotonic() >= self._handle.deadline
 
     def _left_s(self) -> float:
         left_s = self._handle.deadline - time.monotonic()

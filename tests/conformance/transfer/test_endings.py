@@ -70,6 +70,20 @@ def is_in(handle: TransferHandle, state: TransferState) -> None:
     assert handle.state is state
 
 
+def test_both_ends_can_wait_for_the_end(pair: Pair) -> None:
+    proof = pair.offer()
+    assert not pair.owner.wait_for_end(0.01)
+    assert not pair.reader.wait_for_end(0.01)
+    handle = pair.read(proof)
+    assert pair.reader.wait_for_end(10.0)
+    assert pair.owner.wait_for_end(10.0)
+    succeeds(handle)
+    (ended,) = pair.owner.take_ended()
+    assert ended.state is HandoffState.RELEASED
+    assert not pair.owner.wait_for_end(0.01)
+    assert not pair.reader.wait_for_end(0.01)
+
+
 def test_a_reader_that_is_quicker_than_the_offer(pair: Pair) -> None:
     earlier = pair.offer()
     proof = replace(earlier, handoff_id="a" * 32, fence=earlier.fence + 1)

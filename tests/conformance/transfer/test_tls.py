@@ -20,6 +20,7 @@ from tests.support.certificates import Authority, TlsFiles
 from tests.support.stalling_proxy import StallingProxy
 from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import (
+    SLOWNESS,
     Buffer,
     Directory,
     Pair,
@@ -203,6 +204,20 @@ def test_an_owner_that_says_nothing_costs_its_reader_no_more_than_the_deadline(
         assert handle.wait(3)
         assert handle.error is not None
         assert "in time" in str(handle.error)
+
+
+def test_a_connection_that_is_not_answered_is_tried_once_more(case: TransferCase) -> None:
+    with (
+        engine_pair(settings=case.settings(connect_timeout_s=0.5 * SLOWNESS)) as pair,
+        socket.create_server(("127.0.0.1", 0)) as silent,
+    ):
+        (address, *_) = pair.owner.addresses
+        pair.directory.move(pair.owner_id, f"tcp://127.0.0.1:{silent.getsockname()[1]}")
+        handle = pair.read(pair.offer())
+        with silent.accept()[0]:
+            pair.directory.move(pair.owner_id, address)
+            succeeds(handle)
+        assert pair.local_is_remote()
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS])
