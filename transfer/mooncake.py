@@ -145,7 +145,7 @@ def worker_settings(config: MooncakeConfig, end: End | None, rank: int) -> Moonc
             raise _bad(
                 f"{config.source}: cannot tell which of {_plain(config.local)} and "
                 f"{_plain(config.remote)} is this server; set {ROLE_VARIABLE} to producer or "
-                "consumer"
+                "consumer, or kv_role to kv_producer or kv_consumer"
             )
         # Both servers on one host: any port will do, etcd tells it.
         return MooncakeSettings(discovery, {**transfer, "host": config.local.host, "port": 0})

@@ -88,6 +88,23 @@ def test_a_mooncake_file_stands_in_for_discovery(
     )
 
 
+@pytest.mark.parametrize(
+    ("kv_role", "variable", "port"),
+    [
+        ("kv_producer", "", 13003),
+        ("kv_consumer", "", 13103),
+        ("kv_consumer", "producer", 13103),
+        ("kv_both", "producer", 13003),
+    ],
+)
+def test_the_role_tells_which_node_of_a_mooncake_file_this_is(
+    mooncake: Path, monkeypatch: pytest.MonkeyPatch, kv_role: str, variable: str, port: int
+) -> None:
+    monkeypatch.setenv("MOONCAKE_CONFIG_PATH", str(mooncake))
+    monkeypatch.setenv("VLLM_DISTRIBUTED_KV_ROLE", variable)
+    assert ConnectorSettings.from_extra_config({}, kv_role).transfer.port == port
+
+
 def test_what_is_set_in_the_connector_comes_before_a_mooncake_file(
     mooncake: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

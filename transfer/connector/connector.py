@@ -55,7 +55,9 @@ class BatonConnector(KVConnectorBase_V1):
         log_with_vllm()
         refuse_unsupported(vllm_config, kv_cache_config)
         transfer = self._kv_transfer_config
-        settings = ConnectorSettings.from_extra_config(transfer.kv_connector_extra_config)
+        settings = ConnectorSettings.from_extra_config(
+            transfer.kv_connector_extra_config, str(transfer.kv_role or "")
+        )
         if settings.die_with_parent:
             die_with_parent()
         self._scheduler: BatonScheduler | None = None

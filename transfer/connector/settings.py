@@ -44,12 +44,16 @@ class ConnectorSettings:
     die_with_parent: bool = False
 
     @classmethod
-    def from_extra_config(cls, extra: Mapping[str, Any]) -> Self:
+    def from_extra_config(cls, extra: Mapping[str, Any], kv_role: str = "") -> Self:
         """Reads ``{"discovery": {...}, "transfer": {...}}``.
 
         In place of ``discovery`` there may be a file of Mooncake's, named by
         ``transfer.mooncake_config`` or by ``MOONCAKE_CONFIG_PATH``; settings that are given here
         come before those of the file.
+
+        Args:
+            kv_role: vLLM's. Tells, like ``VLLM_DISTRIBUTED_KV_ROLE`` where it does not, which of a
+                file's two nodes this one is.
 
         Raises:
             ConfigurationError: an unknown key, a wrong type, or neither ``discovery`` nor a file;
@@ -81,7 +85,7 @@ class ConnectorSettings:
                     f"known: {', '.join(sorted(known))}"
                 )
         if not discovery:
-            told = _from_mooncake(path)
+            told = _from_mooncake(path, kv_role)
             if told is None:
                 raise _bad(
                     "kv_connector_extra_config.discovery is missing; it should say how peers are "
@@ -97,11 +101,14 @@ class ConnectorSettings:
         )
 
 
-def _from_mooncake(path: str) -> MooncakeSettings | None:
+def _from_mooncake(path: str, kv_role: str) -> MooncakeSettings | None:
     config = read_mooncake(path) if path else mooncake_from(os.environ)
     if config is None:
         return None
-    end = own_end(config, os.environ.get(ROLE_VARIABLE, ""), is_own_address)
+    role = kv_role.removeprefix("kv_")
+    if role not in ("producer", "consumer"):
+        role = os.environ.get(ROLE_VARIABLE, "")
+    end = own_end(config, role, is_own_address)
     # Only the worker listens, and where the scheduler runs apart there are no ranks.
     rank = get_tensor_model_parallel_rank() if model_parallel_is_initialized() else 0
     return worker_settings(config, end, rank)
