@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from transfer.errors import Phase, RegistrationError
 from transfer.types import ReadPlan, SpanArray
 
 _ADDRESS_LIMIT = 1 << 63
+_SPAN_TYPE = np.dtype(np.uint64)
 
 _FEW = 4
 """Rows up to which plain integers beat numpy, whose every call costs a microsecond."""
@@ -62,8 +64,8 @@ def concat(parts: Sequence[SpanArray]) -> SpanArray:
 
 def total_bytes(spans: SpanArray) -> int:
     """Sum of the lengths, for spans that passed :func:`check_spans`."""
-    if spans.shape[0] <= _FEW:
-        return sum(length for _, length in spans.tolist())
+    if spans.shape[0] == 1:
+        return int(spans[0, 1])
     return int(spans[:, 1].sum())
 
 
@@ -74,14 +76,16 @@ def check_spans(spans: SpanArray) -> SpanArray:
         RegistrationError: wrong shape or type, an empty row, an address out of range, or more
             than 2**63 bytes together.
     """
-    if spans.ndim != 2 or spans.shape[1] != 2 or spans.dtype != np.uint64:
+    if spans.ndim != 2 or spans.shape[1] != 2 or spans.dtype != _SPAN_TYPE:
         raise _bad(f"spans must be uint64 of shape [n, 2], not {spans.dtype} {spans.shape}")
     spans = np.ascontiguousarray(spans)
+    total: float
     if spans.shape[0] <= _FEW:
-        rows = spans.tolist()
-        highest = max(map(max, rows), default=0)
-        shortest = min((length for _, length in rows), default=1)
-        total = sum(length for _, length in rows)
+        highest, shortest, total = 0, 1, 0
+        for address, length in spans.tolist():
+            highest = max(highest, address, length)
+            shortest = min(shortest, length)
+            total += length
     else:
         highest, shortest = int(spans.max()), int(spans[:, 1].min())
         # Float keeps the order of magnitude where 64 bits would wrap around.
@@ -122,12 +126,13 @@ def lies_within(spans: SpanArray, cover: SpanArray) -> bool:
     if cover.shape[0] == 0:
         return False
     if spans.shape[0] <= _FEW:
-        rows = np.searchsorted(cover[:, 0], spans[:, 0], side="right") - 1
-        pairs = zip(spans.tolist(), cover[rows].tolist(), rows.tolist(), strict=True)
-        return all(
-            row >= 0 and address + length <= begin + size
-            for (address, length), (begin, size), row in pairs
-        )
+        begins = cover[:, 0]
+        for address, length in spans.tolist():
+            at = bisect_right(begins, address) - 1
+            begin, size = cover[at].tolist()
+            if at < 0 or address + length > begin + size:
+                return False
+        return True
     if int(spans.max()) >= _ADDRESS_LIMIT:
         return False
     # Rows of a cover do not touch, so what is joined lies in one of them or in none. Sorted, they

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from transfer.engine.handoff import Offer
+from transfer.engine.handoff import HandoffState, Offer
 from transfer.engine.handoffs import HandoffTable
 from transfer.engine.memory import MemoryTable
 from transfer.engine.owner import Owner
 from transfer.errors import HandoffRefused, Phase
 from transfer.transports.base import Caller
 from transfer.types import Credentials, PeerId, PeerInfo, SpanArray
+
+CALLER = Caller(PeerId("r", 0), "r-1")
+PROOF = Credentials("h", "i", 1, "t", "first")
+DATA = np.arange(64, dtype=np.uint8)
+GRANT: SpanArray = np.array([[DATA.ctypes.data, 64]], dtype=np.uint64)
 
 
 class NoWatcher:
@@ -23,28 +31,62 @@ class NoWatcher:
 
 
 class SlowMemory(MemoryTable):
-    """Takes time to check spans, which happens between admission and release."""
+    """Stays within a check of spans, that is between admission and release, until told."""
 
     def __init__(self) -> None:
         super().__init__(NoWatcher())
-        self.now_s = 0.0
-        self.check_s = 1.0
+        self.entered = threading.Event()
+        self.leave = threading.Event()
 
     def check(self, spans: SpanArray, *, what: str, phase: Phase) -> None:
-        self.now_s += self.check_s
+        self.entered.set()
+        assert self.leave.wait(20)
+        super().check(spans, what=what, phase=phase)
 
 
-def test_a_fetch_is_refused_when_the_hand_off_ended_while_bytes_were_copied() -> None:
-    memory = SlowMemory()
-    table = HandoffTable("i", lambda: memory.now_s, on_end=lambda: None)
-    data = np.arange(64, dtype=np.uint8)
-    grant = np.array([[data.ctypes.data, 64]], dtype=np.uint64)
-    table.offer(Offer("h", 1, "t", grant, readers=2, ttl_s=5.0, num_blocks=1))
-    owner = Owner(PeerInfo(PeerId("o", 0), "i", "h", b""), table, memory)
-    caller = Caller(PeerId("r", 0), "r-1")
-    proof = Credentials("h", "i", 1, "t", "first")
+@pytest.fixture
+def memory() -> Iterator[SlowMemory]:
+    made = SlowMemory()
+    yield made
+    made.leave.set()
 
-    assert owner.fetch(caller, proof, grant) == data.tobytes()
-    memory.check_s = 10.0
-    with pytest.raises(HandoffRefused, match="not renewed"):
-        owner.fetch(caller, replace(proof, reader="second"), grant)
+
+def offered(memory: SlowMemory, readers: int) -> tuple[HandoffTable, Owner]:
+    table = HandoffTable("i", time.monotonic, on_end=lambda: None)
+    table.offer(Offer("h", 1, "t", GRANT, readers=readers, ttl_s=60.0, num_blocks=1))
+    return table, Owner(PeerInfo(PeerId("o", 0), "i", "h", b""), table, memory)
+
+
+def test_a_hand_off_cannot_end_while_a_fetch_copies(memory: SlowMemory) -> None:
+    memory.register(DATA.ctypes.data, 64)
+    table, owner = offered(memory, readers=2)
+    fetched: list[bytes] = []
+    fetching = threading.Thread(target=lambda: fetched.append(owner.fetch(CALLER, PROOF, GRANT)))
+    fetching.start()
+    assert memory.entered.wait(20)
+    ending = threading.Thread(target=table.abort, args=("h", "test"))
+    ending.start()
+    ending.join(0.2)
+    assert ending.is_alive()
+
+    memory.leave.set()
+    fetching.join(20)
+    ending.join(20)
+    assert fetched == [DATA.tobytes()]
+    (ended,) = table.take_ended()
+    assert ended.state is HandoffState.ABORTED
+    with pytest.raises(HandoffRefused, match="aborted"):
+        owner.fetch(CALLER, replace(PROOF, reader="second"), GRANT)
+
+
+def test_a_fetch_counts_its_reader_off_only_with_the_bytes(memory: SlowMemory) -> None:
+    memory.leave.set()
+    table, owner = offered(memory, readers=1)
+    with pytest.raises(HandoffRefused, match="registered memory"):
+        owner.fetch(CALLER, PROOF, GRANT)
+    assert [offer.readers_left for offer in table.snapshot()] == [1]
+
+    memory.register(DATA.ctypes.data, 64)
+    assert owner.fetch(CALLER, PROOF, GRANT) == DATA.tobytes()
+    (ended,) = table.take_ended()
+    assert ended.state is HandoffState.RELEASED

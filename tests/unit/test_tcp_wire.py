@@ -31,13 +31,14 @@ from transfer.transports.tcp_wire import MessageType
 from transfer.types import Credentials, PeerId, PeerInfo
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+NAME = TEXT.map(lambda text: text.replace("\0", "-"))
 CREDENTIALS = st.builds(
     Credentials,
-    handoff_id=TEXT,
-    incarnation=TEXT,
+    handoff_id=NAME,
+    incarnation=NAME,
     fence=st.integers(0, (1 << 64) - 1),
-    token=TEXT,
-    reader=TEXT,
+    token=NAME,
+    reader=NAME,
     share=st.integers(1, (1 << 16) - 1),
 )
 PROOF = Credentials("h" * 32, "i" * 32, 5, "t" * 32, "decode/0#1")
@@ -121,9 +122,16 @@ def test_read_round_trip(proof: Credentials, block_ids: list[int]) -> None:
 
 def test_a_share_of_nothing_is_refused() -> None:
     body = bytearray(wire.encode_credentials(PROOF))
-    body[-2:] = b"\0\0"
+    body[8:10] = b"\0\0"
     with pytest.raises(ProtocolError, match="share of 0"):
         wire.decode_abort(bytes(body))
+
+
+def test_credentials_of_more_or_less_texts_are_refused() -> None:
+    body = wire.encode_credentials(PROOF)
+    for other in (body.replace(b"\0t", b"-t"), body.replace(b"hh", b"h\0", 1)):
+        with pytest.raises(ProtocolError, match="texts, not 4"):
+            wire.decode_abort(other + b"\0\0")
 
 
 def test_attach_round_trip() -> None:
@@ -159,6 +167,8 @@ def test_errors_keep_their_kind(sent: type[TransferError], received: type[Transf
         lambda: wire.encode_hello(Caller(PeerId("\ud800", 0), "i")),
         lambda: wire.encode_credentials(Credentials("h", "i", -1, "t", "r")),
         lambda: wire.encode_credentials(Credentials("h", "i", 1 << 64, "t", "r")),
+        lambda: wire.encode_credentials(replace(PROOF, reader="r\0")),
+        lambda: wire.encode_credentials(replace(PROOF, reader="r" * 2048)),
         lambda: wire.encode_credentials(replace(PROOF, share=0)),
         lambda: wire.encode_credentials(replace(PROOF, share=1 << 16)),
         lambda: wire.encode_renew([PROOF] * 513),

@@ -291,8 +291,7 @@ class TransferEngine:
             reader = self._reader(owner)
             if not reader.admit(handle, credentials):
                 raise self._closed_error()
-        self._stop_when_due(handle)
-        reader.run(handle, credentials, planner)
+        reader.run(handle, credentials, planner, self._stop_when_due)
         return handle
 
     def submit_release(self, owner: PeerId, credentials: Credentials, used: bool) -> None:

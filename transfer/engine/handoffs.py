@@ -128,6 +128,30 @@ class HandoffTable:
                 raise _refused("begun too often", credentials.handoff_id)
             reads[read_id] = credentials.reader
 
+    def fetch(
+        self,
+        caller: Caller,
+        credentials: Credentials,
+        spans: SpanArray,
+        copy: Callable[[Credentials, SpanArray], bytes],
+    ) -> bytes:
+        """Admit one read of ``spans``, make it by ``copy`` and count the reader off.
+
+        All in one step: the hand-off cannot end before it is over.
+
+        Args:
+            copy: gives the bytes of admitted spans; what it raises leaves the reader counted in.
+
+        Raises:
+            HandoffRefused: credentials, state or spans do not allow it.
+        """
+        self._check_before_read(credentials, spans)
+        with self._lock:
+            handoff = self._begun(caller, credentials, spans)
+            copied = copy(credentials, spans)
+            self._count_off(handoff, credentials, used=True, read_id="")
+            return copied
+
     def end_read(self, permit: Permit) -> None:
         """The spans of ``permit`` are not touched any more. Idempotent."""
         with self._lock:
@@ -171,11 +195,7 @@ class HandoffTable:
                 raise self._is_over(handoff, Phase.CONFIRM)
             if read_id and handoff.one_sided.get(read_id) != credentials.reader:
                 raise _refused("that read never began", credentials.handoff_id, Phase.CONFIRM)
-            handoff.count_off(credentials.reader, Release(used, read_id, credentials.share))
-            if handoff.readers_left <= 0:
-                # No revoking: every reader said that it has what it wants, and the owner's side
-                # of the last read may still be on its way back from the system call.
-                self._end(handoff, HandoffState.RELEASED, "released by every reader")
+            self._count_off(handoff, credentials, used=used, read_id=read_id)
 
     def renew(self, credentials: Credentials) -> None:
         """Begin the time to live anew.
@@ -302,6 +322,16 @@ class HandoffTable:
         self._extend(handoff)
         return handoff
 
+    def _count_off(
+        self, handoff: Handoff, credentials: Credentials, *, used: bool, read_id: str
+    ) -> None:
+        """A reader is through with a live hand-off. Holds the lock."""
+        handoff.count_off(credentials.reader, Release(used, read_id, credentials.share))
+        if handoff.readers_left <= 0:
+            # No revoking: every reader said that it has what it wants, and the owner's side
+            # of the last read may still be on its way back from the system call.
+            self._end(handoff, HandoffState.RELEASED, "released by every reader")
+
     def _known(self, credentials: Credentials, phase: Phase) -> Handoff:
         """The hand-off, live or over, when the credentials fit it. Holds the lock."""
         if credentials.incarnation != self._incarnation:
@@ -328,9 +358,12 @@ class HandoffTable:
 
     def _expire_if_due(self, handoff_id: str) -> None:
         """End a hand-off whose deadline passed, though the timer did not come round yet."""
+        # The deadline only ever moves on: without the lock too it says that there is time left.
+        handoff = self._live.get(handoff_id)
+        if handoff is None or self._clock() < handoff.deadline_s:
+            return
         with self._lock:
-            handoff = self._live.get(handoff_id)
-            if handoff is None or self._clock() < handoff.deadline_s:
+            if not handoff.live or self._clock() < handoff.deadline_s:
                 return
             revoked = self._end(
                 handoff, HandoffState.EXPIRED, f"not renewed for {handoff.offer.ttl_s} s"

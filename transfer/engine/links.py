@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 from transfer.engine.peers import Discovery
 from transfer.engine.routes import DataRoutes
@@ -27,6 +26,7 @@ from transfer.types import PeerId, PeerInfo, WorkerRecord
 logger = logging.getLogger(__name__)
 
 _DISCOVERY_WAIT_S = 2.0
+_BREAKING = (PeerUnreachable, DeadlineExceeded, ProtocolError)
 
 
 class Link:
@@ -45,6 +45,27 @@ class Link:
     def close(self) -> None:
         self.routes.close()
         self.control.close()
+
+
+class LinkUse:
+    """Holds a link within a ``with`` block; if that ends with its breaking, nobody else uses it."""
+
+    __slots__ = ("_link", "_links")
+
+    def __init__(self, links: PeerLinks, link: Link) -> None:
+        self._links = links
+        self._link = link
+
+    def __enter__(self) -> Link:
+        return self._link
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._links.let_go(self._link, exc)
 
 
 class PeerLinks:
@@ -78,11 +99,8 @@ class PeerLinks:
             state = "connected" if self._current else "closed" if self._closed else "idle"
         return f"<PeerLinks {self._owner} {state}>"
 
-    @contextmanager
-    def use(self, incarnation: str, deadline: float) -> Iterator[Link]:
+    def use(self, incarnation: str, deadline: float) -> LinkUse:
         """A link to the owner's start ``incarnation``; connects if there is none.
-
-        A link that breaks within the block is not used again.
 
         Args:
             deadline: monotonic time.
@@ -94,14 +112,19 @@ class PeerLinks:
             HandoffRefused: the owner is another start than ``incarnation``.
             LayoutMismatch: the owner's layout hash differs from ours.
         """
-        link = self._acquire(incarnation, deadline)
-        try:
-            yield link
-        except (PeerUnreachable, DeadlineExceeded, ProtocolError):
+        return LinkUse(self, self._ready(incarnation) or self._acquire(incarnation, deadline))
+
+    def let_go(self, link: Link, error: BaseException | None) -> None:
+        """A user of ``link`` is through with it; one that broke is not used again."""
+        if isinstance(error, _BREAKING):
             self._retire(link)
-            raise
-        finally:
-            self._let_go(link)
+        with self._lock:
+            link.users -= 1
+            free = link.users == 0
+            if free:
+                self._in_use.discard(link)
+        if free and link.retired:
+            link.close()
 
     def cut(self, alive: str = "") -> None:
         """Fail what uses a link to another start of the owner than ``alive``. Does not block."""
@@ -118,6 +141,14 @@ class PeerLinks:
             self._closed = True
         self.cut()
 
+    def _ready(self, incarnation: str) -> Link | None:
+        with self._lock:
+            link = self._current
+            if link is None or link.control.broken or link.info.incarnation != incarnation:
+                return None
+            self._occupy(link)
+            return link
+
     def _acquire(self, incarnation: str, deadline: float) -> Link:
         if not self._connecting.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise DeadlineExceeded(
@@ -126,19 +157,19 @@ class PeerLinks:
                 peer=str(self._owner),
             )
         try:
-            link = self._reusable(incarnation)
-            return link if link is not None else self._connect(incarnation, deadline)
+            link = self._ready(incarnation)
+            if link is None:
+                self._drop_unusable(incarnation)
+                link = self._connect(incarnation, deadline)
+            return link
         finally:
             self._connecting.release()
 
-    def _reusable(self, incarnation: str) -> Link | None:
+    def _drop_unusable(self, incarnation: str) -> None:
         with self._lock:
             link = self._current
-            if link is None:
-                return None
-            if not link.control.broken and link.info.incarnation == incarnation:
-                self._occupy(link)
-                return link
+        if link is None:
+            return
         record = self._discovery.lookup(self._owner)
         if (
             not link.control.broken
@@ -148,7 +179,6 @@ class PeerLinks:
             # Discovery agrees with the link: it is the ticket that is of another start.
             raise self._wrong_start(link.info.incarnation, incarnation)
         self._retire(link)
-        return None
 
     def _connect(self, incarnation: str, deadline: float) -> Link:
         left_s = deadline - time.monotonic()
@@ -226,13 +256,4 @@ class PeerLinks:
                 self._current = None
             free = link.users == 0
         if free:
-            link.close()
-
-    def _let_go(self, link: Link) -> None:
-        with self._lock:
-            link.users -= 1
-            free = link.users == 0
-            if free:
-                self._in_use.discard(link)
-        if free and link.retired:
             link.close()

@@ -18,7 +18,7 @@ _ADDRESS_LIMIT = 1 << 63
 
 def copy_out(spans: SpanArray) -> bytes:
     """The bytes of a few ``spans`` of mapped memory, in order."""
-    return b"".join(ctypes.string_at(address, length) for address, length in spans.tolist())
+    return b"".join(ctypes.string_at(*span) for span in spans.tolist())
 
 
 def copy_in(spans: SpanArray, data: bytes | bytearray) -> None:

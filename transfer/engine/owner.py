@@ -48,14 +48,7 @@ class Owner:
             self._table.end_read(permit)
 
     def fetch(self, caller: Caller, credentials: Credentials, spans: SpanArray) -> bytes:
-        permit = self.begin_read(caller, credentials, spans, _nothing)
-        try:
-            copied = copy_out(spans)
-            # Refused if the blocks were let go meanwhile.
-            self._table.release(credentials, used=True)
-        finally:
-            self._table.end_read(permit)
-        return copied
+        return self._table.fetch(caller, credentials, spans, self._copied)
 
     def begin_one_sided_read(
         self, caller: Caller, credentials: Credentials, spans: SpanArray, read_id: str
@@ -72,6 +65,10 @@ class Owner:
     def abort_by_reader(self, credentials: Credentials, reason: str) -> None:
         self._table.abort_by_reader(credentials, reason)
 
+    def _copied(self, credentials: Credentials, spans: SpanArray) -> bytes:
+        self._check_registered(credentials, spans)
+        return copy_out(spans)
+
     def _check_registered(self, credentials: Credentials, spans: SpanArray) -> None:
         try:
             self._memory.check(spans, what="the offered spans", phase=Phase.READ)
@@ -79,7 +76,3 @@ class Owner:
             raise HandoffRefused(
                 error.message, phase=Phase.READ, handoff_id=credentials.handoff_id
             ) from error
-
-
-def _nothing() -> None:
-    """A copy is not broken off; what it was worth is asked afterwards."""

@@ -100,7 +100,7 @@ class PeerReader:
         with self._lock:
             self._handles[handle] = credentials.incarnation
         handle.when_final(self._forget)
-        return self._reads.submit(lambda: self._read(handle, credentials, planner))
+        return self._reads.submit(lambda: self._read(handle, credentials, planner, _nothing))
 
     def admit(self, handle: TransferHandle, credentials: Credentials) -> bool:
         """Expect :meth:`run` with the same arguments; False when closed."""
@@ -111,15 +111,27 @@ class PeerReader:
             self._guests += 1
             return True
 
-    def run(self, handle: TransferHandle, credentials: Credentials, planner: Planner) -> None:
-        """After :meth:`admit`: read on the calling thread; the handle is final on return."""
+    def run(
+        self,
+        handle: TransferHandle,
+        credentials: Credentials,
+        planner: Planner,
+        watch: Callable[[TransferHandle], None],
+    ) -> None:
+        """After :meth:`admit`: read on the calling thread; the handle is final on return.
+
+        Args:
+            watch: stops the handle when it is due. Called before bytes move by a transport; until
+                then nothing waits that does not look at the deadline itself.
+        """
         try:
-            handle.when_final(self._forget)
-            self._read(handle, credentials, planner)
+            self._read(handle, credentials, planner, watch)
         finally:
-            with self._guest_left:
+            with self._lock:
+                del self._handles[handle]
                 self._guests -= 1
-                self._guest_left.notify_all()
+                if self._closing.is_set():
+                    self._guest_left.notify_all()
 
     def notify(self, notice: Notice) -> bool:
         """Send a notice soon, again and again until it arrives or expires; False when closed."""
@@ -170,7 +182,13 @@ class PeerReader:
             if not alive or incarnation != alive:
                 handle.stop(error())
 
-    def _read(self, handle: TransferHandle, credentials: Credentials, planner: Planner) -> None:
+    def _read(
+        self,
+        handle: TransferHandle,
+        credentials: Credentials,
+        planner: Planner,
+        watch: Callable[[TransferHandle], None],
+    ) -> None:
         unforeseen = True
         try:
             _Read(
@@ -181,6 +199,7 @@ class PeerReader:
                 self._memory,
                 self._budget,
                 self._fetch_bytes,
+                watch,
             ).run()
             unforeseen = False
             handle.finish(None)
@@ -229,6 +248,7 @@ class _Read:
         memory: MemoryTable,
         budget: ByteBudget,
         fetch_bytes: int,
+        watch: Callable[[TransferHandle], None],
     ) -> None:
         self._handle = handle
         self._credentials = credentials
@@ -237,6 +257,7 @@ class _Read:
         self._memory = memory
         self._budget = budget
         self._fetch_bytes = fetch_bytes
+        self._watch = watch
         self._plan: ReadPlan | None = None
         self._all_read = False
         self._read_id = ""
@@ -295,6 +316,7 @@ class _Read:
         handle.add_bytes(len(data))
 
     def _read(self, link: Link, plan: ReadPlan) -> None:
+        self._watch(self._handle)
         while not self._all_read:
             channel = link.routes.channel
             try:
@@ -342,3 +364,7 @@ class _Read:
         if left_s <= 0:
             raise DeadlineExceeded("no time left", phase=Phase.READ)
         return left_s
+
+
+def _nothing(_: TransferHandle) -> None:
+    """It is watched already."""

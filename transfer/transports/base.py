@@ -248,7 +248,9 @@ class ControlChannel(ABC):
         """Set up what transport ``scheme`` needs; see :meth:`Attachment.exchange`."""
 
     @abstractmethod
-    def fetch(self, credentials: Credentials, spans: SpanArray, timeout_s: float) -> bytearray:
+    def fetch(
+        self, credentials: Credentials, spans: SpanArray, timeout_s: float
+    ) -> bytes | bytearray:
         """A small read and its release at once; see :meth:`OwnerService.fetch`.
 
         Args:

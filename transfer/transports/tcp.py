@@ -8,7 +8,6 @@ next slice before it takes in the one before.
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 import time
 from collections import deque
@@ -35,8 +34,9 @@ from transfer.transports.base import (
     OwnerService,
     ReadSession,
 )
-from transfer.transports.tcp_dialer import Dialer, receive_answer, unexpected
+from transfer.transports.tcp_dialer import Dialer, unexpected
 from transfer.transports.tcp_listener import TcpListener
+from transfer.transports.tcp_messages import MessageReader
 from transfer.transports.tcp_stream import SpanCursor, TcpStream, translated
 from transfer.transports.tcp_wire import Header, MessageType
 from transfer.transports.tls import TlsContexts
@@ -46,8 +46,6 @@ _PIPELINED_REQUESTS = 2
 # A request must fit the sockets' buffers: the owner does not take it in while it sends.
 _MAX_REQUEST_ROWS = 2048
 _MIN_SLICE_BYTES = 1 << 20
-# What an owner that is not busy needs to answer a small read.
-_SPIN_S = 100e-6
 
 
 class TcpTransport(ControlTransport):
@@ -73,7 +71,7 @@ class TcpTransport(ControlTransport):
 
     def open_control(self, address: str, caller: Caller, timeout_s: float) -> TcpControl:
         stream, info = self._dialer.connect(address, caller, timeout_s)
-        return TcpControl(stream, info)
+        return TcpControl(stream, info, self._settings.fetch_bytes)
 
     def open_data(self, address: str, caller: Caller, control: ControlChannel) -> TcpData:
         return TcpData(address, caller, control.info, self._settings, self._dialer)
@@ -82,9 +80,10 @@ class TcpTransport(ControlTransport):
 class TcpControl(ControlChannel):
     """See :class:`~transfer.transports.base.ControlChannel`."""
 
-    def __init__(self, stream: TcpStream, info: PeerInfo) -> None:
+    def __init__(self, stream: TcpStream, info: PeerInfo, fetch_bytes: int) -> None:
         self.info = info
         self._stream = stream
+        self._answers = MessageReader(stream, stall_s=0, likely_bytes=fetch_bytes)
         self._peer = str(info.peer)
         self._turn = threading.Lock()
         self._request_ids = itertools.count(1)
@@ -108,18 +107,14 @@ class TcpControl(ControlChannel):
         )
         return bytes(answer)
 
-    def fetch(self, credentials: Credentials, spans: SpanArray, timeout_s: float) -> bytearray:
+    def fetch(
+        self, credentials: Credentials, spans: SpanArray, timeout_s: float
+    ) -> bytes | bytearray:
         body = wire.encode_read(credentials, spans)
-        wanted = total_bytes(spans)
         fetched = self._call(
-            MessageType.FETCH,
-            body,
-            MessageType.FETCHED,
-            timeout_s,
-            Phase.READ,
-            credentials,
-            body_hint=wanted,
+            MessageType.FETCH, body, MessageType.FETCHED, timeout_s, Phase.READ, credentials
         )
+        wanted = total_bytes(spans)
         if len(fetched) != wanted:
             raise FatalError(
                 f"{len(fetched)} of {wanted} bytes came", phase=Phase.READ, peer=self._peer
@@ -177,8 +172,7 @@ class TcpControl(ControlChannel):
         timeout_s: float,
         phase: Phase,
         credentials: Credentials | None = None,
-        body_hint: int = 0,
-    ) -> bytearray:
+    ) -> bytes | bytearray:
         handoff_id = credentials.handoff_id if credentials else ""
         deadline = time.monotonic() + timeout_s
         if not self._turn.acquire(timeout=max(0.0, timeout_s)):
@@ -191,31 +185,29 @@ class TcpControl(ControlChannel):
         whole = False
         try:
             with translated(phase, self._peer, handoff_id):
-                header, answer = self._exchange(request, body, deadline, body_hint)
-            if header.type is MessageType.ERROR:
-                whole = True
-                raise wire.decode_error(answer, phase, self._peer, handoff_id)
-            if header.type is not expected:
-                raise unexpected(header, self._peer)
-            whole = True
-            return answer
+                header, answer = self._exchange(request, body, deadline)
+            whole = header.type is expected or header.type is MessageType.ERROR
         finally:
             if not whole:  # what comes next on this connection is unknown
                 self._broken = True
             self._turn.release()
+        if header.type is MessageType.ERROR:
+            raise wire.decode_error(answer, phase, self._peer, handoff_id)
+        if not whole:
+            raise unexpected(header, self._peer)
+        return answer
 
     def _exchange(
-        self, request: MessageType, body: bytes, deadline: float, body_hint: int
-    ) -> tuple[Header, bytearray]:
+        self, request: MessageType, body: bytes, deadline: float
+    ) -> tuple[Header, bytes | bytearray]:
         if self._broken:
             raise ConnectionAbortedError("the connection was shut down")
-        left_s = _rounded_up(max(0.001, deadline - time.monotonic()))
-        self._stream.set_timeouts(receive_s=left_s, send_s=left_s)
         request_id = next(self._request_ids)
-        self._stream.send(wire.message(request, request_id, body))
-        if body_hint:
-            self._stream.spin(_SPIN_S)
-        return receive_answer(self._stream, request_id, left_s, self._peer, body_hint)
+        self._stream.send(wire.message(request, request_id, body), deadline)
+        header, answer = self._answers.next(deadline, soon=request is MessageType.FETCH)
+        if header.request_id != request_id:
+            raise unexpected(header, self._peer)
+        return header, answer
 
 
 class TcpData(DataChannel):
@@ -289,7 +281,6 @@ class TcpData(DataChannel):
                 phase=Phase.CONNECT,
                 peer=str(self._info.peer),
             )
-        stream.set_timeouts(receive_s=0, send_s=0)
         return stream
 
 
@@ -408,9 +399,3 @@ class TcpReadSession(ReadSession):
     def _count(self, moved: int) -> None:
         with self._lock:
             self._moved += moved
-
-
-def _rounded_up(seconds: float) -> float:
-    """A little more, so that consecutive calls of like timeouts need not set it anew."""
-    fraction, exponent = math.frexp(seconds)
-    return math.ldexp(math.ceil(fraction * 16), exponent - 4)

@@ -9,6 +9,7 @@ from transfer.errors import DeadlineExceeded, Phase, ProtocolError
 from transfer.settings import TransferSettings
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Caller
+from transfer.transports.tcp_messages import MessageReader
 from transfer.transports.tcp_stream import TcpStream, translated
 from transfer.transports.tcp_wire import Header, MessageType
 from transfer.transports.tls import TlsContexts
@@ -40,9 +41,7 @@ class Dialer:
             stream = self._open(address, timeout_s)
             shaken = False
             try:
-                left_s = max(0.001, deadline - time.monotonic())
-                stream.set_timeouts(receive_s=left_s, send_s=left_s)
-                info = _shake_hands(stream, caller, address, left_s)
+                info = _shake_hands(stream, caller, address, deadline)
                 shaken = True
                 return stream, info
             finally:
@@ -57,33 +56,17 @@ class Dialer:
         return TlsStream.connect_with(self._tls, target.host, target.port, timeout_s, buffer_bytes)
 
 
-def _shake_hands(stream: TcpStream, caller: Caller, address: str, timeout_s: float) -> PeerInfo:
-    stream.send(wire.message(MessageType.HELLO, 0, wire.encode_hello(caller)))
-    header, body = receive_answer(stream, 0, timeout_s, address)
+def _shake_hands(stream: TcpStream, caller: Caller, address: str, deadline: float) -> PeerInfo:
+    stream.send(wire.message(MessageType.HELLO, 0, wire.encode_hello(caller)), deadline)
+    answers = MessageReader(stream, stall_s=0)
+    header, body = answers.next(deadline)
+    if header.request_id or not answers.empty:
+        raise unexpected(header, address)
     if header.type is MessageType.ERROR:
         raise wire.decode_error(body, Phase.CONNECT, address)
     if header.type is not MessageType.WELCOME:
         raise unexpected(header, address)
     return wire.decode_welcome(body)
-
-
-def receive_answer(
-    stream: TcpStream, request_id: int, timeout_s: float, peer: str, body_hint: int = 0
-) -> tuple[Header, bytearray]:
-    """Header and body of the only answer that is due.
-
-    Args:
-        body_hint: bytes of a body that is likely; they are taken in with the header.
-    """
-    message = bytearray(wire.HEADER.size + body_hint)
-    came = stream.receive_some(memoryview(message), wire.HEADER.size, timeout_s)
-    header = wire.decode_header(memoryview(message)[: wire.HEADER.size])
-    whole = wire.HEADER.size + header.body_bytes
-    if header.request_id != request_id or header.type is MessageType.DATA or came > whole:
-        raise unexpected(header, peer)
-    del message[came:]
-    body = message[wire.HEADER.size :]
-    return header, body + stream.receive(whole - came, timeout_s)
 
 
 def unexpected(header: Header, peer: str) -> ProtocolError:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -27,7 +28,8 @@ from transfer.settings import MAX_FETCH_BYTES, MAX_SLICE_BYTES, TransferSettings
 from transfer.spans import total_bytes
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Attachment, Caller, Listener, OwnerService
-from transfer.transports.tcp_stream import SpanCursor, TcpStream
+from transfer.transports.tcp_messages import MessageReader
+from transfer.transports.tcp_stream import AWAKE_S, SpanCursor, TcpStream
 from transfer.transports.tcp_wire import Header, MessageType
 from transfer.transports.tls import TlsContexts
 from transfer.transports.tls_stream import TlsStream
@@ -185,7 +187,7 @@ class _Conversation:
         self._others = others
         self._attachments: dict[str, Attachment] = {}
         self._stall_s = settings.stall_timeout_s
-        self._header = bytearray(wire.HEADER.size)
+        self._requests = MessageReader(stream, settings.stall_timeout_s)
 
     def run(self) -> None:
         """Serve until the stream ends.
@@ -204,17 +206,18 @@ class _Conversation:
     def _converse(self) -> None:
         stall_s = self._stall_s
         self._stream.secure(stall_s)
-        self._stream.set_timeouts(receive_s=stall_s, send_s=stall_s)
-        header = self._first_header()
+        self._stream.set_timeouts(receive_s=0, send_s=stall_s)
+        header, body = self._first_message()
         if header.type is not MessageType.HELLO:
             raise ProtocolError(f"begins with {header.type.name}", phase=Phase.CONNECT)
-        caller = wire.decode_hello(self._receive_body(header))
+        caller = wire.decode_hello(body)
         welcome = wire.encode_welcome(self._service.info())
         self._stream.send(wire.message(MessageType.WELCOME, header.request_id, welcome))
-        self._stream.set_timeouts(receive_s=0, send_s=stall_s)
+        # A reader that comes back as soon as it is answered is waited for awake.
+        soon, answered_at = False, 0.0
         while True:
-            header = self._receive_header()
-            body = self._receive_body(header)
+            header, body = self._requests.next(soon=soon)
+            soon = header.type is MessageType.FETCH and time.monotonic() - answered_at < AWAKE_S
             try:
                 self._answer(caller, header, body)
             except TransferError as error:
@@ -223,26 +226,20 @@ class _Conversation:
                 if isinstance(error, ProtocolError):
                     raise
                 logger.info("refused %s of %s: %s", header.type.name, caller.peer, error)
+            answered_at = time.monotonic()
 
-    def _first_header(self) -> Header:
+    def _first_message(self) -> tuple[Header, bytes | bytearray]:
         try:
-            return self._receive_header()
+            return self._requests.next(time.monotonic() + self._stall_s)
         except ProtocolError:
-            if not self._header.startswith(_TLS_HANDSHAKE):
+            if not self._requests.first_bytes.startswith(_TLS_HANDSHAKE):
                 raise
         refused = TlsRefused("this port does not speak TLS", phase=Phase.CONNECT)
         self._stream.send(wire.message(MessageType.ERROR, 0, wire.encode_error(refused)))
         self._stream.linger()
         raise refused
 
-    def _receive_header(self) -> Header:
-        self._stream.receive_into(memoryview(self._header), self._stall_s)
-        return wire.decode_header(self._header)
-
-    def _receive_body(self, header: Header) -> bytearray:
-        return self._stream.receive(header.body_bytes, self._stall_s)
-
-    def _answer(self, caller: Caller, header: Header, body: bytearray) -> None:
+    def _answer(self, caller: Caller, header: Header, body: bytes | bytearray) -> None:
         match header.type:
             case MessageType.READ:
                 self._read(caller, header.request_id, body)
@@ -279,7 +276,7 @@ class _Conversation:
             return False
         return True
 
-    def _begin(self, caller: Caller, request_id: int, body: bytearray) -> bytes:
+    def _begin(self, caller: Caller, request_id: int, body: bytes | bytearray) -> bytes:
         credentials, read_id, keys_of, spans = wire.decode_begin(body)
         self._service.begin_one_sided_read(caller, credentials, spans, read_id)
         if not keys_of:
@@ -306,7 +303,7 @@ class _Conversation:
             )
         return self._service.fetch(caller, credentials, spans)
 
-    def _read(self, caller: Caller, request_id: int, body: bytearray) -> None:
+    def _read(self, caller: Caller, request_id: int, body: bytes | bytearray) -> None:
         credentials, spans = wire.decode_read(body)
         permit = self._service.begin_read(caller, credentials, spans, self._stream.shutdown)
         try:

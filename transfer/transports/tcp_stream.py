@@ -17,11 +17,12 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from types import TracebackType
 
 import numpy as np
 
-from transfer.errors import DeadlineExceeded, PeerUnreachable, Phase, TlsRefused
+from transfer.errors import DeadlineExceeded, PeerUnreachable, Phase, TlsRefused, TransferError
 from transfer.spans import slice_plan
 from transfer.types import ReadPlan, SpanArray
 
@@ -31,6 +32,12 @@ IOV_MAX = 1024
 _KEEPALIVE_IDLE_S = 30
 _KEEPALIVE_INTERVAL_S = 10
 _KEEPALIVE_PROBES = 3
+
+AWAKE_S = 100e-6
+"""How long :meth:`TcpStream.receive_soon` stays awake: what a small read takes at one end."""
+
+# A plain integer: to combine the flags of ``socket`` costs more than a call with them.
+_DONT_WAIT = int(socket.MSG_DONTWAIT)
 
 _LINGER_S = 0.5
 _LINGER_BYTES = 64 << 10
@@ -59,6 +66,9 @@ def _libc_call(name: str) -> _Call:
     function.restype = ctypes.c_ssize_t
     return function  # type: ignore[no-any-return]  # ctypes functions are untyped
 
+
+# Unlike that of ``os`` it gives up the interpreter's lock.
+_sched_yield = ctypes.CDLL(None).sched_yield
 
 _sendmsg = _libc_call("sendmsg")
 _recvmsg = _libc_call("recvmsg")
@@ -192,47 +202,73 @@ class TcpStream:
             TlsRefused: the peer has nothing to show.
         """
 
-    def send(self, data: bytes | memoryview) -> None:
-        self._socket.sendall(data)
-
-    def receive_into(self, view: memoryview, stall_s: float | None = None) -> None:
-        """Fill ``view``.
+    def send(self, data: bytes | memoryview, deadline: float | None = None) -> None:
+        """Send all of ``data``.
 
         Args:
-            stall_s: how long the rest may take once the first bytes are there; the first are
-                waited for as :meth:`set_timeouts` says.
+            deadline: monotonic time when it must be on its way; without it :meth:`set_timeouts`
+                says how long the peer may take nothing in.
 
         Raises:
-            OSError: the stream broke or ended (``ConnectionResetError``) or stalled
-                (``TimeoutError``).
+            OSError: the stream broke, or it took too long (``TimeoutError``, or
+                ``BlockingIOError`` without a deadline).
         """
-        self.receive_some(view, len(view), stall_s)
-
-    def receive_some(self, view: memoryview, least: int, stall_s: float | None = None) -> int:
-        """As :meth:`receive_into`, but content with the first ``least`` bytes; how many came."""
-        filled = self._first_bytes(view)
-        deadline = None if stall_s is None else time.monotonic() + stall_s
-        while filled < least:
-            if deadline is not None:
-                self._wait_readable(deadline)
-            filled += self._first_bytes(view[filled:])
-        return filled
-
-    def spin(self, seconds: float) -> None:
-        """Wait so long, awake, for the next byte: sooner than to be woken when it is due soon."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        if deadline is None:
+            self._socket.sendall(data)
+            return
+        left = memoryview(data)
+        while left:
             try:
-                socket.socket.recv(self._socket, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-                return
+                left = left[self._socket.send(left, _DONT_WAIT) :]
             except BlockingIOError:
-                continue
+                self._wait(select.POLLOUT, deadline)
 
-    def receive(self, count: int, stall_s: float | None = None) -> bytearray:
+    def receive_some(self, view: memoryview, deadline: float | None = None) -> int:
+        """Fill ``view`` with what is there, at least one byte; how many came.
+
+        Args:
+            deadline: monotonic time until which to wait for the first; without it
+                :meth:`set_timeouts` says how long.
+
+        Raises:
+            OSError: the stream broke or ended (``ConnectionResetError``), or nothing came in time
+                (``TimeoutError``, or ``BlockingIOError`` without a deadline).
+        """
+        if deadline is not None:
+            self._wait(select.POLLIN, deadline)
+        count = self._socket.recv_into(view)
+        if not count:
+            raise _ended()
+        return count
+
+    def receive_soon(self, view: memoryview, deadline: float | None = None) -> int:
+        """As :meth:`receive_some`, at first awake: sooner than to be woken when it is due soon.
+
+        Between looks it lets every other thread have the processor and the interpreter.
+        """
+        receive, until = self._socket.recv_into, time.monotonic() + AWAKE_S
+        while True:
+            try:
+                count = receive(view, 0, _DONT_WAIT)
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    return self.receive_some(view, deadline)
+                _sched_yield()
+                continue
+            if not count:
+                raise _ended()
+            return count
+
+    def receive_into(self, view: memoryview, deadline: float | None = None) -> None:
+        """Fill ``view`` as :meth:`receive_some` does, all of it."""
+        filled = 0
+        while filled < len(view):
+            filled += self.receive_some(view[filled:], deadline)
+
+    def receive(self, count: int) -> bytearray:
         """The next ``count`` bytes; ``count`` was bounded by the caller."""
         data = bytearray(count)
-        if count:
-            self.receive_into(memoryview(data), stall_s)
+        self.receive_into(memoryview(data))
         return data
 
     def receive_spans(self, cursor: SpanCursor, moved: Callable[[int], None]) -> None:
@@ -274,34 +310,49 @@ class TcpStream:
             self._closed = True
             self._socket.close()
 
-    def _first_bytes(self, view: memoryview) -> int:
-        count = self._socket.recv_into(view)
-        if not count:
-            raise _ended()
-        return count
-
-    def _wait_readable(self, deadline: float) -> None:
+    def _wait(self, event: int, deadline: float) -> None:
         poller = select.poll()
-        poller.register(self._socket.fileno(), select.POLLIN)
+        poller.register(self._socket.fileno(), event)
         if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise TimeoutError(errno.ETIMEDOUT, "the peer stopped within a message")
+            raise TimeoutError(errno.ETIMEDOUT, "nothing came or went")
 
 
-@contextmanager
-def translated(phase: Phase, peer: str, handoff_id: str = "") -> Iterator[None]:
-    """Turn operating system errors of a stream into ours."""
-    try:
-        yield
-    except (TimeoutError, BlockingIOError) as error:
-        raise DeadlineExceeded(
+class translated:  # noqa: N801  # reads as a verb where it is used
+    """Turns operating system errors of a stream, raised within the block, into ours.
+
+    No generator: small reads pass here often.
+    """
+
+    __slots__ = ("_handoff_id", "_peer", "_phase")
+
+    def __init__(self, phase: Phase, peer: str, handoff_id: str = "") -> None:
+        self._phase = phase
+        self._peer = peer
+        self._handoff_id = handoff_id
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(exc, OSError):
+            raise _ours(exc, self._phase, self._peer, self._handoff_id) from exc
+
+
+def _ours(error: OSError, phase: Phase, peer: str, handoff_id: str) -> TransferError:
+    if isinstance(error, TimeoutError | BlockingIOError):
+        return DeadlineExceeded(
             f"no answer in time: {error}", phase=phase, peer=peer, handoff_id=handoff_id
-        ) from error
-    except ssl.SSLError as error:
-        raise tls_error(error, phase, peer, handoff_id) from error
-    except OSError as error:
-        raise PeerUnreachable(
-            f"connection failed: {error}", phase=phase, peer=peer, handoff_id=handoff_id
-        ) from error
+        )
+    if isinstance(error, ssl.SSLError):
+        return tls_error(error, phase, peer, handoff_id)
+    return PeerUnreachable(
+        f"connection failed: {error}", phase=phase, peer=peer, handoff_id=handoff_id
+    )
 
 
 def tls_error(

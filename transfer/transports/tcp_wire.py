@@ -13,9 +13,9 @@ offset  bytes  header field
 16      8      body length
 ======  =====  ===========================================================
 
-Text is a 16-bit length and UTF-8. Credentials are handoff_id, incarnation, token and reader as
-text, the fence in 64 bits and the share in 16. Rows of spans are raw: address and length, 64 bits
-each.
+Text is a 16-bit length and UTF-8. Credentials are the fence in 64 bits, the share in 16 and one
+text: handoff_id, incarnation, token and reader with NUL between. Rows of spans are raw: address and
+length, 64 bits each.
 
 FETCH is a small read in one round trip: FETCHED has the bytes of the spans, copied while they were
 pinned, and says that the reader was counted off as a RELEASE would have done.
@@ -31,8 +31,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum, unique
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,7 +64,10 @@ MAX_TEXT_BYTES = 512
 _ROW_BYTES = 16
 _U16 = struct.Struct("<H")
 _U32 = struct.Struct("<I")
-_U64 = struct.Struct("<Q")
+# Fence, share and the length of the text.
+_CREDENTIALS = struct.Struct("<QHH")
+_BETWEEN_TEXTS = "\0"
+_CREDENTIAL_TEXTS = 4
 
 
 @unique
@@ -87,6 +90,7 @@ class MessageType(IntEnum):
     FETCHED = 16
 
 
+_TYPES = {int(type_): type_ for type_ in MessageType}
 _CONTROL_BODY_BYTES = 1 << 20
 _MAX_BODY_BYTES = dict.fromkeys(MessageType, _CONTROL_BODY_BYTES) | {
     MessageType.HELLO: 4096,
@@ -116,8 +120,7 @@ class ErrorCode(IntEnum):
     NOT_READY = 7
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     type: MessageType
     request_id: int
     body_bytes: int
@@ -141,10 +144,9 @@ def decode_header(data: bytes | bytearray | memoryview) -> Header:
         raise _malformed(f"begins with {magic!r}, not {MAGIC!r}")
     if version != VERSION:
         raise _malformed(f"version {version}, this is version {VERSION}")
-    try:
-        known = MessageType(type_)
-    except ValueError:
-        raise _malformed(f"unknown message type {type_}") from None
+    known = _TYPES.get(type_)
+    if known is None:
+        raise _malformed(f"unknown message type {type_}")
     if flags:
         raise _malformed(f"unknown flags {flags:#x}")
     if body_bytes > _MAX_BODY_BYTES[known]:
@@ -202,16 +204,13 @@ def encode_credentials(credentials: Credentials) -> bytes:
         raise _malformed(f"fence {credentials.fence} does not fit 64 bits")
     if not 0 < credentials.share < 1 << 16:
         raise _malformed(f"share {credentials.share} is not from 1 to {(1 << 16) - 1}")
-    return b"".join(
-        (
-            _text(credentials.handoff_id),
-            _text(credentials.incarnation),
-            _text(credentials.token),
-            _text(credentials.reader),
-            _U64.pack(credentials.fence),
-            _U16.pack(credentials.share),
-        )
+    text = _BETWEEN_TEXTS.join(
+        (credentials.handoff_id, credentials.incarnation, credentials.token, credentials.reader)
     )
+    if text.count(_BETWEEN_TEXTS) != _CREDENTIAL_TEXTS - 1:
+        raise _malformed("credentials with NUL in them")
+    data = _utf8(text, _CREDENTIAL_TEXTS * MAX_TEXT_BYTES)
+    return _CREDENTIALS.pack(credentials.fence, credentials.share, len(data)) + data
 
 
 def encode_read(credentials: Credentials, spans: SpanArray) -> bytes:
@@ -340,14 +339,14 @@ class _Fields:
     """Takes a body apart from front to back."""
 
     def __init__(self, body: bytes | bytearray) -> None:
-        self._view = memoryview(body)
+        self._body = body
         self._at = 0
 
-    def _take(self, count: int) -> memoryview:
+    def _take(self, count: int) -> bytes | bytearray:
         upto = self._at + count
-        if upto > len(self._view):
-            raise _ends_early(self._view)
-        taken = self._view[self._at : upto]
+        if upto > len(self._body):
+            raise _malformed(f"body of {len(self._body)} bytes ends within a field")
+        taken = self._body[self._at : upto]
         self._at = upto
         return taken
 
@@ -360,9 +359,6 @@ class _Fields:
     def u32(self) -> int:
         return int(_U32.unpack(self._take(4))[0])
 
-    def u64(self) -> int:
-        return int(_U64.unpack(self._take(8))[0])
-
     def flag(self) -> bool:
         value = self.u8()
         if value > 1:
@@ -370,58 +366,59 @@ class _Fields:
         return value == 1
 
     def text(self) -> str:
-        begin = self._at + 2
-        length = int.from_bytes(self._view[self._at : begin], "little")
-        if length > MAX_TEXT_BYTES:
-            raise _malformed(f"text of {length} bytes, at most {MAX_TEXT_BYTES} are read")
-        self._at = begin + length
-        if self._at > len(self._view):
-            raise _ends_early(self._view)
-        try:
-            return str(self._view[begin : self._at], "utf-8")
-        except UnicodeDecodeError:
-            raise _malformed("text is not UTF-8") from None
+        return self._utf8(self.u16(), MAX_TEXT_BYTES)
 
     def credentials(self) -> Credentials:
-        handoff_id, incarnation, token, reader = self.text(), self.text(), self.text(), self.text()
-        fence, share = self.u64(), self.u16()
+        fence, share, length = _CREDENTIALS.unpack(self._take(_CREDENTIALS.size))
         if not share:
             raise _malformed("credentials with a share of 0")
+        texts = self._utf8(length, _CREDENTIAL_TEXTS * MAX_TEXT_BYTES).split(_BETWEEN_TEXTS)
+        if len(texts) != _CREDENTIAL_TEXTS:
+            raise _malformed(f"credentials of {len(texts)} texts, not {_CREDENTIAL_TEXTS}")
+        handoff_id, incarnation, token, reader = texts
         return Credentials(handoff_id, incarnation, fence, token, reader, share)
 
     def rows(self) -> SpanArray:
         rows = self.rest()
-        count, odd = divmod(len(rows), _ROW_BYTES)
-        if odd or not 0 < count <= MAX_READ_ROWS:
+        if len(rows) % _ROW_BYTES or not 0 < len(rows) <= MAX_READ_ROWS * _ROW_BYTES:
             raise _malformed(f"spans of {len(rows)} bytes are not 1 to {MAX_READ_ROWS} rows")
-        return np.frombuffer(rows, dtype="<u8").reshape(count, 2)
+        return np.frombuffer(rows, dtype="<u8").reshape(-1, 2)
 
     def rest(self) -> bytes:
-        return bytes(self._take(len(self._view) - self._at))
+        return bytes(self._take(len(self._body) - self._at))
 
     def end(self) -> None:
-        if self._at != len(self._view):
-            raise _malformed(f"{len(self._view) - self._at} bytes too many in the body")
+        if self._at != len(self._body):
+            raise _malformed(f"{len(self._body) - self._at} bytes too many in the body")
+
+    def _utf8(self, length: int, limit: int) -> str:
+        if length > limit:
+            raise _malformed(f"text of {length} bytes, at most {limit} are read")
+        try:
+            return self._take(length).decode()
+        except UnicodeDecodeError:
+            raise _malformed("text is not UTF-8") from None
 
 
 def _text(value: str) -> bytes:
+    data = _utf8(value, MAX_TEXT_BYTES)
+    return _U16.pack(len(data)) + data
+
+
+def _utf8(value: str, limit: int) -> bytes:
     try:
         data = value.encode()
     except UnicodeEncodeError:
         raise _malformed(f"{value!r} is not Unicode text") from None
-    if len(data) > MAX_TEXT_BYTES:
-        raise _malformed(f"text of {len(data)} bytes, at most {MAX_TEXT_BYTES}")
-    return _U16.pack(len(data)) + data
+    if len(data) > limit:
+        raise _malformed(f"text of {len(data)} bytes, at most {limit}")
+    return data
 
 
 def _shortened(text: str) -> str:
     """At most a few hundred characters, safe to encode."""
     clean = text.encode("utf-8", "replace")[:MAX_TEXT_BYTES]
     return clean.decode("utf-8", "ignore")
-
-
-def _ends_early(body: memoryview) -> ProtocolError:
-    return _malformed(f"body of {len(body)} bytes ends within a field")
 
 
 def _malformed(message: str) -> ProtocolError:

@@ -19,6 +19,7 @@ from transfer.transports.tcp_stream import SpanCursor, TcpStream, tls_error
 from transfer.transports.tls import TlsContexts
 
 _BOUNCE_BYTES = 256 << 10
+_SHORTEST_WAIT_S = 0.001
 
 
 class TlsStream(TcpStream):
@@ -93,7 +94,7 @@ class TlsStream(TcpStream):
             raise
 
     def _shake_hands(self, deadline: float) -> None:
-        self._tls.settimeout(max(0.001, deadline - time.monotonic()))
+        self._tls.settimeout(max(_SHORTEST_WAIT_S, deadline - time.monotonic()))
         try:
             self._tls.do_handshake()
         except ssl.SSLError as error:
@@ -107,9 +108,16 @@ class TlsStream(TcpStream):
         self._receive_s = receive_s or None
         self._send_s = send_s or None
 
-    def send(self, data: bytes | memoryview) -> None:
-        self._wait_at_most(self._send_s)
+    def send(self, data: bytes | memoryview, deadline: float | None = None) -> None:
+        self._wait_at_most(self._send_s, deadline)
         self._tls.sendall(data)
+
+    def receive_some(self, view: memoryview, deadline: float | None = None) -> int:
+        self._wait_at_most(self._receive_s, deadline)
+        return super().receive_some(view)
+
+    def receive_soon(self, view: memoryview, deadline: float | None = None) -> int:
+        return self.receive_some(view, deadline)
 
     def receive_spans(self, cursor: SpanCursor, moved: Callable[[int], None]) -> None:
         bounce = self._buffer()
@@ -127,15 +135,9 @@ class TlsStream(TcpStream):
             self.send(filled)
         return True
 
-    def _first_bytes(self, view: memoryview) -> int:
-        self._wait_at_most(self._receive_s)
-        return super()._first_bytes(view)
-
-    def _wait_readable(self, deadline: float) -> None:
-        if not self._tls.pending():
-            super()._wait_readable(deadline)
-
-    def _wait_at_most(self, timeout_s: float | None) -> None:
+    def _wait_at_most(self, timeout_s: float | None, deadline: float | None) -> None:
+        if deadline is not None:
+            timeout_s = max(_SHORTEST_WAIT_S, deadline - time.monotonic())
         if self._tls.gettimeout() != timeout_s:
             self._tls.settimeout(timeout_s)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -25,6 +26,7 @@ from transfer.addressing import parse_address
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.engine.handoff import HandoffState
 from transfer.errors import (
+    DeadlineExceeded,
     FatalError,
     HandoffRefused,
     PeerUnreachable,
@@ -212,6 +214,23 @@ def test_a_fetch_that_is_stopped_is_over_at_once_and_writes_nothing(plain: Pair)
         succeeds(plain.read(plain.offer(), blocks(plain, 1)))
     assert not plain.local.bytes[2 * 4096 : 3 * 4096].any()
     assert handle.bytes_moved == 0
+
+
+@pytest.mark.parametrize("count", [1, 64], ids=["fetched", "by the transport"])
+def test_a_read_on_the_calling_thread_ends_at_its_deadline(plain: Pair, count: int) -> None:
+    info = PeerInfo(plain.owner_id, "owner-1", "same", b"layout", plain.owner.addresses)
+    welcome = wire.message(MessageType.WELCOME, 0, wire.encode_welcome(info))
+    # Control and, for the second, two data streams are greeted; then nothing much comes.
+    with StallingProxy(plain.owner.addresses[0], limit_bytes=3 * len(welcome) + 50) as proxy:
+        plain.directory.move(plain.owner_id, proxy.address)
+        started = time.monotonic()
+        plan = _planned(blocks(plain, *range(count)))
+        proof = plain.offer(readers=2)
+        handle = plain.reader.read(plain.owner_id, proof, plan, 0.3)
+        assert 0.3 <= time.monotonic() - started < 5.0
+        assert handle.state is TransferState.FAILED
+        assert type(handle.error) is DeadlineExceeded
+        assert handle.bytes_moved < count * 4096
 
 
 def test_the_owner_bounds_what_is_fetched(plain: Pair) -> None:
