@@ -206,7 +206,7 @@ class _Conversation:
     def _converse(self) -> None:
         stall_s = self._stall_s
         self._stream.secure(stall_s)
-        self._stream.set_timeouts(receive_s=0, send_s=stall_s)
+        self._stream.limit_sends(stall_s)
         header, body = self._first_message()
         if header.type is not MessageType.HELLO:
             raise ProtocolError(f"begins with {header.type.name}", phase=Phase.CONNECT)

@@ -48,7 +48,7 @@ class MessageReader:
 
         Args:
             deadline: monotonic time when it must be whole. Without it, the first byte is waited for
-                as long as the stream's timeouts say, and the rest as long as it may stall.
+                for ever, and the rest as long as it may stall.
             soon: it is about to come; waits awake.
 
         Raises:

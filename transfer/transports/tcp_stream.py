@@ -144,7 +144,6 @@ class TcpStream:
         self._socket = sock
         self._lock = threading.Lock()
         self._closed = False
-        self._timeouts_s = (0.0, 0.0)
         self.peer = peer
         sock.setblocking(True)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -178,16 +177,12 @@ class TcpStream:
         """The descriptor; -1 once closed."""
         return self._socket.fileno()
 
-    def set_timeouts(self, receive_s: float, send_s: float) -> None:
-        """Bound the time that a call waits for the next byte; 0 is for ever."""
-        if (receive_s, send_s) == self._timeouts_s:
-            return
-        self._timeouts_s = (receive_s, send_s)
-        for option, timeout_s in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
-            # A timeout of less than a microsecond would read as none.
-            micros = max(1, round(timeout_s * 1e6)) if timeout_s else 0
-            value = struct.pack("@ll", *divmod(micros, 1_000_000))
-            self._socket.setsockopt(socket.SOL_SOCKET, option, value)
+    def limit_sends(self, seconds: float) -> None:
+        """Bound the time for which the peer may take in nothing of what is sent to it."""
+        # A timeout of less than a microsecond would read as none.
+        micros = max(1, round(seconds * 1e6))
+        value = struct.pack("@ll", *divmod(micros, 1_000_000))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
     @property
     def secured(self) -> bool:
@@ -206,8 +201,8 @@ class TcpStream:
         """Send all of ``data``.
 
         Args:
-            deadline: monotonic time when it must be on its way; without it :meth:`set_timeouts`
-                says how long the peer may take nothing in.
+            deadline: monotonic time when it must be on its way; without it :meth:`limit_sends`
+                says how long it may take.
 
         Raises:
             OSError: the stream broke, or it took too long (``TimeoutError``, or
@@ -227,12 +222,11 @@ class TcpStream:
         """Fill ``view`` with what is there, at least one byte; how many came.
 
         Args:
-            deadline: monotonic time until which to wait for the first; without it
-                :meth:`set_timeouts` says how long.
+            deadline: monotonic time until which to wait for the first; for ever without it.
 
         Raises:
             OSError: the stream broke or ended (``ConnectionResetError``), or nothing came in time
-                (``TimeoutError``, or ``BlockingIOError`` without a deadline).
+                (``TimeoutError``).
         """
         if deadline is not None:
             self._wait(select.POLLIN, deadline)

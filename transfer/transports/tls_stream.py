@@ -29,7 +29,6 @@ class TlsStream(TcpStream):
         super().__init__(sock, peer, buffer_bytes)
         self._tls = sock
         self._secured = False
-        self._receive_s: float | None = None
         self._send_s: float | None = None
         self._bounce: BounceBuffer | None = None
 
@@ -104,16 +103,15 @@ class TlsStream(TcpStream):
             raise
         self._secured = True
 
-    def set_timeouts(self, receive_s: float, send_s: float) -> None:
-        self._receive_s = receive_s or None
-        self._send_s = send_s or None
+    def limit_sends(self, seconds: float) -> None:
+        self._send_s = seconds
 
     def send(self, data: bytes | memoryview, deadline: float | None = None) -> None:
         self._wait_at_most(self._send_s, deadline)
         self._tls.sendall(data)
 
     def receive_some(self, view: memoryview, deadline: float | None = None) -> int:
-        self._wait_at_most(self._receive_s, deadline)
+        self._wait_at_most(None, deadline)
         return super().receive_some(view)
 
     def receive_soon(self, view: memoryview, deadline: float | None = None) -> int:
