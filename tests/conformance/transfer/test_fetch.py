@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.false_owner import FalseOwner
 from tests.support.stalling_proxy import StallingProxy
 from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import (
@@ -30,6 +31,7 @@ from transfer.errors import (
     FatalError,
     HandoffRefused,
     PeerUnreachable,
+    ProtocolError,
     RegistrationError,
     TransferCancelled,
 )
@@ -251,15 +253,23 @@ def test_the_owner_bounds_what_is_fetched(plain: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "error"),
-    [(b"x" * 4095, FatalError), (b"x" * 4097, FatalError), (None, PeerUnreachable)],
-    ids=["short", "long", "cut"],
+    ("answer", "error"),
+    [
+        (wire.message(MessageType.FETCHED, 1, b"x" * 4095), FatalError),
+        (wire.message(MessageType.FETCHED, 1, b"x" * 4097), FatalError),
+        (wire.message(MessageType.FETCHED, 9, b"x" * 4096), ProtocolError),
+        (wire.message(MessageType.OK, 1), ProtocolError),
+        (b"", PeerUnreachable),
+    ],
+    ids=["short", "long", "other request", "no bytes", "cut"],
 )
 def test_an_owner_that_answers_otherwise(
-    plain: Pair, body: bytes | None, error: type[Exception]
+    plain: Pair, answer: bytes, error: type[Exception]
 ) -> None:
-    with _FalseOwner(plain, body) as address:
-        plain.directory.move(plain.owner_id, address)
+    info = PeerInfo(plain.owner_id, "owner-1", "same", b"layout")
+    welcome = wire.message(MessageType.WELCOME, 0, wire.encode_welcome(info))
+    with FalseOwner(welcome, answer) as false:
+        plain.directory.move(plain.owner_id, false.address)
         with plain.engine("second") as second:
             second.register(plain.local.address, plain.local.bytes.nbytes)
             reads = plain.with_reader(second, plain.local)
@@ -267,43 +277,3 @@ def test_an_owner_that_answers_otherwise(
             assert handle.wait(20)
     assert type(handle.error) is error, handle.error
     assert not plain.local.bytes.any()
-
-
-class _FalseOwner:
-    """Greets like the owner of a pair, then answers every FETCH with ``body``; None hangs up."""
-
-    def __init__(self, pair: Pair, body: bytes | None) -> None:
-        info = PeerInfo(pair.owner_id, "owner-1", "same", b"layout")
-        self._welcome = wire.encode_welcome(info)
-        self._body = body
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self._thread = threading.Thread(target=self._serve)
-
-    def __enter__(self) -> str:
-        self._thread.start()
-        return f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._server.close()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                sock, _ = self._server.accept()
-            except OSError:
-                return
-            with sock:
-                self._answer(sock)
-
-    def _answer(self, sock: socket.socket) -> None:
-        with sock.makefile("rb") as stream:
-            header = wire.decode_header(stream.read(wire.HEADER.size))
-            stream.read(header.body_bytes)
-            sock.sendall(wire.message(MessageType.WELCOME, header.request_id, self._welcome))
-            header = wire.decode_header(stream.read(wire.HEADER.size))
-            stream.read(header.body_bytes)
-            if self._body is not None:
-                sock.sendall(wire.message(MessageType.FETCHED, header.request_id, self._body))
-                stream.read(1)

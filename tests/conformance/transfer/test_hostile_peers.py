@@ -7,12 +7,12 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.false_owner import FalseOwner
 from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import (
     Pair,
@@ -156,35 +156,6 @@ def test_connections_are_bounded(case: TransferCase) -> None:
         succeeds(pair.read(pair.offer()))
 
 
-class FakeOwner:
-    """Accepts connections and answers each with the same bytes."""
-
-    def __init__(self, answer: Callable[[], bytes]) -> None:
-        self._answer = answer
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self._thread = threading.Thread(target=self._run)
-        self.address = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
-
-    def __enter__(self) -> FakeOwner:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._server.close()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                sock, _ = self._server.accept()
-            except OSError:
-                return
-            with sock:
-                sock.recv(4096)
-                sock.sendall(self._answer())
-
-
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
@@ -201,8 +172,8 @@ class FakeOwner:
 def test_owners_that_do_not_speak_the_protocol(
     pair: Pair, answer: bytes, kind: type[TransferError]
 ) -> None:
-    with FakeOwner(lambda: answer) as fake:
-        pair.directory.move(pair.owner_id, fake.address)
+    with FalseOwner(answer) as false:
+        pair.directory.move(pair.owner_id, false.address)
         fails(pair.read(pair.offer()), kind)
 
 
