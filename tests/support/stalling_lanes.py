@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from types import TracebackType
-from typing import Self
 
 import pytest
 
@@ -12,58 +10,34 @@ from tests.support.stalling_proxy import StallingProxy
 from transfer.transports.rdma.queue_pair import Lane
 
 
-class StallingLanes:
+class StallingLanes(StallingProxy):
     """Once ``limit_bytes`` have arrived, no further arrival is noticed until :meth:`resume`.
 
     The device cannot be held up itself; but what it wrote counts only once it was noticed.
 
     Args:
-        control: where the owner takes control messages; they go through a proxy that :meth:`cut`
-            and :meth:`close` end.
+        target: where the owner takes control messages; they go through this proxy.
     """
 
-    def __init__(self, control: str, limit_bytes: int) -> None:
-        self._patch = pytest.MonkeyPatch()
-        self._proxy = StallingProxy(control, limit_bytes)
+    def __init__(self, target: str, limit_bytes: int) -> None:
+        super().__init__(target, limit_bytes)
         self._lock = threading.Lock()
-        self._left_bytes = limit_bytes
-        self._stalled = True
+        self._left_to_notice = limit_bytes
+        self._patch = pytest.MonkeyPatch()
         reap = Lane.reap
 
         def slowly(lane: Lane) -> tuple[int, int]:
             with self._lock:
-                if self._stalled and self._left_bytes <= 0:
+                if self._stalled and self._left_to_notice <= 0:
                     return 0, 0
             moved, status = reap(lane)
             with self._lock:
-                self._left_bytes -= moved
+                self._left_to_notice -= moved
             return moved, status
 
         self._patch.setattr(Lane, "reap", slowly)
-        self.address = self._proxy.address
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def resume(self) -> None:
-        """Notice everything from now on."""
-        self._stalled = False
-        self._proxy.resume()
-
-    def cut(self) -> None:
-        """Cut the control connections there are now."""
-        self._proxy.cut()
 
     def close(self) -> None:
-        """Cut control for good."""
-        self._stalled = False
-        self._proxy.close()
+        """Cut control for good; what arrives is noticed."""
+        super().close()
         self._patch.undo()

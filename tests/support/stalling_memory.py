@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from types import TracebackType
-from typing import Self
 
 import pytest
 
@@ -17,60 +15,36 @@ _CRAWL_BYTES = 16
 _CRAWL_S = 0.005
 
 
-class StallingMemory:
+class StallingMemory(StallingProxy):
     """After ``limit_bytes`` every call copies 16 bytes in 5 ms until :meth:`resume`.
 
     A real call cannot be held up either: it is only ever as long as its slice.
 
     Args:
-        control: where the owner takes control messages; they go through a proxy that :meth:`cut`
-            and :meth:`close` end.
+        target: where the owner takes control messages; they go through this proxy.
     """
 
-    def __init__(self, control: str, limit_bytes: int) -> None:
-        self._patch = pytest.MonkeyPatch()
-        self._proxy = StallingProxy(control, limit_bytes)
+    def __init__(self, target: str, limit_bytes: int) -> None:
+        super().__init__(target, limit_bytes)
         self._lock = threading.Lock()
-        self._left_bytes = limit_bytes
-        self._stalled = True
+        self._left_to_copy = limit_bytes
         self._copy = process_memory.read_process_memory
+        self._patch = pytest.MonkeyPatch()
         self._patch.setattr(process_memory, "read_process_memory", self._slowly)
-        self.address = self._proxy.address
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def resume(self) -> None:
-        """Full speed from now on."""
-        self._stalled = False
-        self._proxy.resume()
-
-    def cut(self) -> None:
-        """Cut the control connections there are now."""
-        self._proxy.cut()
 
     def close(self) -> None:
         """Cut control for good; memory stays readable at full speed."""
-        self._stalled = False
-        self._proxy.close()
+        super().close()
         self._patch.undo()
 
     def _slowly(self, pid: int, local: SpanArray, remote: SpanArray) -> int:
         with self._lock:
-            crawl = self._stalled and self._left_bytes <= 0
+            crawl = self._stalled and self._left_to_copy <= 0
         if crawl:
             time.sleep(_CRAWL_S)
             local, remote = local[:1].copy(), remote[:1].copy()
             local[0, 1] = remote[0, 1] = min(int(local[0, 1]), _CRAWL_BYTES)
         count = self._copy(pid, local, remote)
         with self._lock:
-            self._left_bytes -= count
+            self._left_to_copy -= count
         return count

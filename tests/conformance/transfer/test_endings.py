@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TypeAlias
 
 import pytest
 
@@ -40,9 +39,7 @@ from transfer.types import PeerId, PeerInfo, ReadPlan
 
 STALL_AT_BYTES = 3 << 20
 
-Stall: TypeAlias = StallingProxy | StallingMemory | StallingLanes
-
-STALLS: dict[str, Callable[[str, int], Stall]] = {"shm": StallingMemory, "rdma": StallingLanes}
+STALLS: dict[str, type[StallingProxy]] = {"shm": StallingMemory, "rdma": StallingLanes}
 
 
 @pytest.fixture
@@ -53,7 +50,7 @@ def big_pair(case: TransferCase) -> Iterator[Pair]:
 
 
 @pytest.fixture
-def stalled(big_pair: Pair, case: TransferCase) -> Iterator[Stall]:
+def stalled(big_pair: Pair, case: TransferCase) -> Iterator[StallingProxy]:
     """Reads of ``big_pair`` stop after 3 MiB until it resumes."""
     make = STALLS.get(case.name, StallingProxy)
     with make(big_pair.owner.addresses[0], STALL_AT_BYTES) as stall:
@@ -166,7 +163,7 @@ def test_an_abort_between_reading_and_confirming_fails_the_read(
     assert handle.bytes_moved == pair.remote.bytes.nbytes
 
 
-def test_an_abort_while_bytes_move_fails_the_read(big_pair: Pair, stalled: Stall) -> None:
+def test_an_abort_while_bytes_move_fails_the_read(big_pair: Pair, stalled: StallingProxy) -> None:
     proof = big_pair.offer()
     handle = big_pair.read(proof)
     half_way(handle)
@@ -176,7 +173,7 @@ def test_an_abort_while_bytes_move_fails_the_read(big_pair: Pair, stalled: Stall
     assert [one.state for one in take_ended(big_pair.owner)] == [HandoffState.ABORTED]
 
 
-def test_cancel_stops_the_bytes(big_pair: Pair, stalled: Stall) -> None:
+def test_cancel_stops_the_bytes(big_pair: Pair, stalled: StallingProxy) -> None:
     handle = big_pair.read(big_pair.offer())
     half_way(handle)
     handle.cancel()
@@ -194,7 +191,7 @@ def test_cancel_stops_the_bytes(big_pair: Pair, stalled: Stall) -> None:
     assert big_pair.local_is_remote()
 
 
-def test_cancelling_one_read_leaves_others_alone(big_pair: Pair, stalled: Stall) -> None:
+def test_cancelling_one_read_leaves_others_alone(big_pair: Pair, stalled: StallingProxy) -> None:
     half = range(64), range(64, 128)
     handles = [
         big_pair.read(
@@ -265,7 +262,7 @@ def test_cancel_of_a_final_read_does_nothing(pair: Pair) -> None:
     assert handle.state is TransferState.DONE
 
 
-def test_a_deadline_half_way(big_pair: Pair, stalled: Stall) -> None:
+def test_a_deadline_half_way(big_pair: Pair, stalled: StallingProxy) -> None:
     begun = time.monotonic()
     handle = big_pair.read(big_pair.offer(), deadline_s=0.4)
     fails(handle, DeadlineExceeded, "0.4 s")
@@ -273,7 +270,7 @@ def test_a_deadline_half_way(big_pair: Pair, stalled: Stall) -> None:
     stalled.resume()
 
 
-def test_a_broken_connection_is_tried_once_more(big_pair: Pair, stalled: Stall) -> None:
+def test_a_broken_connection_is_tried_once_more(big_pair: Pair, stalled: StallingProxy) -> None:
     handle = big_pair.read(big_pair.offer())
     half_way(handle)
     stalled.resume()
@@ -282,7 +279,9 @@ def test_a_broken_connection_is_tried_once_more(big_pair: Pair, stalled: Stall) 
     assert big_pair.local_is_remote()
 
 
-def test_a_connection_that_broke_while_idle_is_replaced(big_pair: Pair, stalled: Stall) -> None:
+def test_a_connection_that_broke_while_idle_is_replaced(
+    big_pair: Pair, stalled: StallingProxy
+) -> None:
     stalled.resume()
     for _ in range(3):
         big_pair.local.bytes.fill(0)
@@ -291,14 +290,16 @@ def test_a_connection_that_broke_while_idle_is_replaced(big_pair: Pair, stalled:
         stalled.cut()
 
 
-def test_a_connection_that_stays_broken_fails_the_read(big_pair: Pair, stalled: Stall) -> None:
+def test_a_connection_that_stays_broken_fails_the_read(
+    big_pair: Pair, stalled: StallingProxy
+) -> None:
     handle = big_pair.read(big_pair.offer())
     half_way(handle)
     stalled.close()
     fails(handle, PeerUnreachable)
 
 
-def test_a_peer_that_leaves_fails_its_reads_at_once(big_pair: Pair, stalled: Stall) -> None:
+def test_a_peer_that_leaves_fails_its_reads_at_once(big_pair: Pair, stalled: StallingProxy) -> None:
     handle = big_pair.read(big_pair.offer())
     half_way(handle)
     begun = time.monotonic()
@@ -308,7 +309,7 @@ def test_a_peer_that_leaves_fails_its_reads_at_once(big_pair: Pair, stalled: Sta
     stalled.resume()
 
 
-def test_a_reader_that_leaves_ends_what_it_read(big_pair: Pair, stalled: Stall) -> None:
+def test_a_reader_that_leaves_ends_what_it_read(big_pair: Pair, stalled: StallingProxy) -> None:
     handle = big_pair.read(big_pair.offer(readers=2))
     half_way(handle)
     big_pair.directory.withdraw(PeerId("reader", 0))
@@ -319,7 +320,7 @@ def test_a_reader_that_leaves_ends_what_it_read(big_pair: Pair, stalled: Stall) 
     fails(handle, HandoffRefused, "died")
 
 
-def test_closing_the_reader_half_way(big_pair: Pair, stalled: Stall) -> None:
+def test_closing_the_reader_half_way(big_pair: Pair, stalled: StallingProxy) -> None:
     handles = [big_pair.read(big_pair.offer()) for _ in range(6)]
     assert wait_until(lambda: any(handle.bytes_moved for handle in handles))
     begun = time.monotonic()
@@ -335,7 +336,7 @@ def test_closing_the_reader_half_way(big_pair: Pair, stalled: Stall) -> None:
         big_pair.read(big_pair.offer())
 
 
-def test_closing_the_owner_half_way(big_pair: Pair, stalled: Stall) -> None:
+def test_closing_the_owner_half_way(big_pair: Pair, stalled: StallingProxy) -> None:
     handle = big_pair.read(big_pair.offer())
     half_way(handle)
     begun = time.monotonic()
@@ -406,7 +407,7 @@ def test_an_owner_that_starts_anew_is_found_again(pair: Pair) -> None:
 
 
 def test_reads_from_a_start_that_is_over_fail_when_the_next_one_shows(
-    big_pair: Pair, stalled: Stall
+    big_pair: Pair, stalled: StallingProxy
 ) -> None:
     handle = big_pair.read(big_pair.offer())
     half_way(handle)
@@ -428,7 +429,7 @@ def test_errors_name_peer_and_handoff(pair: Pair) -> None:
 
 
 def test_the_budget_makes_reads_wait_and_cancel_wakes_them(
-    case: TransferCase, big_pair: Pair, stalled: Stall
+    case: TransferCase, big_pair: Pair, stalled: StallingProxy
 ) -> None:
     tight = big_pair.engine(
         "tight", settings=case.settings(max_inflight_bytes=4096, slice_bytes=256 << 10)

@@ -7,7 +7,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -33,8 +32,6 @@ from transfer.types import ReadPlan
 NUM_BLOCKS = 256
 BLOCK_BYTES = 65_536
 STALL_AT_BYTES = 3 << 20
-
-Stall: TypeAlias = StallingProxy | StallingMemory
 
 
 class Reader:
@@ -63,7 +60,7 @@ class Reader:
         return owner_process(incarnation, NUM_BLOCKS, BLOCK_BYTES, settings=self.case.forced)
 
     @contextmanager
-    def stalled(self, report: OwnerReport) -> Iterator[Stall]:
+    def stalled(self, report: OwnerReport) -> Iterator[StallingProxy]:
         """Reads from the owner stop after 3 MiB until it resumes."""
         make = StallingMemory if self.case.one_sided else StallingProxy
         with make(report.address, STALL_AT_BYTES) as stall:
