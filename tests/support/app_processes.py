@@ -12,6 +12,8 @@ THREAD_SLACK = 16
 MEMORY_SLACK_BYTES = 160 << 20
 """What may come and go: pools that fill up on first use, connections to more peers than before."""
 
+_PROXY = "ray::ProxyActor"
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -43,6 +45,17 @@ class AppProcesses:
 
     def __init__(self, launcher: int) -> None:
         self._launcher = psutil.Process(launcher)
+
+    def proxy(self) -> psutil.Process:
+        """Serve's HTTP proxy.
+
+        Raises:
+            LookupError: it is not there now.
+        """
+        for one in self._all():
+            if _PROXY in _name(one):
+                return one
+        raise LookupError("there is no proxy")
 
     def replicas(self, side: str) -> list[psutil.Process]:
         """Replica processes of ``Prefill``, ``Decode`` or ``Ingress``."""
@@ -88,6 +101,8 @@ class AppProcesses:
 
 def _role(process: psutil.Process) -> str | None:
     name = _name(process)
+    if _PROXY in name:
+        return "proxy"
     for side in ("Prefill", "Decode", "Ingress"):
         if f"ServeReplica:baton:{side}" in name:
             return f"{side} replica"

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import yaml
 
 from tests.support.vllm_server import die_with_parent, free_port, get
@@ -72,6 +74,7 @@ class BatonApp:
         self.log = log
         self._config = config
         self._process: subprocess.Popen[bytes] | None = None
+        self._deployed: dict[str, Any] | None = None
 
     def __enter__(self) -> Self:
         with self.log.open("wb") as log:
@@ -123,6 +126,30 @@ class BatonApp:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(10)
+
+    def deploy(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Gives Serve another configuration: the last one, changed. Returns when it has it."""
+        driver = next(
+            one
+            for one in psutil.Process(self.process.pid).children(recursive=True)
+            if "serve_app.serve_driver" in one.cmdline()
+        )
+        if self._deployed is None:
+            self._deployed = dict(yaml.safe_load(Path(driver.cmdline()[-2]).read_text()))
+        change(self._deployed)
+        path = self._config.with_name("deployed.yaml")
+        path.write_text(yaml.safe_dump(self._deployed))
+        serve = str(Path(sys.executable).with_name("serve"))
+        done = subprocess.run(
+            [serve, "run", str(path), "--non-blocking"],
+            cwd=ROOT,
+            env=driver.environ(),
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"not deployed:\n{done.stderr.decode()[-4000:]}")
 
     def status(self) -> dict[str, list[dict[str, Any]]]:
         """Transfer status of all workers, by side."""

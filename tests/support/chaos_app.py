@@ -24,6 +24,7 @@ from tests.support.reference import reference_texts
 MODEL = "tiny"
 REPLICAS = 2
 IN_FLIGHT = 6
+MAX_REQUESTS = 24
 LEASE_TTL_S = 5
 READ_DEADLINE_S = 6.0
 TICKET_TTL_S = 15.0
@@ -137,6 +138,7 @@ def chaos_app(model: Path, folder: Path) -> Iterator[ChaosApp]:
             engine={"max_model_len": _MAX_MODEL_LEN, "enable_prefix_caching": False},
             prefill={"replicas": REPLICAS},
             decode={"replicas": REPLICAS},
+            router={"max_requests": MAX_REQUESTS},
             transfer={
                 "transports": ["tcp"],
                 "read_deadline_s": READ_DEADLINE_S,

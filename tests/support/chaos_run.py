@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
 from tests.support.chaos_app import ChaosApp
-from tests.support.chaos_faults import Began, Fault
+from tests.support.chaos_fault import Began, Fault
 from tests.support.load import Ended, Result
 
 BEFORE_RESULTS = 12
@@ -29,11 +31,12 @@ class Row:
         requests: that ended while the row ran, those before the fault included.
         ok: answered rightly; where the client leaves, all was free in time.
         degraded: of these, slower than twice the slowest before the fault.
-        refused: ended with a clear error.
+        refused: ended with a clear error; or broke, where the row allows that.
         wrong: another answer than one engine's.
-        stuck: no end in 60 s, or neither an answer nor an error.
+        stuck: no end in 60 s; or broke, where the row does not allow that.
         leaked: things still held when nothing was asked any more.
         recovery_s: from the fault to the end of the last request that it slowed down or failed.
+        failed: requests of the load that ended in a way that the row does not allow.
         notes: what the counts do not say, for whoever looks into it.
     """
 
@@ -47,24 +50,30 @@ class Row:
     stuck: int = 0
     leaked: int = 0
     recovery_s: float = 0.0
+    failed: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def judge(self, results: Sequence[Result], fault_at_s: float) -> None:
-        """Count the results in."""
-        before = [one.seconds for one in results if one.ended_s < fault_at_s]
-        slow_s = SLOW * max(before, default=0.0)
+    def judge(self, fault: Fault, began: Began, load: Sequence[Result] = ()) -> None:
+        """Count in what the load saw, and the requests that the fault itself sent."""
+        results = [*load, *began.own]
+        before = [one.seconds for one in results if one.ended_s < began.at_s]
+        slow_s = SLOW * max(before, default=math.inf)
         troubled = [
             one
             for one in results
-            if one.ended_s >= fault_at_s and (one.ended is not Ended.OK or one.seconds > slow_s)
+            if one.ended_s >= began.at_s and (one.ended is not Ended.OK or one.seconds > slow_s)
         ]
+        counts = Counter(one.ended for one in results)
         self.requests = len(results)
-        self.ok = sum(one.ended is Ended.OK for one in results)
+        self.ok, self.wrong = counts[Ended.OK], counts[Ended.WRONG]
+        self.refused, self.stuck = counts[Ended.REFUSED], counts[Ended.STUCK]
+        if Ended.BROKEN in fault.ends:
+            self.refused += counts[Ended.BROKEN]
+        else:
+            self.stuck += counts[Ended.BROKEN]
         self.degraded = sum(one.ended is Ended.OK for one in troubled)
-        self.refused = sum(one.ended is Ended.REFUSED for one in results)
-        self.wrong = sum(one.ended is Ended.WRONG for one in results)
-        self.stuck = sum(one.ended is Ended.STUCK for one in results)
-        self.recovery_s = max((one.ended_s - fault_at_s for one in troubled), default=0.0)
+        self.failed = sum(one.ended not in fault.ends for one in load)
+        self.recovery_s = max((one.ended_s - began.at_s for one in troubled), default=0.0)
         self.notes += sorted({one.detail[:300] for one in results if one.ended is not Ended.OK})
 
     def save(self, folder: Path) -> Self:
@@ -98,22 +107,24 @@ def run_under_load(ring: ChaosApp, fault: Fault) -> Row:
     finally:
         ring.points.clear()
         results = load.stop()
-    row.judge(results, began.at_s)
+    row.judge(fault, began, results)
     ring.wait_complete()
     return _with_leaks(row, ring)
 
 
 def run_alone(ring: ChaosApp, fault: Fault) -> Row:
     """Inject without load: the fault itself asks, and checks that all is free in time."""
-    row = Row(fault.what, fault.phase, requests=1)
+    row = Row(fault.what, fault.phase, requests=1, ok=1)
     ring.wait_complete()
     began = Began()
     try:
         fault.inject(ring, began)
     finally:
         ring.points.clear()
-    row.ok = 1
-    row.recovery_s = (began.over_at_s or time.monotonic()) - began.at_s
+    if began.own:
+        row.judge(fault, began)
+    else:
+        row.recovery_s = (began.over_at_s or time.monotonic()) - began.at_s
     return _with_leaks(row, ring)
 
 

@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from tests.support.chaos_faults import FAULTS, LEAVING
+from tests.support.chaos_faults import ALONE, FAULTS
 from tests.support.chaos_run import Row
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
@@ -25,14 +25,14 @@ def load(folder: Path) -> dict[str, Row]:
 
 
 def render(rows: dict[str, Row]) -> str:
-    """The table, in the order of the suite; rows that did not run are left out."""
+    """The table, in the order of the suite, others last; rows that did not run are left out."""
     heads = ["fault", "phase", *_COUNTS, "recovery, s"]
     lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
-    for fault in (*FAULTS, *LEAVING):
-        row = rows.get(f"{fault.what}, {fault.phase}")
-        if row is not None:
-            counts = " | ".join(str(getattr(row, name)) for name in _COUNTS)
-            lines.append(f"| {row.fault} | {row.phase} | {counts} | {row.recovery_s:.1f} |")
+    suite = [f"{fault.what}, {fault.phase}" for fault in (*FAULTS, *ALONE)]
+    others = sorted(rows.keys() - set(suite))
+    for row in (rows[name] for name in (*suite, *others) if name in rows):
+        counts = " | ".join(str(getattr(row, name)) for name in _COUNTS)
+        lines.append(f"| {row.fault} | {row.phase} | {counts} | {row.recovery_s:.1f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -24,8 +24,10 @@ class Ended(StrEnum):
     """With an error in OpenAI's form: a status, or an event in the stream."""
     WRONG = "wrong"
     """With another answer than a single engine gives."""
+    BROKEN = "broken"
+    """Early: a connection or a stream that broke, or an error that is not in OpenAI's form."""
     STUCK = "stuck"
-    """Not at all in 60 s, or with neither a whole answer nor an error."""
+    """Not at all in 60 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +111,18 @@ class Load:
                 return
             with self._lock:
                 question = next(self._questions)
-            streamed = turn % 2 == 0
-            began_s = time.monotonic()
-            ended, detail = ask(self._host, self._model, question, streamed=streamed)
-            result = Result(began_s, time.monotonic(), ended, detail, streamed)
+            result = timed(self._host, self._model, question, streamed=turn % 2 == 0)
             with self._lock:
                 self._results.append(result)
-            if ended is not Ended.OK:
+            if result.ended is not Ended.OK:
                 self._stop.wait(0.2)
+
+
+def timed(host: str, model: str, question: Question, *, streamed: bool) -> Result:
+    """:func:`ask`, with the time it took."""
+    began_s = time.monotonic()
+    ended, detail = ask(host, model, question, streamed=streamed)
+    return Result(began_s, time.monotonic(), ended, detail, streamed)
 
 
 def ask(host: str, model: str, question: Question, *, streamed: bool) -> tuple[Ended, str]:
@@ -138,13 +144,15 @@ def ask(host: str, model: str, question: Question, *, streamed: bool) -> tuple[E
         )
         response = connection.getresponse()
         if response.status != 200:
-            return _refusal(response.status, response.read())
+            return refusal(response)
         if not streamed:
             answer = json.loads(response.read())
             return _judged(question, answer["choices"][0]["text"], answer["usage"])
         return _read_stream(response, question, deadline)
+    except TimeoutError as error:
+        return Ended.STUCK, f"no end in {STUCK_S:.0f} s: {error}"
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return Ended.STUCK, f"{type(error).__name__}: {error}"
+        return Ended.BROKEN, f"{type(error).__name__}: {error}"
     finally:
         connection.close()
 
@@ -168,7 +176,7 @@ def _read_stream(
             error = f"in the stream: {event['error']['message']}"
         texts += [choice["text"] for choice in event.get("choices", ())]
         usage = event.get("usage") or usage
-    return Ended.STUCK, f"the stream ended without [DONE] after {len(texts)} events"
+    return Ended.BROKEN, f"the stream ended without [DONE] after {len(texts)} events"
 
 
 def _judged(question: Question, text: str, usage: dict[str, Any] | None) -> tuple[Ended, str]:
@@ -181,9 +189,13 @@ def _judged(question: Question, text: str, usage: dict[str, Any] | None) -> tupl
     return Ended.OK, json.dumps(said)
 
 
-def _refusal(status: int, body: bytes) -> tuple[Ended, str]:
+def refusal(response: http.client.HTTPResponse) -> tuple[Ended, str]:
+    """Judge an answer that is none."""
+    status, body = response.status, response.read()
     try:
         message = json.loads(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        return Ended.STUCK, f"status {status} without an error in OpenAI's form: {body[:200]!r}"
+        return Ended.BROKEN, f"status {status} without an error in OpenAI's form: {body[:200]!r}"
+    if status in (429, 503) and not int(response.getheader("Retry-After") or 0) > 0:
+        return Ended.BROKEN, f"status {status} without Retry-After: {message}"
     return Ended.REFUSED, f"status {status}: {message}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -16,9 +17,17 @@ class Stream:
         url: the application's.
         path: ``/v1/completions`` or ``/v1/chat/completions``.
         body: the request; ``stream`` and usage are set here.
+        receive_bytes: how much the kernel may hold for this client before it reads.
     """
 
-    def __init__(self, url: str, path: str, body: dict[str, Any], timeout_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        path: str,
+        body: dict[str, Any],
+        timeout_s: float = 120.0,
+        receive_bytes: int | None = None,
+    ) -> None:
         self.events: list[dict[str, Any]] = []
         self.ended = False
         self._path = path
@@ -27,6 +36,12 @@ class Stream:
         self._connection = http.client.HTTPConnection(
             url.removeprefix("http://"), timeout=timeout_s
         )
+        if receive_bytes is not None:
+            # Before it connects: that is when the two ends agree on how large a window can get.
+            self._connection.sock = socket.socket()
+            self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+            self._connection.sock.settimeout(timeout_s)
+            self._connection.sock.connect((self._connection.host, self._connection.port))
 
     def __enter__(self) -> Self:
         self.send()

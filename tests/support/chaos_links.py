@@ -1,0 +1,101 @@
+"""Bad links between prefill and decode, and an etcd that is away or forgets."""
+
+from __future__ import annotations
+
+import time
+
+import pyetcd
+
+from tests.support.chaos_app import LEASE_TTL_S, ChaosApp
+from tests.support.chaos_fault import OUTAGE_S, Began, Inject
+from tests.support.link_relays import Link
+
+
+def link(state: Link, bytes_per_s: float | None = None, point: str = "") -> Inject:
+    """Change all links between prefill and decode for a while; etcd sees both sides."""
+
+    def inject(ring: ChaosApp, began: Began) -> None:
+        armed = ring.points.arm(point) if point else None
+        if armed is not None:
+            armed.wait()
+        began()
+        ring.relays.set(state, bytes_per_s)
+        if armed is not None:
+            armed.release()
+        time.sleep(OUTAGE_S)
+        ring.relays.set(Link.OPEN)
+
+    return inject
+
+
+def etcd_killed(ring: ChaosApp, began: Began) -> None:
+    """All members die and come back on their data."""
+    began()
+    ring.etcd.kill()
+    time.sleep(OUTAGE_S)
+    ring.etcd.start()
+
+
+def etcd_paused(ring: ChaosApp, began: Began) -> None:
+    """All members hang: connections stay open, nothing is answered, leases run out."""
+    began()
+    ring.etcd.pause()
+    time.sleep(OUTAGE_S)
+    ring.etcd.resume()
+
+
+def etcd_member_lost(ring: ChaosApp, began: Began) -> None:
+    """One of three is gone for a while."""
+    began()
+    ring.etcd.members[0].kill()
+    time.sleep(OUTAGE_S)
+    ring.etcd.launch(0)
+    ring.etcd.members[0].wait()
+
+
+def etcd_compacted(ring: ChaosApp, began: Began) -> None:
+    """The history goes while a member, and the watches on it, are cut."""
+    began()
+    ring.etcd.members[1].kill()
+    host, _, port = ring.etcd.members[0].endpoint.partition(":")
+    with pyetcd.client(host=host, port=int(port), timeout=5) as client:
+        revision = client.put("/unrelated", b"x").header.revision
+        client.compact(revision, physical=True)
+    ring.etcd.launch(1)
+    ring.etcd.members[1].wait()
+    time.sleep(2.0)
+
+
+def lease_lost(ring: ChaosApp, began: Began) -> None:
+    """A worker does not renew its lease for so long that it is gone, and comes back."""
+    armed = ring.points.arm("discovery.lease")
+    armed.wait()
+    began()
+    time.sleep(2.0 * LEASE_TTL_S)
+    armed.release()
+    time.sleep(1.0)
+
+
+def new_replica_without_etcd(ring: ChaosApp, began: Began) -> None:
+    """A prefill replica dies while etcd is away: its successor is seen once etcd is back."""
+    began()
+    ring.etcd.kill()
+    ring.processes.replicas("Prefill")[0].kill()
+    time.sleep(OUTAGE_S)
+    ring.etcd.start()
+    known = {worker["engine_id"] for worker in ring.workers("prefill")}
+    ring.wait_complete()
+    _until_read_from(ring, known)
+
+
+def _until_read_from(ring: ChaosApp, known: set[str]) -> None:
+    """Until decode has read from a prefill worker that was not there before."""
+    deadline = time.monotonic() + 4.0 * LEASE_TTL_S
+    while True:
+        owners = {owner for worker in ring.workers("decode") for owner in worker["reads_by_owner"]}
+        present = {worker["engine_id"] for worker in ring.workers("prefill")}
+        if (present - known) & owners:
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nobody reads from the new one of {present}")
+        time.sleep(0.2)
