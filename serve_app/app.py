@@ -75,6 +75,8 @@ def build_app(args: dict[str, Any]) -> Application:
         name="Ingress",
         num_replicas=router.replicas,
         max_ongoing_requests=4096,
+        # Deployed anew, the next one is there before the only one goes.
+        max_surge_percent=100,
         ray_actor_options={"num_cpus": router.cpus_per_replica},
     )
     return ingress.bind(
