@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.context import _get_serve_request_context, _serve_request_context
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -155,9 +159,11 @@ class ReplicaCaller:
     ) -> Any:
         # While a side is missing, only the first request pays for finding out.
         timeout_s = min(self._pick_timeout_s, RETRY_PICK_S if role in self._missing else math.inf)
+        limited = replace(hint, until_s=time.monotonic() + timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
-                selection = await stack.enter_async_context(handle.choose_replica(hint))
+                with _id_of_its_own():
+                    selection = await stack.enter_async_context(handle.choose_replica(limited))
         except TimeoutError as error:
             if hint == RouteHint():
                 self._missing.add(role)
@@ -166,6 +172,21 @@ class ReplicaCaller:
             raise NoReplica(role, 0.0) from error
         self._missing.discard(role)
         return selection
+
+
+@contextmanager
+def _id_of_its_own() -> Iterator[None]:
+    """Lets Serve's router take the pick that is made in it for a request of its own.
+
+    It tells picks apart by the id of the client's request. Of two with the same id (another try
+    while it still works on the last one) it answers one, and works on the other for ever.
+    """
+    own = replace(_get_serve_request_context(), _internal_request_id=uuid4().hex)
+    token = _serve_request_context.set(own)
+    try:
+        yield
+    finally:
+        _serve_request_context.reset(token)
 
 
 def _translated(error: Exception, role: str, replica_id: str) -> Exception:

@@ -8,6 +8,7 @@ which this router reads.
 from __future__ import annotations
 
 import random
+import time
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -33,6 +34,11 @@ class HintedRouter(RequestRouter):
             pending_request.routing_context.should_backoff = True
             if pending_request.args and isinstance(pending_request.args[0], RouteHint):
                 hint = pending_request.args[0]
+            if time.monotonic() > hint.until_s:
+                # Serve goes on for callers that are gone. What can never be had would keep one of
+                # its few routing tasks for ever.
+                pending_request.future.cancel()
+                return []
         admitted = [
             replica for replica in candidate_replicas if hint.admits(replica.replica_id.unique_id)
         ]

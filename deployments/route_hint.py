@@ -6,6 +6,7 @@ that routes, classes of that module are other ones than those that the callers i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -16,10 +17,12 @@ class RouteHint:
     Attributes:
         exclude: replicas that failed this request already.
         only: the one replica that will do (it holds the blocks), or None.
+        until_s: when its caller stops waiting for a replica, in the time of ``time.monotonic``.
     """
 
     exclude: frozenset[str] = frozenset()
     only: str | None = None
+    until_s: float = math.inf
 
     def admits(self, replica_id: str) -> bool:
         """Whether a replica may get the call."""

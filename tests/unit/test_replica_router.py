@@ -3,7 +3,10 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 from collections import Counter
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +25,8 @@ def replicas(*names: str) -> list[Any]:
 
 
 def pending(*args: Any) -> Any:
-    return SimpleNamespace(args=list(args), routing_context=RequestRoutingContext())
+    future: Future[Any] = Future()
+    return SimpleNamespace(args=list(args), routing_context=RequestRoutingContext(), future=future)
 
 
 def chosen(candidates: list[Any], request: Any) -> list[list[str]]:
@@ -65,6 +69,17 @@ def test_waiting_for_a_replica_backs_off() -> None:
     chosen(replicas("a"), request)
 
     assert request.routing_context.should_backoff is True
+
+
+@pytest.mark.parametrize("hint", [RouteHint(), RouteHint(only="gone")])
+def test_a_pick_that_nobody_waits_for_any_more_is_ended(hint: RouteHint) -> None:
+    """Serve would make it, or try to for ever, and has only so many tasks for all picks."""
+    now_s = time.monotonic()
+    late, in_time = (pending(replace(hint, until_s=now_s + left_s)) for left_s in (-1.0, 60.0))
+    assert chosen(replicas("a"), late) == []
+    assert late.future.cancelled()
+    chosen(replicas("a"), in_time)
+    assert not in_time.future.done()
 
 
 def test_candidates_are_left_as_they_are() -> None:
