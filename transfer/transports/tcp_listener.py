@@ -28,8 +28,9 @@ from transfer.settings import MAX_FETCH_BYTES, MAX_SLICE_BYTES, TransferSettings
 from transfer.spans import total_bytes
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Attachment, Caller, Listener, OwnerService
+from transfer.transports.span_cursor import SpanCursor
 from transfer.transports.tcp_messages import MessageReader
-from transfer.transports.tcp_stream import AWAKE_S, SpanCursor, TcpStream
+from transfer.transports.tcp_stream import AWAKE_S, TcpStream
 from transfer.transports.tcp_wire import Header, MessageType
 from transfer.transports.tls import TlsContexts
 from transfer.transports.tls_stream import TlsStream

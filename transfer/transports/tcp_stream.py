@@ -1,33 +1,21 @@
-"""One TCP socket: exact sends and receives, vectored and without copies in user space.
-
-``sendmsg`` and ``recvmsg`` of libc take rows of a span array as their ``struct iovec`` array. They
-are ``writev`` and ``readv`` with flags: no signal for a broken pipe, and wait for everything, so
-that a thread comes back for the interpreter's lock once per batch and not once per packet.
-"""
+"""One TCP socket: exact sends and receives, each until it is due, and what their errors mean."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import os
 import select
 import socket
 import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 
-import numpy as np
-
 from transfer.errors import DeadlineExceeded, PeerUnreachable, Phase, TlsRefused, TransferError
-from transfer.spans import slice_plan
-from transfer.types import ReadPlan, SpanArray
-
-IOV_MAX = 1024
-"""Rows that one call takes; Linux refuses more."""
+from transfer.transports.span_cursor import SpanCursor
 
 _KEEPALIVE_IDLE_S = 30
 _KEEPALIVE_INTERVAL_S = 10
@@ -43,93 +31,8 @@ _LINGER_S = 0.5
 _LINGER_BYTES = 64 << 10
 
 
-class _MessageHeader(ctypes.Structure):
-    """``struct msghdr`` of 64-bit Linux."""
-
-    _fields_ = (
-        ("name", ctypes.c_void_p),
-        ("name_length", ctypes.c_uint32),
-        ("iov", ctypes.c_void_p),
-        ("iov_length", ctypes.c_size_t),
-        ("control", ctypes.c_void_p),
-        ("control_length", ctypes.c_size_t),
-        ("flags", ctypes.c_int),
-    )
-
-
-_Call = Callable[[int, "ctypes._Pointer[_MessageHeader]", int], int]
-
-
-def _libc_call(name: str) -> _Call:
-    function = getattr(ctypes.CDLL(None, use_errno=True), name)
-    function.argtypes = (ctypes.c_int, ctypes.POINTER(_MessageHeader), ctypes.c_int)
-    function.restype = ctypes.c_ssize_t
-    return function  # type: ignore[no-any-return]  # ctypes functions are untyped
-
-
 # Unlike that of ``os`` it gives up the interpreter's lock.
 _sched_yield = ctypes.CDLL(None).sched_yield
-
-_sendmsg = _libc_call("sendmsg")
-_recvmsg = _libc_call("recvmsg")
-
-
-class SpanCursor:
-    """Where in some spans the next byte goes or comes from.
-
-    Args:
-        spans: rows of memory that stays valid while the cursor is used; copied, as a row that was
-            moved in part is changed.
-    """
-
-    def __init__(self, spans: SpanArray) -> None:
-        self._rows = np.array(spans, dtype=np.uint64, order="C")
-        self._ends = np.cumsum(self._rows[:, 1])
-        self._row = 0
-        self._header = _MessageHeader()
-        self._pointer = ctypes.pointer(self._header)
-        self._base = self._rows.ctypes.data
-        self.total_bytes = int(self._ends[-1]) if self._ends.size else 0
-        self.done_bytes = 0
-        self._aim()
-
-    def move(self, call: _Call, fd: int, flags: int) -> int:
-        """One system call; the bytes it moved, 0 at end of stream.
-
-        Raises:
-            OSError: as the call failed; ``EINTR`` is handled.
-        """
-        while True:
-            count = call(fd, self._pointer, flags)
-            if count >= 0:
-                break
-            code = ctypes.get_errno()
-            if code != errno.EINTR:
-                raise OSError(code, os.strerror(code))
-        if count:
-            self.done_bytes += count
-            self._aim()
-        return count
-
-    def pieces(self, max_bytes: int) -> Iterator[tuple[SpanArray, int]]:
-        """All spans in pieces of at most ``max_bytes`` bytes, with their bytes, each to be moved
-        before the next one is asked for. Instead of :meth:`move`."""
-        whole = ReadPlan(local=self._rows, remote=self._rows)
-        for piece in slice_plan(whole, max_bytes, IOV_MAX):
-            size = int(piece.local[:, 1].sum())
-            yield piece.local, size
-            self.done_bytes += size
-
-    def _aim(self) -> None:
-        row = int(np.searchsorted(self._ends, self.done_bytes, side="right"))
-        rows = self._rows.shape[0]
-        if row < rows:
-            left = int(self._ends[row]) - self.done_bytes
-            address, length = self._rows[row].tolist()
-            if left != length:
-                self._rows[row] = (address + length - left, left)
-        self._header.iov = self._base + row * 16
-        self._header.iov_length = min(rows - row, IOV_MAX)
 
 
 class TcpStream:
@@ -268,7 +171,7 @@ class TcpStream:
     def receive_spans(self, cursor: SpanCursor, moved: Callable[[int], None]) -> None:
         """Fill the cursor's spans from the stream."""
         while cursor.done_bytes < cursor.total_bytes:
-            count = cursor.move(_recvmsg, self._socket.fileno(), socket.MSG_WAITALL)
+            count = cursor.receive(self._socket.fileno(), socket.MSG_WAITALL)
             if not count:
                 raise _ended()
             moved(count)
@@ -278,7 +181,7 @@ class TcpStream:
         while cursor.done_bytes < cursor.total_bytes:
             if not allowed():
                 return False
-            cursor.move(_sendmsg, self._socket.fileno(), socket.MSG_NOSIGNAL)
+            cursor.send(self._socket.fileno(), socket.MSG_NOSIGNAL)
         return True
 
     def shutdown(self) -> None:

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from transfer.errors import Phase, TlsRefused
 from transfer.transports import tcp_wire as wire
 from transfer.transports.bounce import BounceBuffer
-from transfer.transports.tcp_stream import SpanCursor, TcpStream, tls_error
+from transfer.transports.span_cursor import SpanCursor
+from transfer.transports.tcp_stream import TcpStream, tls_error
 from transfer.transports.tls import TlsContexts
 
 _BOUNCE_BYTES = 256 << 10
