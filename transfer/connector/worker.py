@@ -21,16 +21,16 @@ from vllm.utils.network_utils import get_ip
 from transfer.connector.digests import BlockDigests, unit_tokens
 from transfer.connector.fingerprint import layout_hash
 from transfer.connector.layout import KVLayout, LayerView, describe
-from transfer.connector.metadata import BatonMetadata, NewOffer, WorkerHandshake, WorkerReport
+from transfer.connector.metadata import BatonMetadata, WorkerHandshake, WorkerReport
+from transfer.connector.offers import PromptOffers
 from transfer.connector.packing import Packing, cpu_packing, token_major
-from transfer.connector.pairing import Stretch, block_spans_of, digest_units
+from transfer.connector.pairing import Stretch, digest_units
 from transfer.connector.reads import EndedRead, PromptReads
 from transfer.connector.settings import ConnectorSettings
 from transfer.connector.staging import HostMirror
 from transfer.connector.stats import Outcome, TransferStats
 from transfer.discovery import make_discovery
 from transfer.engine.engine import TransferEngine
-from transfer.engine.handoff import EndedHandoff, HandoffState, Offer
 from transfer.errors import ConfigurationError, Phase
 from transfer.types import PeerId
 
@@ -50,15 +50,6 @@ vLLM steps on while blocks are on their way or pinned, a thousand times a second
 an engine spin between the steps: on cores that the transfer needs too. A request that comes
 meanwhile waits as long at most.
 """
-
-_REMEMBERED_ABORTS = 4096
-"""Those that came before the offer, or after its end."""
-
-_OWNER_OUTCOMES = {
-    HandoffState.RELEASED: Outcome.RELEASED,
-    HandoffState.ABORTED: Outcome.ABORTED,
-    HandoffState.EXPIRED: Outcome.EXPIRED,
-}
 
 
 class BatonWorker:
@@ -85,8 +76,7 @@ class BatonWorker:
         self._layout: KVLayout | None = None
         self._layout_hash = ""
         self._engine: TransferEngine | None = None
-        self._pinned: dict[str, NewOffer] = {}
-        self._aborted: dict[str, None] = {}
+        self._offers: PromptOffers | None = None
         self._reads: PromptReads | None = None
         self._failed_blocks: set[int] = set()
         self._idle = False
@@ -156,6 +146,7 @@ class BatonWorker:
             self._engine.register(address, length)
         discovery.ready(self._settings.transfer.connect_timeout_s * 5)
         self._engine.start()
+        self._offers = PromptOffers(layout, self._engine, self._digests, self._mirror)
         self._reads = PromptReads(
             self._peer,
             layout,
@@ -185,8 +176,11 @@ class BatonWorker:
     def carry_out(self, metadata: BatonMetadata) -> None:
         """Starts whatever the scheduler side decided in this step. Does not wait."""
         self._idle = metadata.idle
+        offers = self._prompt_offers
         for offer in metadata.offers:
-            self._offer(offer)
+            offers.start(offer)
+        if metadata.offers:
+            self._count_pinned()
         reads = self._prompt_reads
         for read in metadata.reads:
             reads.start(read)
@@ -211,14 +205,16 @@ class BatonWorker:
         """
         if self._engine is None:
             return None, None
-        if self._idle and (self._pinned or self._prompt_reads):
+        offers = self._prompt_offers
+        if self._idle and (offers or self._prompt_reads):
             self._engine.wait_for_end(_IDLE_WAIT_S)
-        sent = {
-            request_id
-            for ended in self._engine.take_ended()
-            if (request_id := self._ended(ended)) is not None
-        }
-        received = set()
+        sent, received = set(), set()
+        for over in offers.take_ended():
+            if self._counts:
+                self.stats.count_owner(over.outcome)
+            sent.add(over.request_id)
+        if sent:
+            self._count_pinned()
         for ended in self._prompt_reads.take_ended():
             outcome = self._arrived(ended)
             owner = ended.read.ticket.engine_id
@@ -244,16 +240,7 @@ class BatonWorker:
 
     def abort(self, handoff_ids: Sequence[str]) -> int:
         """Ends offers that nobody will read. Returns how many were still pinned."""
-        known = [handoff_id for handoff_id in handoff_ids if handoff_id in self._pinned]
-        # Word of the router may be quicker than the scheduler's of the offer.
-        for handoff_id in handoff_ids:
-            if handoff_id not in self._pinned:
-                self._aborted[handoff_id] = None
-        while len(self._aborted) > _REMEMBERED_ABORTS:
-            del self._aborted[next(iter(self._aborted))]
-        for handoff_id in known:
-            self.engine.abort(handoff_id, "the router gave it up")
-        return len(known)
+        return self._prompt_offers.abort(handoff_ids)
 
     def status(self) -> dict[str, Any]:
         """Totals since start and what is pinned now; plain JSON types."""
@@ -262,8 +249,8 @@ class BatonWorker:
             "rank": self._peer.rank,
             "incarnation": self._incarnation,
             "pid": os.getpid(),
-            "pinned_blocks": sum(len(o.ticket.block_ids) for o in self._pinned.values()),
-            "offers": len(self._pinned),
+            "pinned_blocks": 0 if self._offers is None else self._offers.num_blocks,
+            "offers": 0 if self._offers is None else len(self._offers),
             "loads": 0 if self._reads is None else len(self._reads),
             "reads_by_owner": dict(self._reads_by_owner),
             "failed_by_owner": dict(self._failed_by_owner),
@@ -278,41 +265,6 @@ class BatonWorker:
             self._engine.close()
 
     # ------------------------------------------------------------------------------------------
-
-    def _offer(self, offer: NewOffer) -> None:
-        ticket = offer.ticket
-        layout = self._own_layout
-        if self._digests is not None:
-            stretch = Stretch(0, ticket.num_tokens, ticket.block_ids)
-            self._digests.write(digest_units(layout, stretch))
-        if self._mirror is not None:
-            self._mirror.save(ticket.block_ids)
-        self._pinned[ticket.handoff_id] = offer
-        self.engine.offer(
-            Offer(
-                handoff_id=ticket.handoff_id,
-                fence=ticket.fence,
-                token=ticket.token,
-                grant=block_spans_of(layout, ticket.block_ids),
-                readers=ticket.readers,
-                ttl_s=offer.ttl_s,
-                num_blocks=len(ticket.block_ids),
-            )
-        )
-        self._count_pinned()
-        if ticket.handoff_id in self._aborted:
-            self.abort([ticket.handoff_id])
-
-    def _ended(self, ended: EndedHandoff) -> str | None:
-        offer = self._pinned.pop(ended.handoff_id, None)
-        if offer is None:
-            return None
-        if self._counts:
-            self.stats.count_owner(_OWNER_OUTCOMES[ended.state])
-        self._count_pinned()
-        if ended.state is not HandoffState.RELEASED:
-            logger.info("hand-off %s %s: %s", ended.handoff_id, ended.state.value, ended.reason)
-        return offer.request_id
 
     def _arrived(self, ended: EndedRead) -> Outcome:
         """A read ended: takes its blocks in, if they are what the owner had."""
@@ -354,16 +306,19 @@ class BatonWorker:
         return False
 
     def _count_pinned(self) -> None:
-        if not self._counts:
-            return
-        self.stats.set_pinned_blocks(
-            sum(len(offer.ticket.block_ids) for offer in self._pinned.values())
-        )
+        if self._counts:
+            self.stats.set_pinned_blocks(self._prompt_offers.num_blocks)
 
     @property
     def _counts(self) -> bool:
         """Whether this rank counts what concerns a request as a whole, for all ranks."""
         return self._peer.rank == 0
+
+    @property
+    def _prompt_offers(self) -> PromptOffers:
+        if self._offers is None:
+            raise RuntimeError("the KV caches are not registered yet")
+        return self._offers
 
     @property
     def _prompt_reads(self) -> PromptReads:

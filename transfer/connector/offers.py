@@ -1,0 +1,120 @@
+"""What one prefill rank offers: finished prompts, whose blocks stay till readers are done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transfer.connector.digests import BlockDigests
+from transfer.connector.layout import KVLayout
+from transfer.connector.metadata import NewOffer
+from transfer.connector.pairing import Stretch, block_spans_of, digest_units
+from transfer.connector.staging import HostMirror
+from transfer.connector.stats import Outcome
+from transfer.engine.engine import TransferEngine
+from transfer.engine.handoff import HandoffState, Offer
+
+logger = logging.getLogger(__name__)
+
+_REMEMBERED_ABORTS = 4096
+"""Those that came before the offer, or after its end."""
+
+_OUTCOMES = {
+    HandoffState.RELEASED: Outcome.RELEASED,
+    HandoffState.ABORTED: Outcome.ABORTED,
+    HandoffState.EXPIRED: Outcome.EXPIRED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EndedOffer:
+    """A prompt whose blocks may be freed, as far as this rank is concerned."""
+
+    request_id: str
+    outcome: Outcome
+
+
+class PromptOffers:
+    """Owner side of one worker. All methods run on the model thread; none waits.
+
+    Args:
+        layout: of its memory.
+        engine: running.
+        digests: to be computed of what is offered; None for none.
+        mirror: what readers read in place of device memory; None where they read the KV cache.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        engine: TransferEngine,
+        digests: BlockDigests | None,
+        mirror: HostMirror | None,
+    ) -> None:
+        self._layout = layout
+        self._engine = engine
+        self._digests = digests
+        self._mirror = mirror
+        self._pinned: dict[str, NewOffer] = {}
+        self._aborted: dict[str, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._pinned)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are pinned."""
+        return sum(len(offer.ticket.block_ids) for offer in self._pinned.values())
+
+    def start(self, offer: NewOffer) -> None:
+        """Lets readers with the ticket read its blocks from now on."""
+        ticket = offer.ticket
+        if self._digests is not None:
+            stretch = Stretch(0, ticket.num_tokens, ticket.block_ids)
+            self._digests.write(digest_units(self._layout, stretch))
+        if self._mirror is not None:
+            self._mirror.save(ticket.block_ids)
+        self._pinned[ticket.handoff_id] = offer
+        self._engine.offer(
+            Offer(
+                handoff_id=ticket.handoff_id,
+                fence=ticket.fence,
+                token=ticket.token,
+                grant=block_spans_of(self._layout, ticket.block_ids),
+                readers=ticket.readers,
+                ttl_s=offer.ttl_s,
+                num_blocks=len(ticket.block_ids),
+            )
+        )
+        if ticket.handoff_id in self._aborted:
+            self.abort([ticket.handoff_id])
+
+    def abort(self, handoff_ids: Sequence[str]) -> int:
+        """Ends offers that nobody will read, those that are yet to come too.
+
+        Returns:
+            how many were pinned.
+        """
+        known = [handoff_id for handoff_id in handoff_ids if handoff_id in self._pinned]
+        # Word of the router may be quicker than the scheduler's of the offer.
+        for handoff_id in handoff_ids:
+            if handoff_id not in self._pinned:
+                self._aborted[handoff_id] = None
+        while len(self._aborted) > _REMEMBERED_ABORTS:
+            del self._aborted[next(iter(self._aborted))]
+        for handoff_id in known:
+            self._engine.abort(handoff_id, "the router gave it up")
+        return len(known)
+
+    def take_ended(self) -> list[EndedOffer]:
+        """Offers that ended since the last call, each exactly once."""
+        over = []
+        for ended in self._engine.take_ended():
+            offer = self._pinned.pop(ended.handoff_id, None)
+            if offer is None:
+                continue
+            if ended.state is not HandoffState.RELEASED:
+                logger.info("hand-off %s %s: %s", ended.handoff_id, ended.state.value, ended.reason)
+            over.append(EndedOffer(offer.request_id, _OUTCOMES[ended.state]))
+        return over
