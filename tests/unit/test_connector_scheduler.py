@@ -493,6 +493,12 @@ def test_request_that_the_engine_turned_away_forfeits_all_its_tickets(count: int
 # ---- decode: what ends early ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("idle", [True, False])
+def test_the_workers_hear_whether_there_is_anything_to_compute(idle: bool) -> None:
+    scheduler = make_scheduler()
+    assert scheduler.take_metadata(idle=idle).idle is idle
+
+
 def test_abort_before_scheduling_forfeits() -> None:
     scheduler = make_scheduler("both")
     ticket = make_ticket(tokens(40))
