@@ -165,7 +165,8 @@ class ReplicaCaller:
                 with _id_of_its_own():
                     selection = await stack.enter_async_context(handle.choose_replica(limited))
         except TimeoutError as error:
-            if hint == RouteHint():
+            # Where replicas are but the one that was chosen hangs, another try may find another.
+            if hint == RouteHint() and not limited.offered:
                 self._missing.add(role)
             raise NoReplica(role, timeout_s) from error
         except (DeploymentUnavailableError, BackPressureError) as error:

@@ -42,5 +42,6 @@ class HintedRouter(RequestRouter):
         admitted = [
             replica for replica in candidate_replicas if hint.admits(replica.replica_id.unique_id)
         ]
+        hint.offered.update(replica.replica_id.unique_id for replica in admitted)
         random.shuffle(admitted)
         return [admitted] if admitted else []

@@ -7,7 +7,7 @@ that routes, classes of that module are other ones than those that the callers i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +18,14 @@ class RouteHint:
         exclude: replicas that failed this request already.
         only: the one replica that will do (it holds the blocks), or None.
         until_s: when its caller stops waiting for a replica, in the time of ``time.monotonic``.
+        offered: the router's answer: replicas that it had to choose from, whether or not one of
+            them took the call.
     """
 
     exclude: frozenset[str] = frozenset()
     only: str | None = None
     until_s: float = math.inf
+    offered: set[str] = field(default_factory=set, compare=False)
 
     def admits(self, replica_id: str) -> bool:
         """Whether a replica may get the call."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 import time
@@ -80,6 +81,16 @@ def test_a_pick_that_nobody_waits_for_any_more_is_ended(hint: RouteHint) -> None
     assert late.future.cancelled()
     chosen(replicas("a"), in_time)
     assert not in_time.future.done()
+
+
+def test_the_caller_is_told_who_was_there() -> None:
+    hint = RouteHint(exclude=frozenset("b"))
+    chosen(replicas("a", "b"), pending(replace(hint, until_s=math.inf)))
+    assert hint.offered == {"a"}
+    chosen([], pending(hint))
+    assert hint.offered == {"a"}
+    assert hint == RouteHint(exclude=frozenset("b"))
+    assert RouteHint().offered == set()
 
 
 def test_candidates_are_left_as_they_are() -> None:
