@@ -141,6 +141,7 @@ def chaos_app(model: Path, folder: Path) -> Iterator[ChaosApp]:
             router={"max_requests": MAX_REQUESTS},
             transfer={
                 "transports": ["tcp"],
+                "digests": True,
                 "read_deadline_s": READ_DEADLINE_S,
                 "ticket_ttl_s": TICKET_TTL_S,
             },

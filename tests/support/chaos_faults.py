@@ -16,6 +16,7 @@ from tests.support.chaos_links import (
     etcd_paused,
     lease_lost,
     link,
+    links_damage,
     new_replica_without_etcd,
 )
 from tests.support.chaos_processes import (
@@ -93,6 +94,7 @@ FAULTS = [
     Fault("links silent 8 s", "before confirmation", link(Link.SILENT, point="reader.confirming")),
     Fault("links refused 8 s", "at any time", link(Link.REFUSED)),
     Fault("links at 50 kB a second for 8 s", "at any time", link(Link.OPEN, 50e3)),
+    Fault("links damage blocks for 8 s", "at any time", links_damage),
     Fault("etcd killed for 8 s", "at any time", etcd_killed, quick=True),
     Fault("etcd paused for 8 s", "at any time", etcd_paused),
     Fault("one of three etcd members lost", "at any time", etcd_member_lost),

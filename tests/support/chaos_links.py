@@ -28,6 +28,17 @@ def link(state: Link, bytes_per_s: float | None = None, point: str = "") -> Inje
     return inject
 
 
+def links_damage(ring: ChaosApp, began: Began) -> None:
+    """All links turn bits over in the blocks that pass, and TCP notices nothing."""
+    before = ring.app.totals("decode").get("reader_corrupted", 0)
+    began()
+    ring.relays.set(Link.OPEN, corrupt=True)
+    time.sleep(OUTAGE_S)
+    ring.relays.set(Link.OPEN)
+    if ring.app.totals("decode").get("reader_corrupted", 0) == before:
+        raise RuntimeError("nothing arrived changed, or nobody saw it")
+
+
 def etcd_killed(ring: ChaosApp, began: Began) -> None:
     """All members die and come back on their data."""
     began()

@@ -21,6 +21,8 @@ from transfer.discovery.record import workers_prefix
 from transfer.discovery.settings import EtcdSettings
 
 _CHUNK_BYTES = 64 << 10
+_BULK_BYTES = 16 << 10
+"""A piece as long as this holds blocks, and in its middle nothing else."""
 _LOOK_EVERY_S = 0.2
 _Answer = TypeVar("_Answer")
 
@@ -44,6 +46,7 @@ class Relay:
         self._open = asyncio.Event()
         self._open.set()
         self._bytes_per_s: float | None = None
+        self._corrupt = False
         self._turn = asyncio.Lock()
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
@@ -54,9 +57,9 @@ class Relay:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         return f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
-    async def set(self, link: Link, bytes_per_s: float | None) -> None:
-        """Change what passes from now on, and how fast from the target."""
-        self._link, self._bytes_per_s = link, bytes_per_s
+    async def set(self, link: Link, bytes_per_s: float | None, corrupt: bool) -> None:
+        """Change what passes from now on, how fast from the target, and with which faults."""
+        self._link, self._bytes_per_s, self._corrupt = link, bytes_per_s, corrupt
         if link is Link.SILENT:
             self._open.clear()
         else:
@@ -107,6 +110,8 @@ class Relay:
                 if limited:
                     await self._paced(len(data))
                     self.passed_bytes += len(data)
+                    if self._corrupt and len(data) >= _BULK_BYTES:
+                        data = _damaged(data)
                 sink.write(data)
                 await sink.drain()
         sink.close()
@@ -115,6 +120,12 @@ class Relay:
         if self._bytes_per_s is not None:
             async with self._turn:  # all connections share the rate
                 await asyncio.sleep(count / (self._bytes_per_s or count))
+
+
+def _damaged(data: bytes) -> bytes:
+    """With one bit turned over in the middle."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 64]) + data[middle + 1 :]
 
 
 class Relays:
@@ -157,10 +168,10 @@ class Relays:
             self._relays[address] = relay
         return self._instead[address]
 
-    def set(self, link: Link, bytes_per_s: float | None = None) -> None:
+    def set(self, link: Link, bytes_per_s: float | None = None, corrupt: bool = False) -> None:
         """Change all links, those that are made later excepted."""
         for relay in list(self._relays.values()):
-            self._run(relay.set(link, bytes_per_s))
+            self._run(relay.set(link, bytes_per_s, corrupt))
 
     def _run(self, work: Coroutine[Any, Any, _Answer]) -> _Answer:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
