@@ -29,6 +29,7 @@ LEASE_TTL_S = 5
 READ_DEADLINE_S = 6.0
 TICKET_TTL_S = 15.0
 SETTLE_S = 20.0
+DRAIN_TIMEOUT_S = 20.0
 
 _MAX_MODEL_LEN = 1024
 _MAX_TOKENS = 48
@@ -136,8 +137,8 @@ def chaos_app(model: Path, folder: Path) -> Iterator[ChaosApp]:
             model_id=MODEL,
             # Without prefix caches every request is a hand-off, however often it is asked.
             engine={"max_model_len": _MAX_MODEL_LEN, "enable_prefix_caching": False},
-            prefill={"replicas": REPLICAS},
-            decode={"replicas": REPLICAS},
+            prefill={"replicas": REPLICAS, "drain_timeout_s": DRAIN_TIMEOUT_S},
+            decode={"replicas": REPLICAS, "drain_timeout_s": DRAIN_TIMEOUT_S},
             router={"max_requests": MAX_REQUESTS},
             transfer={
                 "transports": ["tcp"],
