@@ -35,7 +35,7 @@ def taken_in(stream: TcpStream, size: int) -> tuple[bytes, list[int]]:
     return memory.tobytes(), told
 
 
-@pytest.mark.parametrize("size", [2, MIB, 2 * MIB, 6 * MIB + 2])
+@pytest.mark.parametrize("size", [2, 2 * MIB, 4 * MIB, 12 * MIB + 2])
 def test_spans_of_any_size_and_then_a_few_bytes(
     pair: tuple[TcpStream, socket.socket], size: int
 ) -> None:
@@ -52,7 +52,7 @@ def test_spans_of_any_size_and_then_a_few_bytes(
 
 def test_a_slow_stream_arrives_whole(pair: tuple[TcpStream, socket.socket]) -> None:
     stream, other = pair
-    data = os.urandom(2 * MIB)
+    data = os.urandom(4 * MIB)
 
     def trickle() -> None:
         for at in range(0, len(data), 128 << 10):
@@ -74,7 +74,7 @@ def test_the_end_of_a_stream_within_spans_is_an_error(
     other.sendall(b"x" * 1000)
     other.close()
     with pytest.raises(ConnectionResetError, match="closed by the peer"):
-        taken_in(stream, 4 * MIB)
+        taken_in(stream, 8 * MIB)
 
 
 def test_shutdown_ends_a_wait_for_much(pair: tuple[TcpStream, socket.socket]) -> None:
@@ -82,5 +82,5 @@ def test_shutdown_ends_a_wait_for_much(pair: tuple[TcpStream, socket.socket]) ->
     cutter = threading.Timer(0.1, stream.shutdown)
     cutter.start()
     with pytest.raises(ConnectionResetError):
-        taken_in(stream, 4 * MIB)
+        taken_in(stream, 8 * MIB)
     cutter.join()

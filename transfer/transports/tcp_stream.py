@@ -27,7 +27,7 @@ AWAKE_S = 100e-6
 # A plain integer: to combine the flags of ``socket`` costs more than a call with them.
 _DONT_WAIT = int(socket.MSG_DONTWAIT)
 
-_GULP_BYTES = 1 << 20
+_GULP_BYTES = 2 << 20
 _GULP_WITHIN_S = 0.02
 
 _LINGER_S = 0.5
