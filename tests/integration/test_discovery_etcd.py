@@ -98,6 +98,8 @@ def test_two_sessions_see_each_other_until_one_closes(etcd: EtcdServer, session:
     two.ready(5)
     assert one.wait_for(B.peer, 5) == B
     assert two.wait_for(A.peer, 5) == A
+    # Its own record, too, it has from etcd.
+    assert two.wait_for(B.peer, 5) == B
     assert two.peers() == (A, B)
     assert one.healthy
     assert two.healthy
