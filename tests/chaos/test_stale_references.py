@@ -216,10 +216,9 @@ def test_blocks_used_again_before_the_read(pair: Pair) -> None:
     )
 
 
+@pytest.mark.parametrize("pair", ["shm"], indirect=True)
 def test_blocks_used_again_during_a_one_sided_read(pair: Pair) -> None:
     """Nobody can stop such a read: it copies another prompt, and is not confirmed."""
-    if pair.transport != "shm":
-        pytest.skip("the owner takes part in this transport's reads: see the next test")
 
     def meddle(ticket: dict[str, Any]) -> None:
         pair.let_go(ticket)
@@ -231,10 +230,8 @@ def test_blocks_used_again_during_a_one_sided_read(pair: Pair) -> None:
     )
 
 
+@pytest.mark.parametrize("pair", ["tcp"], indirect=True)
 def test_blocks_are_not_used_again_while_the_owner_sends_them(pair: Pair) -> None:
-    if pair.transport != "tcp":
-        pytest.skip("the owner takes no part in this transport's reads: see the test before")
-
     def meddle(ticket: dict[str, Any]) -> None:
         pair.let_go(ticket)
         for salt in range(2000, 2006):
