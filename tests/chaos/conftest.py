@@ -11,7 +11,7 @@ import pytest
 from tests.support.chaos_app import ChaosApp, chaos_app
 
 RESULTS = Path(os.environ.get("CHAOS_RESULTS", "build/chaos"))
-"""Where rows of the table are kept; tests/chaos/table.py makes the table of them."""
+"""Where rows of the table are kept; tests/support/chaos_table.py makes the table of them."""
 
 
 @pytest.fixture(scope="session")

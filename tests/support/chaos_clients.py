@@ -16,7 +16,6 @@ from tests.support.streams import Stream
 from tests.support.vllm_server import post
 
 _FREED_WITHIN_S = 1.0
-_FREED_BY_READER_S = 6.0
 
 _COMPLETIONS = "/v1/completions"
 _BROKEN_STREAMS = 6
@@ -39,9 +38,7 @@ def client_leaves(point: str) -> Inject:
         connection.close()
         time.sleep(0.3)
         armed.release()
-        # A read that was under way is over when its own thread noticed.
-        within = _FREED_BY_READER_S if point.startswith("reader") else _FREED_WITHIN_S
-        until_free(ring, began, within)
+        until_free(ring, began, _FREED_WITHIN_S)
 
     return inject
 

@@ -20,15 +20,15 @@ from tests.support.chaos_links import (
     new_replica_without_etcd,
 )
 from tests.support.chaos_processes import (
+    engine_of_held,
+    hang_at,
     hang_engine,
-    hang_held_engine,
-    hang_owner,
+    held,
     kill_all_prefill,
-    kill_engine_of_held_replica,
-    kill_held_engine,
+    kill_at,
     kill_one_engine,
-    kill_owner,
     kill_replica,
+    owner,
 )
 from tests.support.chaos_refusals import bad_requests, too_many_requests
 from tests.support.chaos_replicas import (
@@ -51,19 +51,17 @@ DECODE_KILLED = "decode engine killed"
 LEFT = "client leaves"
 
 FAULTS = [
-    Fault(KILLED, "before it computes", kill_engine_of_held_replica("prefill.computing")),
-    Fault(
-        KILLED, "before its answer", kill_engine_of_held_replica("prefill.answering"), quick=True
-    ),
-    Fault(KILLED, "ticket at the router", kill_owner("router.ticket")),
-    Fault(KILLED, "before the read", kill_owner("reader.connecting")),
-    Fault(KILLED, "while it sends", kill_held_engine("owner.sending"), quick=True),
-    Fault(KILLED, "before it confirms", kill_owner("reader.confirming")),
+    Fault(KILLED, "before it computes", kill_at("prefill.computing", engine_of_held)),
+    Fault(KILLED, "before its answer", kill_at("prefill.answering", engine_of_held), quick=True),
+    Fault(KILLED, "ticket at the router", kill_at("router.ticket", owner)),
+    Fault(KILLED, "before the read", kill_at("reader.connecting", owner)),
+    Fault(KILLED, "while it sends", kill_at("owner.sending", held), quick=True),
+    Fault(KILLED, "before it confirms", kill_at("reader.confirming", owner)),
     Fault("prefill replica killed", "at any time", kill_replica("Prefill")),
     Fault("all prefill replicas killed", "at any time", kill_all_prefill),
-    Fault(DECODE_KILLED, "before its read", kill_engine_of_held_replica("decode.accepted")),
-    Fault(DECODE_KILLED, "while it reads", kill_held_engine("reader.reading")),
-    Fault(DECODE_KILLED, "before it is confirmed", kill_held_engine("reader.confirming")),
+    Fault(DECODE_KILLED, "before its read", kill_at("decode.accepted", engine_of_held)),
+    Fault(DECODE_KILLED, "while it reads", kill_at("reader.reading", held)),
+    Fault(DECODE_KILLED, "before it is confirmed", kill_at("reader.confirming", held)),
     Fault(DECODE_KILLED, "streams under way", kill_one_engine("decode"), quick=True),
     Fault("decode replica killed", "streams under way", kill_replica("Decode")),
     Fault("all decode replicas killed", "at any time", kill_all_decode, ends=OR_REFUSED),
@@ -77,13 +75,13 @@ FAULTS = [
     Fault("application deployed anew", "at any time", redeploy),
     Fault("ingress replica killed", "at any time", kill_ingress, ends=OR_BROKEN),
     Fault("Serve's proxy killed", "at any time", kill_proxy, ends=OR_BROKEN),
-    Fault("prefill engine hangs 8 s", "before the read", hang_owner("reader.connecting")),
-    Fault("prefill engine hangs 8 s", "while it is read", hang_owner("reader.reading"), quick=True),
-    Fault("prefill engine hangs 8 s", "before it confirms", hang_owner("reader.confirming")),
-    Fault("decode engine hangs 8 s", "while it reads", hang_held_engine("reader.reading")),
+    Fault("prefill engine hangs 8 s", "before the read", hang_at("reader.connecting", owner)),
     Fault(
-        "decode engine hangs 8 s", "before it is confirmed", hang_held_engine("reader.confirming")
+        "prefill engine hangs 8 s", "while it is read", hang_at("reader.reading", owner), quick=True
     ),
+    Fault("prefill engine hangs 8 s", "before it confirms", hang_at("reader.confirming", owner)),
+    Fault("decode engine hangs 8 s", "while it reads", hang_at("reader.reading", held)),
+    Fault("decode engine hangs 8 s", "before it is confirmed", hang_at("reader.confirming", held)),
     Fault("decode engine hangs 8 s", "while it decodes", hang_engine("decode")),
     Fault(
         "links silent 8 s",
@@ -93,6 +91,8 @@ FAULTS = [
     ),
     Fault("links silent 8 s", "before confirmation", link(Link.SILENT, point="reader.confirming")),
     Fault("links refused 8 s", "at any time", link(Link.REFUSED)),
+    Fault("one of two links silent 8 s", "at any time", link(Link.SILENT, newest_only=True)),
+    Fault("links at 1 MB a second for 8 s", "at any time", link(Link.OPEN, 1e6)),
     Fault("links at 50 kB a second for 8 s", "at any time", link(Link.OPEN, 50e3)),
     Fault("links damage blocks for 8 s", "at any time", links_damage),
     Fault("etcd killed for 8 s", "at any time", etcd_killed, quick=True),

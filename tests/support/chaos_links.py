@@ -11,15 +11,20 @@ from tests.support.chaos_fault import OUTAGE_S, Began, Inject
 from tests.support.link_relays import Link
 
 
-def link(state: Link, bytes_per_s: float | None = None, point: str = "") -> Inject:
-    """Change all links between prefill and decode for a while; etcd sees both sides."""
+def link(
+    state: Link, bytes_per_s: float | None = None, point: str = "", *, newest_only: bool = False
+) -> Inject:
+    """Change all links between prefill and decode for a while; etcd sees both sides.
+
+    With ``newest_only``, those to the prefill worker that was started last.
+    """
 
     def inject(ring: ChaosApp, began: Began) -> None:
         armed = ring.points.arm(point) if point else None
         if armed is not None:
             armed.wait()
         began()
-        ring.relays.set(state, bytes_per_s)
+        ring.relays.set(state, bytes_per_s, newest_only=newest_only)
         if armed is not None:
             armed.release()
         time.sleep(OUTAGE_S)

@@ -3,49 +3,63 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from tests.support.chaos_app import ChaosApp, go_on, kill, stop
 from tests.support.chaos_fault import OUTAGE_S, Began, Inject
+from tests.support.fault_points import Armed
+
+Victim = Callable[[ChaosApp, Armed], int]
+"""The process to strike, while another one (or the same) is held at a fault point."""
 
 
-def kill_held_engine(point: str) -> Inject:
-    """SIGKILL the engine that is held at ``point``."""
-
-    def inject(ring: ChaosApp, began: Began) -> None:
-        armed = ring.points.arm(point)
-        pid = armed.wait()
-        began()
-        kill(pid)
-        armed.release()
-
-    return inject
+def held(ring: ChaosApp, armed: Armed) -> int:
+    """The engine that is held itself."""
+    return armed.pid
 
 
-def kill_engine_of_held_replica(point: str) -> Inject:
-    """SIGKILL the engine of the replica that is held at ``point``, then let the replica go on."""
-
-    def inject(ring: ChaosApp, began: Began) -> None:
-        armed = ring.points.arm(point)
-        replica = armed.wait()
-        began()
-        for engine in ring.processes.engines():
-            if engine.ppid() == replica:
-                kill(engine.pid)
-        armed.release()
-
-    return inject
+def engine_of_held(ring: ChaosApp, armed: Armed) -> int:
+    """The engine of the replica that is held."""
+    for engine in ring.processes.engines():
+        if engine.ppid() == armed.pid:
+            return engine.pid
+    raise LookupError(f"replica {armed.pid} has no engine")
 
 
-def kill_owner(point: str) -> Inject:
-    """SIGKILL the prefill engine that whoever is held at ``point`` deals with."""
+def owner(ring: ChaosApp, armed: Armed) -> int:
+    """The prefill engine that whoever is held deals with."""
+    return ring.pid_of(armed.about)
+
+
+def kill_at(point: str, victim: Victim) -> Inject:
+    """SIGKILL ``victim`` while somebody is held at ``point``, then let that one go on."""
 
     def inject(ring: ChaosApp, began: Began) -> None:
         armed = ring.points.arm(point)
         armed.wait()
-        pid = ring.pid_of(armed.about)
+        pid = victim(ring, armed)
         began()
         kill(pid)
         armed.release()
+
+    return inject
+
+
+def hang_at(point: str, victim: Victim) -> Inject:
+    """SIGSTOP ``victim`` while somebody is held at ``point``, for longer than a lease.
+
+    If it is the one that is held, it goes on where it was, too late.
+    """
+
+    def inject(ring: ChaosApp, began: Began) -> None:
+        armed = ring.points.arm(point)
+        armed.wait()
+        pid = victim(ring, armed)
+        began()
+        stop(pid)
+        armed.release()
+        time.sleep(OUTAGE_S)
+        go_on(pid)
 
     return inject
 
@@ -79,45 +93,14 @@ def kill_all_prefill(ring: ChaosApp, began: Began) -> None:
         replica.kill()
 
 
-def hang_engine(side: str, hung_s: float = OUTAGE_S) -> Inject:
+def hang_engine(side: str) -> Inject:
     """SIGSTOP one engine for longer than a lease, then let it go on."""
 
     def inject(ring: ChaosApp, began: Began) -> None:
         pid = int(ring.workers(side)[0]["pid"])
         began()
         stop(pid)
-        time.sleep(hung_s)
-        go_on(pid)
-
-    return inject
-
-
-def hang_owner(point: str, hung_s: float = OUTAGE_S) -> Inject:
-    """SIGSTOP the prefill engine that whoever is held at ``point`` deals with."""
-
-    def inject(ring: ChaosApp, began: Began) -> None:
-        armed = ring.points.arm(point)
-        armed.wait()
-        pid = ring.pid_of(armed.about)
-        began()
-        stop(pid)
-        armed.release()
-        time.sleep(hung_s)
-        go_on(pid)
-
-    return inject
-
-
-def hang_held_engine(point: str, hung_s: float = OUTAGE_S) -> Inject:
-    """SIGSTOP the engine that is held at ``point``: it goes on where it was, too late."""
-
-    def inject(ring: ChaosApp, began: Began) -> None:
-        armed = ring.points.arm(point)
-        pid = armed.wait()
-        began()
-        stop(pid)
-        armed.release()
-        time.sleep(hung_s)
+        time.sleep(OUTAGE_S)
         go_on(pid)
 
     return inject

@@ -10,17 +10,19 @@ class Armed:
     """One point that will hold the next thread that reaches it, or does.
 
     Attributes:
-        about: the engine that the held thread is dealing with; known once :meth:`wait` returned.
+        pid: the process that is held; known, like ``about``, once :meth:`wait` returned.
+        about: the engine that the held thread is dealing with.
     """
 
     def __init__(self, folder: Path, point: str) -> None:
         self._folder = folder
         self._point = point
+        self.pid = 0
         self.about = ""
         (folder / point).touch()
 
-    def wait(self, timeout_s: float = 30.0) -> int:
-        """The process that is held, once one is.
+    def wait(self, timeout_s: float = 30.0) -> None:
+        """Until a process is held.
 
         Raises:
             TimeoutError: nobody came.
@@ -31,7 +33,7 @@ class Armed:
                 raise TimeoutError(f"nobody reached {self._point} in {timeout_s} s")
             time.sleep(0.005)
         self.about = held.read_text()
-        return int(held.name.rpartition("@")[2])
+        self.pid = int(held.name.rpartition("@")[2])
 
     def release(self) -> None:
         """Let it go on; or, if nobody came, hold nobody. Idempotent."""

@@ -168,9 +168,17 @@ class Relays:
             self._relays[address] = relay
         return self._instead[address]
 
-    def set(self, link: Link, bytes_per_s: float | None = None, corrupt: bool = False) -> None:
-        """Change all links, those that are made later excepted."""
-        for relay in list(self._relays.values()):
+    def set(
+        self,
+        link: Link,
+        bytes_per_s: float | None = None,
+        corrupt: bool = False,
+        *,
+        newest_only: bool = False,
+    ) -> None:
+        """Change all links, or the one made last; not those that are made later."""
+        relays = list(self._relays.values())
+        for relay in relays[-1:] if newest_only else relays:
             self._run(relay.set(link, bytes_per_s, corrupt))
 
     def _run(self, work: Coroutine[Any, Any, _Answer]) -> _Answer:
