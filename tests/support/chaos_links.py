@@ -11,6 +11,9 @@ from tests.support.chaos_fault import OUTAGE_S, Began, Inject
 from tests.support.link_relays import Link
 
 
+_ELECTED_WITHIN_S = 20.0
+
+
 def link(
     state: Link, bytes_per_s: float | None = None, point: str = "", *, newest_only: bool = False
 ) -> Inject:
@@ -73,13 +76,27 @@ def etcd_compacted(ring: ChaosApp, began: Began) -> None:
     """The history goes while a member, and the watches on it, are cut."""
     began()
     ring.etcd.members[1].kill()
-    host, _, port = ring.etcd.members[0].endpoint.partition(":")
-    with pyetcd.client(host=host, port=int(port), timeout=5) as client:
-        revision = client.put("/unrelated", b"x").header.revision
-        client.compact(revision, physical=True)
+    _compact(ring.etcd.members[0].endpoint)
     ring.etcd.launch(1)
     ring.etcd.members[1].wait()
     time.sleep(2.0)
+
+
+def _compact(endpoint: str) -> None:
+    """Forget the history, as soon as the members have a leader again if they lost it just now."""
+    host, _, port = endpoint.partition(":")
+    deadline = time.monotonic() + _ELECTED_WITHIN_S
+    with pyetcd.client(host=host, port=int(port), timeout=5) as client:
+        while True:
+            try:
+                revision = client.put("/unrelated", b"x").header.revision
+                client.compact(revision, physical=True)
+            except pyetcd.exceptions.ConnectionFailedError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+            else:
+                return
 
 
 def lease_lost(ring: ChaosApp, began: Began) -> None:
@@ -105,8 +122,8 @@ def new_replica_without_etcd(ring: ChaosApp, began: Began) -> None:
 
 
 def _until_read_from(ring: ChaosApp, known: set[str]) -> None:
-    """Until decode has read from a prefill worker that was not there before."""
-    deadline = time.monotonic() + 4.0 * LEASE_TTL_S
+    """Until decode has read from a prefill worker that was not there before: one lease at most."""
+    deadline = time.monotonic() + LEASE_TTL_S
     while True:
         owners = {owner for worker in ring.workers("decode") for owner in worker["reads_by_owner"]}
         present = {worker["engine_id"] for worker in ring.workers("prefill")}
