@@ -58,7 +58,7 @@ class TransferSettings:
     transports: str | tuple[str, ...] = AUTO
     streams_per_peer: int = 2
     max_reads_per_peer: int = 4
-    slice_bytes: int = 16 << 20
+    slice_bytes: int = 32 << 20
     fetch_bytes: int = 16 << 10
     max_inflight_bytes: int = 1 << 30
     ticket_ttl_s: float = 30.0

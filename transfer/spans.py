@@ -18,6 +18,10 @@ _FEW = 4
 """Rows up to which plain integers beat numpy, whose every call costs a microsecond."""
 
 
+_FEW_STRETCHES = 64
+"""Rows of a cover among which a span is found faster than spans are sorted."""
+
+
 def block_spans(base: int, block_stride: int, block_length: int, block_ids: ArrayLike) -> SpanArray:
     """Spans of blocks that lie at equal distances.
 
@@ -136,10 +140,10 @@ def lies_within(spans: SpanArray, cover: SpanArray) -> bool:
     if int(spans.max()) >= _ADDRESS_LIMIT:
         return False
     # Rows of a cover do not touch, so what is joined lies in one of them or in none. Sorted, they
-    # are found many times faster than in the order in which they came.
-    wanted = coverage(spans)
+    # are found among many rows much faster than in the order in which they came.
+    wanted = coverage(spans) if cover.shape[0] > _FEW_STRETCHES else spans
     row = np.searchsorted(cover[:, 0], wanted[:, 0], side="right") - 1
-    if int(row[0]) < 0:
+    if int(row.min()) < 0:
         return False
     ends = cover[row, 0] + cover[row, 1]
     return bool((wanted[:, 0] + wanted[:, 1] <= ends).all())
@@ -164,12 +168,12 @@ def merge_adjacent(plan: ReadPlan) -> ReadPlan:
         raise _bad("local and remote spans of a plan differ in number or length of rows")
     if local.shape[0] < 2:
         return plan
-    follows = (local[1:, 0] == local[:-1, 0] + local[:-1, 1]) & (
-        remote[1:, 0] == remote[:-1, 0] + remote[:-1, 1]
-    )
-    if not follows.any():
+    # Few rows follow each other on one side, fewer on both.
+    after = 1 + np.flatnonzero(local[1:, 0] - local[:-1, 0] == local[:-1, 1])
+    after = after[remote[after, 0] - remote[after - 1, 0] == remote[after - 1, 1]]
+    if not after.size:
         return plan
-    begins = np.flatnonzero(np.concatenate(([True], ~follows)))
+    begins = np.delete(np.arange(local.shape[0]), after)
     lengths = np.add.reduceat(local[:, 1], begins)
     return ReadPlan(
         local=np.column_stack((local[begins, 0], lengths)),
@@ -180,58 +184,63 @@ def merge_adjacent(plan: ReadPlan) -> ReadPlan:
 def slice_plan(plan: ReadPlan, max_bytes: int, max_rows: int) -> Iterator[ReadPlan]:
     """Cut a plan into pieces of at most ``max_bytes`` bytes and ``max_rows`` rows.
 
-    Pieces come in order; all but the last hold ``max_bytes`` bytes unless ``max_rows`` cuts them
-    short. A row is cut where a piece ends.
+    Pieces come in order, each as big as may be, and are made when they are asked for: of a plan
+    with many rows the first one is there at once. A row is cut where a piece ends.
     """
     if max_bytes < 1 or max_rows < 1:
         raise _bad(f"max_bytes {max_bytes} and max_rows {max_rows} must be at least 1")
-    lengths = plan.local[:, 1]
-    total = int(lengths.sum())
-    if total <= max_bytes and lengths.size <= max_rows:
-        if total:
-            yield plan
-        return
-    # Positions count the bytes of the plan from its start:
-    #   row ends       |---r0---|----r1----|--r2--|
-    #   piece ends     |-------p0------|-------p1-------|
-    #   cuts           |--------|------|---|------|     one new row between two cuts
-    row_ends = np.cumsum(lengths)
-    piece_ends = np.arange(max_bytes, total, max_bytes, dtype=np.uint64)
-    cut_rows = np.searchsorted(row_ends, piece_ends)
-    inside = row_ends[cut_rows] != piece_ends
-    cuts = np.insert(row_ends, cut_rows[inside], piece_ends[inside])
-    starts = np.concatenate((np.zeros(1, dtype=np.uint64), cuts[:-1]))
-    # As many new rows as old ones, and one more for every row that is cut.
-    row = np.arange(cuts.size) - np.searchsorted(piece_ends[inside], cuts)
-    offset = starts - (row_ends - lengths)[row]
-    new_lengths = cuts - starts
-    local = np.column_stack((plan.local[row, 0] + offset, new_lengths))
-    remote = np.column_stack((plan.remote[row, 0] + offset, new_lengths))
-    edges = np.searchsorted(starts, piece_ends).tolist()
-    for begin, end in zip([0, *edges], [*edges, starts.size], strict=True):
-        for at in range(begin, end, max_rows):
-            upto = min(at + max_rows, end)
-            yield ReadPlan(local=local[at:upto], remote=remote[at:upto])
+    return _pieces(plan, max_bytes, max_rows)
+
+
+def _pieces(plan: ReadPlan, max_bytes: int, max_rows: int) -> Iterator[ReadPlan]:
+    row_ends = np.cumsum(plan.local[:, 1])
+    total = int(row_ends[-1]) if row_ends.size else 0
+    done = 0
+    while done < total:
+        first = int(np.searchsorted(row_ends, np.uint64(done), side="right"))
+        end = min(done + max_bytes, total)
+        last = int(np.searchsorted(row_ends, np.uint64(end)))
+        if last - first >= max_rows:
+            last = first + max_rows - 1
+            end = int(row_ends[last])
+        rows = slice(first, last + 1)
+        yield _trimmed(
+            ReadPlan(local=plan.local[rows], remote=plan.remote[rows]),
+            before=done - int(row_ends[first] - plan.local[first, 1]),
+            after=int(row_ends[last]) - end,
+        )
+        done = end
+
+
+def _trimmed(plan: ReadPlan, before: int, after: int) -> ReadPlan:
+    """Without so many bytes of its first row, and of its last."""
+    if not before and not after:
+        return plan
+    trimmed = ReadPlan(local=plan.local.copy(), remote=plan.remote.copy())
+    for side in (trimmed.local, trimmed.remote):
+        side[0, 0] += np.uint64(before)
+        side[0, 1] -= np.uint64(before)
+        side[-1, 1] -= np.uint64(after)
+    return trimmed
 
 
 def without_first(plan: ReadPlan, done_bytes: int) -> ReadPlan:
     """What is left of a plan whose first ``done_bytes`` bytes were moved."""
     row_ends = np.cumsum(plan.local[:, 1])
     row = int(np.searchsorted(row_ends, done_bytes, side="right"))
-    local, remote = plan.local[row:].copy(), plan.remote[row:].copy()
-    if row < row_ends.size:
-        left = row_ends[row] - np.uint64(done_bytes)
-        cut = local[0, 1] - left
-        for side in (local, remote):
-            side[0, 0] += cut
-            side[0, 1] = left
-    return ReadPlan(local=local, remote=remote)
+    left = ReadPlan(local=plan.local[row:], remote=plan.remote[row:])
+    if row == row_ends.size:
+        return left
+    return _trimmed(left, before=done_bytes - int(row_ends[row] - plan.local[row, 1]), after=0)
 
 
 def _sorted_bounds(spans: SpanArray) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Starts and ends, each sorted by itself: which belong together is not kept, and not needed
     to tell where rows overlap or leave gaps."""
-    return np.sort(spans[:, 0]), np.sort(spans[:, 0] + spans[:, 1])
+    starts, lengths = np.sort(spans[:, 0]), spans[:, 1]
+    if (lengths == lengths[0]).all():
+        return starts, starts + lengths[0]
+    return starts, np.sort(spans[:, 0] + lengths)
 
 
 def _bad(message: str) -> RegistrationError:

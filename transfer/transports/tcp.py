@@ -239,7 +239,9 @@ class TcpReadSession(ReadSession):
                 asked.append((request_id, SpanCursor(piece.local)))
             if not asked:
                 return
-            self._receive_slice(stream, *asked.popleft())
+            request_id, cursor = asked.popleft()
+            then = sum(later.total_bytes for _, later in asked)
+            self._receive_slice(stream, request_id, cursor, then)
 
     def _next_slice(self) -> ReadPlan | None:
         try:
@@ -247,7 +249,9 @@ class TcpReadSession(ReadSession):
         except IndexError:
             return None
 
-    def _receive_slice(self, stream: TcpStream, request_id: int, cursor: SpanCursor) -> None:
+    def _receive_slice(
+        self, stream: TcpStream, request_id: int, cursor: SpanCursor, then: int
+    ) -> None:
         header = wire.decode_header(stream.receive(wire.HEADER.size))
         if header.request_id != request_id:
             raise unexpected(header, self._peer)
@@ -256,7 +260,7 @@ class TcpReadSession(ReadSession):
             raise wire.decode_error(body, Phase.READ, self._peer, self._credentials.handoff_id)
         if header.type is not MessageType.DATA or header.body_bytes != cursor.total_bytes:
             raise unexpected(header, self._peer)
-        stream.receive_spans(cursor, self._count)
+        stream.receive_spans(cursor, self._count, then)
 
     def _count(self, moved: int) -> None:
         with self._lock:

@@ -172,10 +172,17 @@ class TcpStream:
         self.receive_into(memoryview(data))
         return data
 
-    def receive_spans(self, cursor: SpanCursor, moved: Callable[[int], None]) -> None:
-        """Fill the cursor's spans from the stream."""
-        if self._gulps and cursor.total_bytes > _GULP_BYTES:
-            self._receive_in_gulps(cursor, moved)
+    def receive_spans(
+        self, cursor: SpanCursor, moved: Callable[[int], None], then: int = 0
+    ) -> None:
+        """Fill the cursor's spans from the stream.
+
+        Args:
+            moved: told of bytes that came.
+            then: bytes that the peer was asked for and sends right after these.
+        """
+        if self._gulps and cursor.total_bytes + then > _GULP_BYTES:
+            self._receive_in_gulps(cursor, moved, then)
         while not cursor.at_stop:
             moved(self._receive_all(cursor))
 
@@ -210,14 +217,16 @@ class TcpStream:
             self._closed = True
             self._socket.close()
 
-    def _receive_in_gulps(self, cursor: SpanCursor, moved: Callable[[int], None]) -> None:
+    def _receive_in_gulps(
+        self, cursor: SpanCursor, moved: Callable[[int], None], then: int
+    ) -> None:
         """Fill all but the end of the spans, woken when a lot is there and not for every packet.
 
         To be woken costs about as much as to copy a packet (``SO_RCVLOWAT``, socket(7)). At the
         end, less may be to come than wakes the thread. Where it does not come soon, because the
         link is slow or the kernel's buffer too small for so much, nothing more is read so.
         """
-        cursor.hold_back(_GULP_BYTES)
+        cursor.hold_back(max(0, _GULP_BYTES - then))
         self._wake_at(_GULP_BYTES, _GULP_WITHIN_S)
         try:
             while self._gulps and not cursor.at_stop:

@@ -118,7 +118,9 @@ class TlsStream(TcpStream):
     def receive_soon(self, view: memoryview, deadline: float | None = None) -> int:
         return self.receive_some(view, deadline)
 
-    def receive_spans(self, cursor: SpanCursor, moved: Callable[[int], None]) -> None:
+    def receive_spans(
+        self, cursor: SpanCursor, moved: Callable[[int], None], then: int = 0
+    ) -> None:
         bounce = self._buffer()
         for piece, size in cursor.pieces(_BOUNCE_BYTES):
             self.receive_into(bounce.view[:size])
