@@ -67,7 +67,7 @@ serve: model ## Set everything up, start etcd, Ray and the demo, and serve until
 test: model ## Run every test but those marked slow
 	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
 
-chaos: $(STAMP) ## Inject every fault under load and write the table in docs/reliability.md (under an hour)
+chaos: $(STAMP) ## Inject every fault under load and write the table in docs/reliability.md (half an hour)
 	rm -rf build/chaos
 	@status=0; $(BIN)/python -m pytest tests/chaos -m 'chaos and not soak' $(PYTEST_ARGS) || status=$$?; \
 	  $(BIN)/python -m tests.support.chaos_table; exit $$status

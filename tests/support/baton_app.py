@@ -145,7 +145,7 @@ class BatonApp:
             cwd=ROOT,
             env=driver.environ(),
             capture_output=True,
-            timeout=60,
+            timeout=180,
             check=False,
         )
         if done.returncode != 0:
