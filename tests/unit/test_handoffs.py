@@ -212,6 +212,44 @@ def test_what_is_still_to_be_offered_is_not_refused(table: HandoffTable) -> None
         begin(table, credentials("forged", fence=8))
 
 
+def test_readers_wait_for_an_offer_that_is_not_ready(table: HandoffTable) -> None:
+    table.offer(replace(offer(), ready=False))
+    table.renew(credentials())
+    with pytest.raises(HandoffNotReady):
+        begin(table)
+    with pytest.raises(HandoffNotReady):
+        table.begin_one_sided_read(READER, credentials(), GRANT, "1")
+    with pytest.raises(HandoffNotReady):
+        table.fetch(READER, credentials(), GRANT, lambda *_: pytest.fail("read too early"))
+    with pytest.raises(HandoffRefused, match="wrong token"):
+        begin(table, credentials(token="guess"))
+
+    assert table.make_ready("h")
+
+    table.end_read(begin(table))
+    table.release(credentials(), used=True)
+    assert ends(table) == [("h", HandoffState.RELEASED)]
+    assert not table.make_ready("h")
+
+
+def test_an_offer_that_is_not_ready_can_be_given_up(table: HandoffTable, clock: Clock) -> None:
+    for handoff_id in ("released", "aborted", "expired"):
+        table.offer(replace(offer(handoff_id), ready=False))
+    table.release(credentials("released"), used=False)
+    table.abort("aborted", "")
+    clock.now += TTL_S + 1
+    assert table.expire("expired") is None
+
+    assert ends(table) == [
+        ("released", HandoffState.RELEASED),
+        ("aborted", HandoffState.ABORTED),
+        ("expired", HandoffState.EXPIRED),
+    ]
+    assert not table.make_ready("aborted")
+    with pytest.raises(HandoffRefused, match="aborted"):
+        begin(table, credentials("aborted"))
+
+
 def test_readers_that_share_count_as_one_together(table: HandoffTable) -> None:
     table.offer(offer(readers=2))
     for reader in ("a/0", "a/1", "a/1"):

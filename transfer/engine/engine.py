@@ -209,6 +209,10 @@ class TransferEngine:
         self._ended.clear()
         return ended
 
+    def wake(self) -> None:
+        """Make :meth:`wait_for_end` return, as if something had ended."""
+        self._ended.set()
+
     # Owner
 
     def offer(self, offer: Offer) -> None:
@@ -225,6 +229,10 @@ class TransferEngine:
         self._memory.check(check_spans(offer.grant), what="the offered spans", phase=Phase.REGISTER)
         self._table.offer(offer)
         self._expire_later(offer.handoff_id, time.monotonic() + offer.ttl_s)
+
+    def make_ready(self, handoff_id: str) -> bool:
+        """Let readers of an offer that was not ``ready`` begin; False if it is over or unknown."""
+        return self._table.make_ready(handoff_id)
 
     def abort(self, handoff_id: str, reason: str) -> bool:
         """End an own offer; False if it is over or unknown."""

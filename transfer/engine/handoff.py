@@ -33,6 +33,8 @@ class Offer:
             share (``Credentials.share``) count as one together.
         ttl_s: life without a read or a renewal, each of which begins it anew.
         num_blocks: for statistics only.
+        ready: whether the bytes are there. Readers of an offer that is not wait until it is; it can
+            be given up, renewed and ended before.
     """
 
     handoff_id: str
@@ -42,6 +44,7 @@ class Offer:
     readers: int
     ttl_s: float
     num_blocks: int
+    ready: bool = True
 
 
 @dataclass(frozen=True, slots=True)

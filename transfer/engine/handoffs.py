@@ -40,7 +40,8 @@ class HandoffTable:
 
     Offers come in the order of their fences. Credentials with a higher one than any so far are of
     an offer that is still on its way here, and raise ``HandoffNotReady``: a ticket goes out from
-    the scheduler's process, and may be quicker than the offer to the workers.
+    the scheduler's process, and may be quicker than the offer to the workers. So do reads of an
+    offer that is here, but whose bytes are not.
 
     Args:
         incarnation: of the owner; credentials for another one are refused.
@@ -90,6 +91,14 @@ class HandoffTable:
                 raise _refused("offered before", offer.handoff_id, Phase.REGISTER)
             self._live[offer.handoff_id] = Handoff(offer, cover, now, now + offer.ttl_s)
             self._highest_fence = max(self._highest_fence, offer.fence)
+
+    def make_ready(self, handoff_id: str) -> bool:
+        """The bytes of a hand-off are there; whether it is live."""
+        with self._lock:
+            handoff = self._live.get(handoff_id)
+            if handoff is not None:
+                handoff.offer = replace(handoff.offer, ready=True)
+            return handoff is not None
 
     def begin_read(
         self,
@@ -317,6 +326,10 @@ class HandoffTable:
             raise _refused("this reader has released it", credentials.handoff_id)
         if not lies_within(spans, handoff.cover):
             raise _refused("spans outside of what is offered", credentials.handoff_id)
+        if not handoff.offer.ready:
+            raise HandoffNotReady(
+                "its bytes are not there yet", phase=Phase.READ, handoff_id=credentials.handoff_id
+            )
         handoff.reading[credentials.reader] = caller
         handoff.state = HandoffState.READING
         self._extend(handoff)
