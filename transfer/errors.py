@@ -93,6 +93,10 @@ class HandoffRefused(FatalError):
     """The owner refused the hand-off: unknown, ended, wrong fence, token or incarnation."""
 
 
+class DigestMismatch(RetryableError):
+    """The bytes that arrived are not those that the owner had."""
+
+
 class LayoutMismatch(FatalError):
     """Reader and owner disagree about what the bytes mean."""
 

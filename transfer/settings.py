@@ -21,6 +21,9 @@ class TransferSettings:
     Attributes:
         digests: whether KV blocks are compared with digests that their owner made before the
             transfer; to be set on both sides. The connector's, not the transfer engine's.
+        host_staging_bytes: host memory of each worker whose KV cache lies in device memory, for
+            blocks on their way; 0 takes room for four prompts of ``max_model_len``. The
+            connector's too.
         host: address to listen on and to advertise to peers.
         port: port to listen on; 0 takes a free one, which is then published.
         streams_per_peer: data streams that one read may use at once.
@@ -75,6 +78,7 @@ class TransferSettings:
     tls_server_name: str = ""
     http_url: str = ""
     digests: bool = False
+    host_staging_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not 0 < len(self.host) <= 255:
@@ -88,6 +92,7 @@ class TransferSettings:
         _check_whole("max_inflight_bytes", self.max_inflight_bytes, 4096, 1 << 50)
         if not isinstance(self.rdma_device, str):
             raise _wrong("rdma_device", self.rdma_device, "names of devices with commas between")
+        _check_whole("host_staging_bytes", self.host_staging_bytes, 0, 1 << 50)
         _check_whole("rdma_gid_index", self.rdma_gid_index, -1, 65535)
         _check_whole("max_connections", self.max_connections, 1, 65535)
         _check_whole("socket_buffer_bytes", self.socket_buffer_bytes, 0, 1 << 30)

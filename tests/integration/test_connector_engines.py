@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,15 @@ def etcd() -> Iterator[EtcdServer]:
         yield server
 
 
-def _server(model: Path, etcd: EtcdServer, role: str, folder: Path, **extra: Any) -> VllmServer:
+def _server(
+    model: Path, etcd: EtcdServer, role: str, folder: Path, *arguments: str, **extra: Any
+) -> VllmServer:
     return VllmServer(
         model,
         [
             *("--dtype", "float32", "--max-model-len", "1024", "--block-size", str(BLOCK)),
             *("--kv-transfer-config", transfer_config(etcd.endpoint, role, **extra)),
+            *arguments,
         ],
         folder / f"{role}.log",
     )
@@ -208,20 +212,115 @@ def test_the_owner_dies_after_the_ticket(
     assert counters.changes()["failed"] == 1
 
 
-def test_through_mirrors_in_host_memory(tiny_model: Path, etcd: EtcdServer, tmp_path: Path) -> None:
-    """What engines with device memory do, here with host memory on both sides."""
+BLOCK_BYTES = 2 * 2 * BLOCK * 2 * 32 * 4
+"""Of the tiny model: layers, KV heads, tokens, key and value of 32 floats."""
+
+
+def _staged(host_bytes: int) -> dict[str, Any]:
+    transfer = {"ticket_ttl_s": 8.0, "connect_timeout_s": 15.0, "digests": True}
+    return {
+        "host_staging": "always",
+        "transfer": {**transfer, "host_staging_bytes": host_bytes},
+    }
+
+
+@pytest.fixture(scope="module")
+def staged(
+    tiny_model: Path, etcd: EtcdServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[VllmServer, VllmServer]]:
+    """What engines with device memory do, here with host memory on both sides: room for 64 blocks
+    at prefill, and for 32, which is one prompt of 1024 tokens, at decode, which has two ranks."""
+    folder = tmp_path_factory.mktemp("staged")
+    ranks = ("--tensor-parallel-size", "2", "--distributed-executor-backend", "mp")
     with (
-        _server(tiny_model, etcd, "kv_producer", tmp_path, host_staging="always") as prefill,
-        _server(tiny_model, etcd, "kv_consumer", tmp_path, host_staging="always") as decode,
+        _server(tiny_model, etcd, "kv_producer", folder, **_staged(64 * BLOCK_BYTES)) as prefill,
+        _server(
+            tiny_model, etcd, "kv_consumer", folder, *ranks, **_staged(32 * BLOCK_BYTES // 2)
+        ) as decode,
     ):
         prefill.wait()
         decode.wait()
-        for length in (2, BLOCK, 5 * BLOCK + 3, 700):
-            prompt = make_prompt(length, salt=20_000 + length)
-            expected = colocated(decode, prompt)
-            counters = Counters(prefill, decode)
-            answer = decode.complete(prompt, kv_transfer_params=prefill_ticket(prefill, prompt))
-            assert answer["choices"][0]["text"] == expected
-            changes = counters.changes()
-            assert changes["tokens"] == length
-            assert changes.get("computed", 0) <= 1
+        yield prefill, decode
+
+
+@pytest.mark.parametrize("length", [2, BLOCK, 5 * BLOCK + 3, 1000])
+def test_same_text_through_slots_in_host_memory(
+    staged: tuple[VllmServer, VllmServer], length: int
+) -> None:
+    prefill, decode = staged
+    prompt = make_prompt(length, salt=20_000 + length)
+    expected = colocated(decode, prompt)
+    counters = Counters(*staged)
+    answer = decode.complete(prompt, kv_transfer_params=prefill_ticket(prefill, prompt))
+    assert answer["choices"][0]["text"] == expected
+    wait_for(lambda: counters.pinned() == 0)
+    changes = counters.changes()
+    assert changes["tokens"] == length
+    assert changes["ok"] == changes["released"] == 1
+    assert changes.get("computed", 0) <= 1
+    assert changes.get("recomputed", 0) == 0
+
+
+def test_prompts_wait_for_slots(staged: tuple[VllmServer, VllmServer]) -> None:
+    prefill, decode = staged
+    # Six of 10 blocks fill prefill; decode reads three of them at a time.
+    prompts = [make_prompt(9 * BLOCK + 5, salt=21_000 + number) for number in range(8)]
+    expected = [colocated(decode, prompt) for prompt in prompts]
+    counters = Counters(*staged)
+    with ThreadPoolExecutor(len(prompts)) as threads:
+
+        def read(prompt: list[int], ticket: dict[str, Any]) -> str:
+            answer = decode.complete(prompt, kv_transfer_params=ticket)
+            return str(answer["choices"][0]["text"])
+
+        tickets = [prefill_ticket(prefill, prompt) for prompt in prompts[:6]]
+        waiting = [threads.submit(prefill_ticket, prefill, prompt) for prompt in prompts[6:]]
+        assert not wait(waiting, 0.5).done
+        assert counters.pinned() == 60
+
+        reads = [
+            threads.submit(read, prompt, ticket)
+            for prompt, ticket in zip(prompts, tickets, strict=False)
+        ]
+        texts = [reading.result() for reading in reads]
+        tickets = [late.result() for late in waiting]
+        texts += threads.map(read, prompts[6:], tickets)
+
+    assert texts == expected
+    wait_for(lambda: counters.pinned() == 0)
+    changes = counters.changes()
+    assert changes["ok"] == changes["released"] == len(prompts)
+    assert changes["tokens"] == sum(map(len, prompts))
+    assert changes.get("recomputed", 0) == changes.get("corrupted", 0) == 0
+
+
+def test_requests_that_leave_give_their_slots_back(staged: tuple[VllmServer, VllmServer]) -> None:
+    prefill, decode = staged
+    counters = Counters(*staged)
+    for number in range(5):
+        prompt = make_prompt(28 * BLOCK, salt=22_000 + number)
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 100, "ignore_eos": True}
+        ticket = prefill_ticket(prefill, prompt)
+        with pytest.raises(TimeoutError):
+            post(
+                f"{decode.url}/v1/completions",
+                {**body, "kv_transfer_params": ticket},
+                timeout_s=0.01 * (number + 1),
+            )
+    wait_for(lambda: counters.pinned() == 0)
+    prompt = make_prompt(30 * BLOCK, salt=23_000)
+    expected = colocated(decode, prompt)
+    answer = decode.complete(prompt, kv_transfer_params=prefill_ticket(prefill, prompt))
+    assert answer["choices"][0]["text"] == expected
+
+
+def test_too_little_host_memory_is_refused_at_start(
+    tiny_model: Path, etcd: EtcdServer, tmp_path: Path
+) -> None:
+    with (
+        _server(
+            tiny_model, etcd, "kv_producer", tmp_path, **_staged(32 * BLOCK_BYTES - 1)
+        ) as prefill,
+        pytest.raises(RuntimeError, match=r"transfer\.host_staging_bytes is .* 1048576 would do"),
+    ):
+        prefill.wait()

@@ -1,15 +1,24 @@
-"""The mirror of KV blocks in host memory, on plain CPU tensors."""
+"""The way of KV blocks through slots in host memory, on plain CPU tensors."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 import torch
 
-from transfer.connector.staging import HostMirror
+from tests.support.staged_memory import BLOCK, MODEL, StagedMemory
+from transfer.connector.digests import BlockDigests
+from transfer.connector.host_blocks import HostBlocks
+from transfer.connector.staging import STEP_BLOCKS, Staging
+from transfer.errors import DigestMismatch
 
 BLOCKS, HEADS, TOKENS, CONTENT = 12, 3, 4, 6
+SLOTS = 5
 
 
 def _kv(order: tuple[int, ...], rows_per_block: int, seed: int) -> torch.Tensor:
@@ -21,25 +30,30 @@ def _kv(order: tuple[int, ...], rows_per_block: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows_per_block", [1, 2])
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::5])
-def test_blocks_cross_by_way_of_two_mirrors(order: tuple[int, ...], rows_per_block: int) -> None:
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+@pytest.mark.parametrize("slots", [[1, 2, 3], [4, 0, 1]])
+def test_blocks_cross_by_way_of_slots(
+    order: tuple[int, ...], rows_per_block: int, slots: list[int]
+) -> None:
     owner_side = [_kv(order, rows_per_block, seed) for seed in (1, 2)]
     reader_side = [_kv(order, rows_per_block, seed) for seed in (3, 4)]
     untouched = [tensor.clone() for tensor in reader_side]
-    owner, reader = HostMirror(owner_side, BLOCKS), HostMirror(reader_side, BLOCKS)
-    source, target = [7, 2, 11], [0, 5, 3]
+    owner, reader = (HostBlocks(side, BLOCKS, SLOTS) for side in (owner_side, reader_side))
+    source, arrived, target = [7, 2, 11], [2, 4, 0], [0, 5, 3]
 
-    owner.save(source)
+    owner.save(source, slots)
+    each = range(rows_per_block)
+    for here, there in zip(owner.tensors, reader.tensors, strict=True):
+        for s, t in zip(slots, arrived, strict=True):
+            for k in each:
+                there[t * rows_per_block + k] = here[s * rows_per_block + k]
+    reader.load(target, arrived)
+
     rows = [
         (s * rows_per_block + k, t * rows_per_block + k)
         for s, t in zip(source, target, strict=True)
-        for k in range(rows_per_block)
+        for k in each
     ]
-    for here, there in zip(owner.tensors, reader.tensors, strict=True):
-        for s, t in rows:
-            there[t] = here[s]
-    reader.load(target)
-
     changed = {t for _, t in rows}
     for sent, got, before in zip(owner_side, reader_side, untouched, strict=True):
         for s, t in rows:
@@ -48,18 +62,167 @@ def test_blocks_cross_by_way_of_two_mirrors(order: tuple[int, ...], rows_per_blo
             assert torch.equal(got[row], before[row])
 
 
+@pytest.mark.parametrize("rows_per_block", [1, 2])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
-def test_the_mirror_has_the_same_axis_order(order: tuple[int, ...]) -> None:
-    tensor = _kv(order, 1, 0)
-    (mirror,) = HostMirror([tensor], BLOCKS).tensors
-    assert mirror.shape == tensor.shape
-    assert mirror.stride() == tensor.stride()
-    assert mirror.data_ptr() != tensor.data_ptr()
+def test_slots_have_the_same_axis_order(order: tuple[int, ...], rows_per_block: int) -> None:
+    tensor = _kv(order, rows_per_block, 0)
+    (host,) = HostBlocks([tensor], BLOCKS, SLOTS).tensors
+    assert host.shape == (SLOTS * rows_per_block, *tensor.shape[1:])
+    assert host.permute(order).is_contiguous()
+    assert host.data_ptr() != tensor.data_ptr()
 
 
 def test_what_is_not_saved_does_not_show() -> None:
     tensor = _kv((0, 1, 2, 3), 1, 0)
-    mirror = HostMirror([tensor], BLOCKS)
-    mirror.save([4])
-    assert torch.equal(mirror.tensors[0][4], tensor[4])
-    assert not mirror.tensors[0][5].any()
+    blocks = HostBlocks([tensor], BLOCKS, SLOTS)
+    blocks.save([4], [2])
+    assert torch.equal(blocks.tensors[0][2], tensor[4])
+    assert not blocks.tensors[0][[0, 1, 3, 4]].any()
+
+
+class Side(StagedMemory):
+    """A KV cache with slots, and the thread that copies between them."""
+
+    def __init__(self) -> None:
+        super().__init__(num_blocks=3 * STEP_BLOCKS, num_slots=2 * STEP_BLOCKS)
+        self.ended = threading.Semaphore(0)
+        self.staging = Staging(
+            self.blocks, self.layout, self.digests, "test", on_end=self.ended.release
+        )
+
+    def save(self, block_ids: list[int], slots: list[int]) -> tuple[Future[None], list[str]]:
+        """Begins; the second is not empty once readers were let in."""
+        let_in: list[str] = []
+        copy = self.staging.save(
+            block_ids, slots, BLOCK * len(slots), then=lambda: let_in.append("readers")
+        )
+        return copy, let_in
+
+    def load(self, block_ids: list[int], slots: list[int], *, check: bool = True) -> Future[None]:
+        tokens = range(2 * BLOCK, 2 * BLOCK + BLOCK * len(slots) - 3)
+        return self.staging.load(block_ids, slots, tokens, self.staging.fence(), check)
+
+
+@pytest.fixture
+def side() -> Iterator[Side]:
+    made = Side()
+    yield made
+    made.blocks.go.set()
+    made.staging.close()
+    assert not [thread for thread in threading.enumerate() if "baton-copy" in thread.name]
+
+
+@pytest.mark.parametrize("count", [1, STEP_BLOCKS, STEP_BLOCKS + 1, 2 * STEP_BLOCKS])
+def test_a_prompt_goes_out_and_comes_back_in_steps(side: Side, count: int) -> None:
+    values = MODEL.values(16 * count)
+    slots = list(range(count))
+    side.pool.write(range(count), values)
+
+    copy, let_in = side.save(list(range(count)), slots)
+    copy.result(10)
+    assert let_in == ["readers"]
+    side.load(list(range(count, 0, -1)), slots).result(10)
+
+    assert torch.equal(side.pool.read(range(count, 0, -1), 16 * count), values)
+    assert max(side.blocks.steps) <= STEP_BLOCKS
+    assert sum(side.blocks.steps) == 2 * count
+    assert side.ended.acquire(timeout=10)
+    assert side.ended.acquire(timeout=10)
+
+
+def test_nobody_is_let_in_before_the_last_block_is_there(side: Side) -> None:
+    side.blocks.hold()
+    copy, let_in = side.save(list(range(40)), list(range(40)))
+    assert side.blocks.began.wait(10)
+    assert (copy.done(), let_in) == (False, [])
+
+    side.blocks.go.set()
+    copy.result(10)
+
+    assert let_in == ["readers"]
+
+
+def test_digests_are_there_before_anybody_is_let_in(side: Side) -> None:
+    seen = []
+    expected = BlockDigests(side.pool.layers, dataclasses.replace(side.layout, num_blocks=96))
+    expected.write(torch.arange(96).numpy())
+    copy = side.staging.save(
+        [50, 7], [3, 9], 32, then=lambda: seen.append(side.digests.table[[3, 9]].clone())
+    )
+    copy.result(10)
+    assert torch.equal(seen[0], expected.table[[50, 7]])
+
+
+def test_a_short_prompt_overtakes_a_long_one(side: Side) -> None:
+    side.blocks.hold()
+    long, _ = side.save(list(range(2 * STEP_BLOCKS)), list(range(2 * STEP_BLOCKS)))
+    short, _ = side.save([90], [0])
+    long_was_done = []
+    short.add_done_callback(lambda _: long_was_done.append(long.done()))
+
+    side.blocks.go.set()
+    long.result(10)
+    short.result(10)
+
+    assert long_was_done == [False]
+    assert side.blocks.steps == [STEP_BLOCKS, 1, STEP_BLOCKS]
+
+
+@pytest.mark.parametrize("changed", [0, 39])
+def test_damaged_blocks_never_reach_the_device(side: Side, changed: int) -> None:
+    slots = list(range(40))
+    side.save(slots, slots)[0].result(10)
+    before = side.pool.copy()
+    side.blocks.tensors[1][changed, 0, 0, 0] ^= 4
+
+    copy = side.load(list(range(50, 90)), slots)
+
+    assert isinstance(copy.exception(10), DigestMismatch)
+    for tensor, then in zip(side.pool.layers, before, strict=True):
+        assert torch.equal(tensor, then)
+    # An owner without digests is believed.
+    assert side.load(list(range(50, 90)), slots, check=False).exception(10) is None
+
+
+def test_a_copy_that_fails_says_so_and_the_next_one_works(side: Side) -> None:
+    side.blocks.error = RuntimeError("the device is lost")
+    copy, let_in = side.save([1], [1])
+    assert str(copy.exception(10)) == "the device is lost"
+    assert let_in == []
+    assert side.ended.acquire(timeout=10)
+
+    side.blocks.error = None
+
+    assert side.save([1], [1])[0].exception(10) is None
+
+
+def test_copies_that_are_not_over_end_with_the_thread(side: Side) -> None:
+    side.blocks.hold()
+    long, let_in = side.save(list(range(2 * STEP_BLOCKS)), list(range(2 * STEP_BLOCKS)))
+    short, _ = side.save([90], [0])
+    assert side.blocks.began.wait(10)
+    threading.Timer(0.05, side.blocks.go.set).start()
+
+    side.staging.close()
+
+    assert long.exception(0) is not None
+    assert short.exception(0) is not None
+    assert let_in == []
+    assert side.save([1], [1])[0].exception(0) is not None
+
+
+def test_memory_that_vllm_made_for_inference_is_copied() -> None:
+    with torch.inference_mode():
+        tensor = _kv((0, 2, 1, 3), 1, 0).clone()
+        side = Side()
+        blocks = HostBlocks([tensor], BLOCKS, SLOTS)
+    staging = Staging(blocks, side.layout, None, "test", on_end=lambda: None)
+    before = tensor[4].clone()
+
+    staging.save([4], [2], 16, then=lambda: None).result(10)
+    staging.load([9], [2], range(16), staging.fence(), check=False).result(10)
+    staging.close()
+    side.save([1], [1])[0].result(10)
+    side.staging.close()
+
+    assert torch.equal(tensor[9], before)

@@ -79,10 +79,18 @@ class BatonConnector(KVConnectorBase_V1):
     def set_xfer_handshake_metadata(
         self, metadata: dict[int, KVConnectorHandshakeMetadata]
     ) -> None:
-        first = metadata[0]
-        if not isinstance(first, WorkerHandshake):
+        handshakes = list(metadata.values())
+        for handshake in handshakes:
+            if not isinstance(handshake, WorkerHandshake):
+                raise ConfigurationError(
+                    f"the workers' connector is {type(handshake).__name__}, not BatonConnector",
+                    phase=Phase.REGISTER,
+                )
+        first = handshakes[0]
+        if any(handshake.num_slots != first.num_slots for handshake in handshakes):
             raise ConfigurationError(
-                f"the workers' connector is {type(first).__name__}, not BatonConnector",
+                "the ranks have room for different numbers of blocks in host memory: "
+                f"{[handshake.num_slots for handshake in handshakes]}",
                 phase=Phase.REGISTER,
             )
         self._scheduler_side.set_handshake(first)
@@ -106,6 +114,7 @@ class BatonConnector(KVConnectorBase_V1):
         )
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self._scheduler_side.on_sent(connector_output.finished_sending or set())
         report = connector_output.kv_connector_worker_meta
         self._scheduler_side.on_loaded(
             connector_output.finished_recving or set(),
@@ -152,10 +161,10 @@ class BatonConnector(KVConnectorBase_V1):
         attn_metadata: AttentionMetadata,
         **kwargs: Any,
     ) -> None:
-        """Nothing is saved: readers read the paged cache itself."""
+        """Nothing is saved layer by layer: prompts are offered as a whole."""
 
     def wait_for_save(self) -> None:
-        """Nothing is saved."""
+        """Nothing is saved layer by layer."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return self._worker_side.take_finished()

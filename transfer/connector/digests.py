@@ -10,8 +10,7 @@ The digest is a sum over the unit's 64-bit lanes ``x``, modulo 2**64::
     sum of  x * w  +  (x >> 32) * v        w, v: fixed odd numbers, other ones for every lane
 
 An odd factor loses no bit, so a change of one lane always shows, and any other one escapes with a
-chance of about one in 2**32. That is for accidents, not against an attacker. Everything is done by
-torch, on the device that has the blocks.
+chance of about one in 2**32. That is for accidents, not against an attacker.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ def unit_tokens(kernel_tokens: int) -> int:
 
 
 class BlockDigests:
-    """The digests of one worker's KV blocks. All methods run on the model thread.
+    """The digests of the KV blocks that one worker shows to others. All methods run on one thread.
 
     Args:
-        tensors: one per layer, ``[kernel blocks, KV heads, tokens, content]``, on any device.
+        tensors: one per layer, ``[kernel blocks, KV heads, tokens, content]``, in host memory.
         layout: says how a block's tokens are packed, and how many a unit has.
 
     Raises:
@@ -56,7 +55,6 @@ class BlockDigests:
         self.table = torch.zeros(
             (tensors[0].shape[0] * layout.digest_units, tensors[0].shape[1]),
             dtype=torch.int64,
-            pin_memory=tensors[0].device.type != "cpu",
         )
         """Digests as the owner computed them: ``[kernel blocks * units, KV heads]``."""
 
@@ -76,22 +74,18 @@ class BlockDigests:
         return torch.equal(self.table.index_select(0, rows), self._computed(rows))
 
     def _computed(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[n, KV heads]``, in host memory."""
+        """``[n, KV heads]``."""
         # Kernel blocks as a whole, because their bytes lie together; then what was asked for.
         blocks, block_of_row = torch.unique(rows // self._units, return_inverse=True)
-        device = self._layers[0][0][0].device
-        on_device = blocks.to(device)
-        total = torch.zeros(
-            (blocks.numel(), self.table.shape[1], self._units), dtype=torch.int64, device=device
-        )
+        total = torch.zeros((blocks.numel(), self.table.shape[1], self._units), dtype=torch.int64)
         for strips, factors in self._layers:
             for lanes, (low, high) in zip(strips, factors, strict=True):
-                part = lanes.index_select(0, on_device)
+                part = lanes.index_select(0, blocks)
                 total += (part * low).sum(2).sum((3, 4))
                 part >>= 32
                 part *= high
                 total += part.sum(2).sum((3, 4))
-        return total.cpu()[block_of_row, :, rows % self._units]
+        return total[block_of_row, :, rows % self._units]
 
 
 def _lanes(tensor: torch.Tensor, layout: KVLayout) -> list[torch.Tensor]:
@@ -123,7 +117,7 @@ def _lanes(tensor: torch.Tensor, layout: KVLayout) -> list[torch.Tensor]:
             )
         shape = (blocks, heads, count, units, runs, run_bytes // _LANE_BYTES)
         in_lanes = (*(step // _LANE_BYTES for step in steps), 1)
-        view = torch.empty(0, dtype=torch.int64, device=tensor.device)
+        view = torch.empty(0, dtype=torch.int64)
         view.set_(tensor.untyped_storage(), start // _LANE_BYTES, shape, in_lanes)
         views.append(view)
         start += count * width * layout.kernel_tokens
@@ -140,6 +134,6 @@ def _factors(strips: Sequence[torch.Tensor], layer: int) -> list[tuple[torch.Ten
         numbers = generator.integers(-(1 << 63), 1 << 63, size=shape, dtype=np.int64) | 1
         # Repeated for every unit, because broadcasting over short runs is slow.
         alike = torch.from_numpy(numbers).expand(2, count, units, runs, each)
-        low, high = alike.contiguous().to(lanes.device).unbind(0)
+        low, high = alike.contiguous().unbind(0)
         factors.append((low, high))
     return factors

@@ -16,11 +16,16 @@ from transfer.connector.ticket import Ticket
 
 @dataclass(frozen=True, slots=True)
 class NewOffer:
-    """Pin ``block_ids`` of a finished prefill until its readers are done."""
+    """Keep a finished prefill until its readers are done.
+
+    Attributes:
+        block_ids: of the KV cache; the ticket says where readers find them: there, or in slots.
+    """
 
     request_id: str
     ticket: Ticket
     ttl_s: float
+    block_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,7 @@ class NewRead:
     """Fetch a prompt's tokens from ``first_token`` on into ``local_block_ids``.
 
     Attributes:
+        targets: where the bytes go at first, one for each local block: slots, or those blocks.
         first_token: the first one of a block of ours.
         num_tokens: how many, to the end of what the ticket covers.
     """
@@ -35,6 +41,7 @@ class NewRead:
     request_id: str
     ticket: Ticket
     local_block_ids: tuple[int, ...]
+    targets: tuple[int, ...]
     first_token: int
     num_tokens: int
 
@@ -100,8 +107,14 @@ class WorkerReport(KVConnectorWorkerMetadata):
 
 @dataclass(frozen=True, slots=True)
 class WorkerHandshake(KVConnectorHandshakeMetadata):
-    """What the scheduler needs to know of its workers to write tickets."""
+    """What the scheduler needs to know of its workers to write tickets.
+
+    Attributes:
+        num_slots: places for blocks in host memory; 0 if blocks go straight to and from the KV
+            cache.
+    """
 
     incarnation: str
     layout_hash: str
     kv_axes: str
+    num_slots: int = 0

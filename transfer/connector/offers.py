@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from transfer.connector.digests import BlockDigests
 from transfer.connector.layout import KVLayout
 from transfer.connector.metadata import NewOffer
 from transfer.connector.pairing import Stretch, block_spans_of, digest_units
-from transfer.connector.staging import HostMirror
+from transfer.connector.staging import Staging
 from transfer.connector.stats import Outcome
 from transfer.engine.engine import TransferEngine
-from transfer.engine.handoff import HandoffState, Offer
+from transfer.engine.handoff import EndedHandoff, HandoffState, Offer
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +41,10 @@ class PromptOffers:
     """Owner side of one worker. All methods run on the model thread; none waits.
 
     Args:
-        layout: of its memory.
+        layout: of the memory that readers read.
         engine: running.
-        digests: to be computed of what is offered; None for none.
-        mirror: what readers read in place of device memory; None where they read the KV cache.
+        digests: of that memory, to be computed of what is offered; None for none.
+        staging: the way to that memory; None where it is the KV cache.
     """
 
     def __init__(
@@ -50,13 +52,16 @@ class PromptOffers:
         layout: KVLayout,
         engine: TransferEngine,
         digests: BlockDigests | None,
-        mirror: HostMirror | None,
+        staging: Staging | None,
     ) -> None:
         self._layout = layout
         self._engine = engine
         self._digests = digests
-        self._mirror = mirror
+        self._staging = staging
         self._pinned: dict[str, NewOffer] = {}
+        # Copies that are not over, and hand-offs that ended before theirs was.
+        self._saves: dict[str, Future[None]] = {}
+        self._ended_early: list[EndedHandoff] = []
         self._aborted: dict[str, None] = {}
 
     def __len__(self) -> int:
@@ -68,13 +73,11 @@ class PromptOffers:
         return sum(len(offer.ticket.block_ids) for offer in self._pinned.values())
 
     def start(self, offer: NewOffer) -> None:
-        """Lets readers with the ticket read its blocks from now on."""
+        """Lets readers with the ticket read its blocks, from now on or once they are copied."""
         ticket = offer.ticket
-        if self._digests is not None:
+        if self._digests is not None and self._staging is None:
             stretch = Stretch(0, ticket.num_tokens, ticket.block_ids)
             self._digests.write(digest_units(self._layout, stretch))
-        if self._mirror is not None:
-            self._mirror.save(ticket.block_ids)
         self._pinned[ticket.handoff_id] = offer
         self._engine.offer(
             Offer(
@@ -85,8 +88,16 @@ class PromptOffers:
                 readers=ticket.readers,
                 ttl_s=offer.ttl_s,
                 num_blocks=len(ticket.block_ids),
+                ready=self._staging is None,
             )
         )
+        if self._staging is not None:
+            self._saves[ticket.handoff_id] = self._staging.save(
+                offer.block_ids,
+                ticket.block_ids,
+                ticket.num_tokens,
+                then=partial(self._engine.make_ready, ticket.handoff_id),
+            )
         if ticket.handoff_id in self._aborted:
             self.abort([ticket.handoff_id])
 
@@ -109,8 +120,14 @@ class PromptOffers:
 
     def take_ended(self) -> list[EndedOffer]:
         """Offers that ended since the last call, each exactly once."""
+        self._look_after_saves()
         over = []
-        for ended in self._engine.take_ended():
+        ended_now = self._ended_early + self._engine.take_ended()
+        self._ended_early = []
+        for ended in ended_now:
+            if ended.handoff_id in self._saves:
+                self._ended_early.append(ended)
+                continue
             offer = self._pinned.pop(ended.handoff_id, None)
             if offer is None:
                 continue
@@ -118,3 +135,17 @@ class PromptOffers:
                 logger.info("hand-off %s %s: %s", ended.handoff_id, ended.state.value, ended.reason)
             over.append(EndedOffer(offer.request_id, _OUTCOMES[ended.state]))
         return over
+
+    def _look_after_saves(self) -> None:
+        for handoff_id, save in list(self._saves.items()):
+            if not save.done():
+                continue
+            del self._saves[handoff_id]
+            if (error := save.exception()) is not None:
+                logger.error(
+                    "blocks of request %s could not be copied to host memory, nobody can read "
+                    "them: %s",
+                    self._pinned[handoff_id].request_id,
+                    error,
+                )
+                self._engine.abort(handoff_id, "its blocks could not be copied to host memory")

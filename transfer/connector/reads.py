@@ -7,7 +7,9 @@ because vLLM recomputes what any rank reports as failed, on all others.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from transfer.connector.heads import HeadRange, Part, parts_of
@@ -15,11 +17,12 @@ from transfer.connector.layout import KVLayout
 from transfer.connector.metadata import Holding, NewRead
 from transfer.connector.packing import TOKENS
 from transfer.connector.pairing import Stretch, plan_read
+from transfer.connector.staging import Fence, Staging
 from transfer.connector.stats import Outcome
 from transfer.connector.ticket import Ticket
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
-from transfer.errors import HandoffRefused, LayoutMismatch, Phase, TransferError
+from transfer.errors import DigestMismatch, HandoffRefused, LayoutMismatch, Phase
 from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
 
 logger = logging.getLogger(__name__)
@@ -30,7 +33,8 @@ class EndedRead:
     """A prompt's read that is over on this rank.
 
     Attributes:
-        outcome: ``OK`` when every owner rank confirmed; then the bytes are there.
+        outcome: ``OK`` when every owner rank confirmed; then the bytes are there, and if they came
+            by way of slots, checked.
         bytes_moved: over all parts.
         read_s: seconds that the bytes took, of the slowest part.
         total_s: seconds until the last confirmation, of the slowest part.
@@ -81,6 +85,18 @@ class _Load:
     read: NewRead
     pieces: list[_Piece] = field(default_factory=list)
     cancelled: bool = False
+    fence: Fence | None = None
+    copy: Future[None] | None = None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether every owner rank confirmed."""
+        return all(handle.state is TransferState.DONE for handle in self.handles)
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether the owner's came along from every part."""
+        return all(piece.planner.has_digests for piece in self.pieces if piece.handle is not None)
 
     @property
     def handles(self) -> list[TransferHandle]:
@@ -92,10 +108,11 @@ class PromptReads:
 
     Args:
         peer: this worker.
-        layout: of its memory.
+        layout: of the memory that is read into.
         layout_hash: what tickets must show.
         engine: running.
         deadline_s: for a whole read.
+        staging: the way from that memory; None where it is the KV cache.
     """
 
     def __init__(
@@ -105,12 +122,15 @@ class PromptReads:
         layout_hash: str,
         engine: TransferEngine,
         deadline_s: float,
+        staging: Staging | None,
     ) -> None:
         self._peer = peer
         self._layout = layout
         self._layout_hash = layout_hash
         self._engine = engine
         self._deadline_s = deadline_s
+        self._staging = staging
+        self._lock = threading.Lock()
         self._loads: dict[str, _Load] = {}
 
     def __len__(self) -> int:
@@ -127,7 +147,7 @@ class PromptReads:
         into = Stretch(
             read.first_token,
             read.first_token + read.num_tokens,
-            read.local_block_ids,
+            read.targets,
             read.first_token // self._layout.block_size,
         )
         for part in parts:
@@ -139,6 +159,10 @@ class PromptReads:
                 owner, credentials = self._addressee(read.request_id, read.ticket, part)
                 handle = self._engine.submit_read(owner, credentials, planner, self._deadline_s)
             load.pieces.append(_Piece(part, planner, handle))
+        if self._staging is not None:
+            load.fence = self._staging.fence()
+            for handle in load.handles:
+                handle.when_final(lambda _: self._copy_out(load))
 
     def cancel(self, request_id: str) -> None:
         """Stops a read whose request is gone."""
@@ -173,9 +197,31 @@ class PromptReads:
             states = [handle.state for handle in load.handles]
             if any(state.is_final and state is not TransferState.DONE for state in states):
                 _stop(load)
-            if all(handle.state.is_final for handle in load.handles):
+            if all(state.is_final for state in states) and self._is_copied(load):
                 over.append(load)
         return [self._end(self._loads.pop(load.read.request_id)) for load in over]
+
+    def _copy_out(self, load: _Load) -> None:
+        """Begins to copy slots into the KV cache, if all parts are there. Any thread."""
+        with self._lock:
+            if self._staging is None or load.fence is None:
+                return
+            if load.copy is not None or not load.arrived:
+                return
+            read = load.read
+            load.copy = self._staging.load(
+                read.local_block_ids,
+                read.targets,
+                range(read.first_token, read.first_token + read.num_tokens),
+                load.fence,
+                check=load.has_digests,
+            )
+
+    def _is_copied(self, load: _Load) -> bool:
+        """Whether nothing is left to copy of a load whose handles are final."""
+        if self._staging is None or not load.handles or not load.arrived:
+            return True
+        return load.copy is not None and load.copy.done()
 
     def _end(self, load: _Load) -> EndedRead:
         read, handles = load.read, load.handles
@@ -185,8 +231,8 @@ class PromptReads:
                 owner, credentials = self._addressee(read.request_id, read.ticket, piece.part)
                 self._engine.submit_release(owner, credentials, used=False)
         if outcome is not Outcome.OK:
-            error = _cause(handles)
-            if error is not None and not load.cancelled:
+            error = _cause(load)
+            if outcome is not Outcome.CORRUPTED and error is not None and not load.cancelled:
                 logger.warning(
                     "read for request %s failed, recomputing: %s", read.request_id, error
                 )
@@ -198,9 +244,7 @@ class PromptReads:
             bytes_moved=sum(handle.bytes_moved for handle in handles),
             read_s=max(timing.read_s for timing in timings),
             total_s=max(timing.total_s for timing in timings),
-            has_digests=all(
-                piece.planner.has_digests for piece in load.pieces if piece.handle is not None
-            ),
+            has_digests=load.has_digests,
         )
 
     def _parts(self, ticket: Ticket) -> tuple[Part, ...]:
@@ -241,21 +285,22 @@ def _stop(load: _Load) -> None:
         handle.cancel()
 
 
-def _cause(handles: Sequence[TransferHandle]) -> TransferError | None:
+def _cause(load: _Load) -> BaseException | None:
     """The error that came of itself, not of stopping the others."""
-    errors = [handle.error for handle in handles if handle.state is TransferState.FAILED]
+    if load.copy is not None:
+        return load.copy.exception()
+    errors = [handle.error for handle in load.handles if handle.state is TransferState.FAILED]
     return next((error for error in errors if error is not None), None)
 
 
 def _outcome(load: _Load) -> Outcome:
-    handles = load.handles
-    if not handles:
+    if not load.handles:
         return Outcome.REFUSED
-    if all(handle.state is TransferState.DONE for handle in handles):
-        return Outcome.OK
-    error = _cause(handles)
+    error = _cause(load)
     if error is None:
-        return Outcome.CANCELLED
+        return Outcome.OK if load.arrived else Outcome.CANCELLED
+    if isinstance(error, DigestMismatch):
+        return Outcome.CORRUPTED
     return Outcome.REFUSED if isinstance(error, HandoffRefused | LayoutMismatch) else Outcome.FAILED
 
 

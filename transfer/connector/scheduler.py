@@ -7,10 +7,8 @@ writes instructions that the worker side carries out (:mod:`transfer.connector.w
 from __future__ import annotations
 
 import logging
-import secrets
 import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +23,11 @@ from transfer.connector.metadata import (
     WorkerHandshake,
     WorkerReport,
 )
+from transfer.connector.slot_queue import SlotQueue
+from transfer.connector.slots import SlotPool
 from transfer.connector.stats import Outcome, worse
-from transfer.connector.ticket import (
-    MAX_READERS,
-    Ticket,
-    prompt_hash,
-    tickets_from_params,
-)
+from transfer.connector.ticket import Ticket, tickets_from_params
+from transfer.connector.ticket_writer import TicketWriter, prompt_hash_of
 from transfer.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -73,15 +69,23 @@ class BatonScheduler:
         consumer: bool,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._engine_id = engine_id
-        self._tp_size = tp_size
+        self._tickets = TicketWriter(
+            engine_id=engine_id,
+            tp_size=tp_size,
+            block_size=block_size,
+            ttl_s=ttl_s,
+            clock=clock,
+        )
         self._block_size = block_size
         self._ttl_s = ttl_s
         self._producer = producer
         self._consumer = consumer
         self._clock = clock
         self._handshake: WorkerHandshake | None = None
-        self._fence = 0
+        # For prompts to be offered and to be read, where blocks go through slots. Apart, because
+        # two engines that read from each other would wait for each other otherwise.
+        self._offer_slots: SlotQueue | None = None
+        self._read_slots: SlotQueue | None = None
         self._inbound: dict[str, _Inbound] = {}
         # Reads on their way: tokens, and the worst outcome of the ranks that are through.
         self._reading: dict[str, int] = {}
@@ -92,6 +96,41 @@ class BatonScheduler:
     def set_handshake(self, handshake: WorkerHandshake) -> None:
         """The workers are up; from now on tickets can be written."""
         self._handshake = handshake
+        if not handshake.num_slots:
+            return
+        size = handshake.num_slots // (self._producer + self._consumer)
+        if self._producer:
+            self._offer_slots = SlotQueue(SlotPool(range(size)))
+        if self._consumer:
+            first = size if self._producer else 0
+            self._read_slots = SlotQueue(SlotPool(range(first, first + size)))
+
+    # ---- both sides --------------------------------------------------------------------------
+
+    def matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """How many prompt tokens beyond ``num_computed_tokens`` the owner has for us.
+
+        None if there are no slots for the prompt now: vLLM then asks again in a later step.
+        """
+        if self._offer_slots is not None and self._is_wanted(request):
+            blocks = self._blocks_of(request.num_prompt_tokens)
+            if not self._offer_slots.has_room(request.request_id, blocks):
+                return None, False
+        count = self._readable_tokens(request, num_computed_tokens)
+        if not count or self._read_slots is None:
+            return count, count > 0
+        blocks = self._blocks_of(num_computed_tokens + count) - (
+            num_computed_tokens // self._block_size
+        )
+        if not self._read_slots.has_room(request.request_id, blocks):
+            return None, False
+        return count, True
+
+    def after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
+        """Blocks are there: slots are taken, and what the owner has is read."""
+        if self._offer_slots is not None and self._is_wanted(request):
+            self._offer_slots.take(request.request_id, self._blocks_of(request.num_prompt_tokens))
+        self._read_or_forfeit(request, blocks, num_external)
 
     # ---- decode side -------------------------------------------------------------------------
 
@@ -110,25 +149,26 @@ class BatonScheduler:
         if ticket is not None:
             self._inbound[request.request_id] = _Inbound(ticket)
 
-    def matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        """How many prompt tokens beyond ``num_computed_tokens`` the owner has for us."""
+    def _readable_tokens(self, request: Request, num_computed_tokens: int) -> int:
         inbound = self._inbound.get(request.request_id)
         if inbound is None or inbound.loading or request.skip_reading_prefix_cache:
-            return 0, False
+            return 0
         inbound.local_tokens = num_computed_tokens
         count = inbound.ticket.num_tokens - num_computed_tokens
         # The last prompt token is always computed here (its logits are needed), so a single
         # missing token is not worth a read.
-        return (count, True) if count > 1 else (0, False)
+        return count if count > 1 else 0
 
-    def after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
-        """Blocks are there: read into those that the local prefix cache did not have."""
+    def _read_or_forfeit(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
+        """Reads into those blocks that the local prefix cache did not have."""
         inbound = self._inbound.get(request.request_id)
         if inbound is None or inbound.loading:
             return
         ticket = inbound.ticket
         if num_external == 0:
             del self._inbound[request.request_id]
+            if self._read_slots is not None:
+                self._read_slots.give_back(request.request_id)
             self._pending.forfeits.append(Holding(request.request_id, ticket))
             missing = ticket.num_tokens - inbound.local_tokens
             if missing > 1:
@@ -136,14 +176,19 @@ class BatonScheduler:
             return
         first_token = ticket.num_tokens - num_external
         first, stop = first_token // self._block_size, self._blocks_of(ticket.num_tokens)
-        (local_ids,) = blocks.get_block_ids()
+        (all_ids,) = blocks.get_block_ids()
+        local_ids = targets = tuple(all_ids[first:stop])
+        if self._read_slots is not None:
+            self._read_slots.take(request.request_id, len(local_ids))
+            targets = self._read_slots.held(request.request_id)
         inbound.loading = True
         self._reading[request.request_id] = num_external
         self._pending.reads.append(
             NewRead(
                 request_id=request.request_id,
                 ticket=ticket,
-                local_block_ids=tuple(local_ids[first:stop]),
+                local_block_ids=local_ids,
+                targets=targets,
                 first_token=first_token,
                 num_tokens=num_external,
             )
@@ -159,6 +204,8 @@ class BatonScheduler:
             self._outcomes[request_id] = worse(outcome, self._outcomes.get(request_id))
         for request_id in request_ids:
             self._inbound.pop(request_id, None)
+            if self._read_slots is not None:
+                self._read_slots.give_back(request_id)
             tokens = self._reading.pop(request_id, 0)
             outcome = self._outcomes.pop(request_id, Outcome.FAILED)
             if outcome is Outcome.OK:
@@ -179,26 +226,18 @@ class BatonScheduler:
         Returns:
             whether the blocks stay pinned until the worker reports them sent, and the ticket.
         """
-        inbound = self._inbound.pop(request.request_id, None)
-        if inbound is not None:
-            if inbound.loading:
-                self._pending.cancels.append(request.request_id)
-            else:
-                self._pending.forfeits.append(Holding(request.request_id, inbound.ticket))
-            return False, None
-        params = request.kv_transfer_params
-        if (
-            not self._producer
-            or not params
-            or not params.get("do_remote_decode")
-            or request.status not in _OFFERED_STATES
-            or not block_ids
-            or self._handshake is None
-        ):
-            return False, None
-        ticket = self._write_ticket(request, block_ids, params, self._handshake)
-        self._pending.offers.append(NewOffer(request.request_id, ticket, self._ttl_s))
-        return True, ticket.to_params()
+        ticket = None if self._drop_inbound(request) else self._offered(request, block_ids)
+        if ticket is not None:
+            return True, ticket.to_params()
+        if self._offer_slots is not None:
+            self._offer_slots.give_back(request.request_id)
+        return False, None
+
+    def on_sent(self, request_ids: set[str]) -> None:
+        """The hand-offs of these prompts are over on all ranks."""
+        if self._offer_slots is not None:
+            for request_id in request_ids:
+                self._offer_slots.give_back(request_id)
 
     def take_metadata(self, *, idle: bool) -> BatonMetadata:
         """This step's instructions; the list starts anew.
@@ -232,7 +271,7 @@ class BatonScheduler:
             # The engine's way to say that it will not run the request that brought them.
             self._pending.forfeits += everything
             return None
-        wanted = _prompt_hash(request)
+        wanted = prompt_hash_of(request)
         for ticket in tickets:
             if (ticket.prompt_hash, ticket.num_tokens) == (
                 wanted,
@@ -261,35 +300,44 @@ class BatonScheduler:
     def _blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _write_ticket(
-        self,
-        request: Request,
-        block_ids: list[int],
-        params: Mapping[str, Any],
-        handshake: WorkerHandshake,
-    ) -> Ticket:
-        readers = params.get("readers", 1)
-        if type(readers) is not int or not 1 <= readers <= MAX_READERS:
-            readers = 1
+    def _drop_inbound(self, request: Request) -> bool:
+        """Lets go of a finished request's ticket; whether it had one that is not read yet."""
+        inbound = self._inbound.pop(request.request_id, None)
+        if inbound is None:
+            return False
+        if inbound.loading:
+            # The workers still report the end of the read.
+            self._pending.cancels.append(request.request_id)
+            return True
+        if self._read_slots is not None:
+            self._read_slots.give_back(request.request_id)
+        self._pending.forfeits.append(Holding(request.request_id, inbound.ticket))
+        return True
+
+    def _is_wanted(self, request: Request) -> bool:
+        """Whether the request's prompt is to be offered."""
+        params = request.kv_transfer_params
+        return self._producer and bool(params) and bool(params.get("do_remote_decode"))
+
+    def _offered(self, request: Request, block_ids: list[int]) -> Ticket | None:
+        """The ticket of a finished request's prompt, if it is to be offered and can be."""
+        if (
+            not self._is_wanted(request)
+            or request.status not in _OFFERED_STATES
+            or not block_ids
+            or self._handshake is None
+        ):
+            return None
         num_tokens = min(request.num_prompt_tokens, request.num_computed_tokens)
-        self._fence += 1
-        return Ticket(
-            handoff_id=uuid.uuid4().hex,
-            engine_id=self._engine_id,
-            incarnation=handshake.incarnation,
-            fence=self._fence,
-            token=secrets.token_hex(16),
-            request_id=request.request_id,
-            block_ids=tuple(block_ids[: self._blocks_of(num_tokens)]),
-            num_tokens=num_tokens,
-            block_size=self._block_size,
-            kv_axes=handshake.kv_axes,
-            tp_size=self._tp_size,
-            layout_hash=handshake.layout_hash,
-            prompt_hash=_prompt_hash(request),
-            readers=readers,
-            expires_at_s=self._clock() + self._ttl_s,
-        )
+        own = tuple(block_ids[: self._blocks_of(num_tokens)])
+        shown = own
+        if self._offer_slots is not None:
+            shown = self._offer_slots.held(request.request_id)[: len(own)]
+            if len(shown) < len(own):
+                return None
+        ticket = self._tickets.write(request, num_tokens, shown, self._handshake)
+        self._pending.offers.append(NewOffer(request.request_id, ticket, self._ttl_s, own))
+        return ticket
 
     def _renew_waiting(self) -> None:
         now = self._clock()
@@ -299,12 +347,3 @@ class BatonScheduler:
         self._pending.renewals += [
             Holding(request_id, inbound.ticket) for request_id, inbound in self._inbound.items()
         ]
-
-
-def _prompt_hash(request: Request) -> str:
-    return prompt_hash(
-        request.prompt_token_ids or [],
-        mm_identifiers=[feature.identifier for feature in request.mm_features],
-        lora_name=request.lora_request.lora_name if request.lora_request is not None else "",
-        cache_salt=request.cache_salt or "",
-    )

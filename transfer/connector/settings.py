@@ -33,8 +33,9 @@ class ConnectorSettings:
     Attributes:
         discovery: for :func:`transfer.discovery.make_discovery`.
         transfer: for the transfer engine.
-        host_staging: ``auto``: KV blocks in device memory go through a mirror in host memory;
-            ``always``: those in host memory too, which only tests want.
+        host_staging: ``auto``: KV blocks in device memory go through slots in host memory, see
+            ``transfer.host_staging_bytes``; ``always``: those in host memory too, which only tests
+            want.
         die_with_parent: whether the engine's processes end with the one that started them.
     """
 

@@ -1,69 +1,148 @@
-"""Host copies of KV blocks that lie in device memory.
+"""The way of blocks in device memory: through slots in host memory, copied on a thread of its own.
 
-The transports read and write host memory. A GPU's blocks are copied to a mirror of the KV cache in
-pinned host memory when they are offered, and from it when a read is confirmed. The code knows no
-device by name: whatever torch can index and copy will do, host memory included, which is how it is
-tested.
+::
+
+    owner     KV cache ──copy──> slots ──offered, read by transports──┐
+    reader    KV cache <──copy── slots <───────────────────────────────┘
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 
 import torch
 
+from transfer.connector.copy_thread import CopyThread
+from transfer.connector.digests import BlockDigests
+from transfer.connector.host_blocks import HostBlocks
+from transfer.connector.layout import KVLayout
+from transfer.connector.pairing import Stretch, digest_units
+from transfer.errors import DigestMismatch, Phase
 
-class HostMirror:
-    """A mirror, block for block, of one worker's KV tensors.
+STEP_BLOCKS = 32
+"""Blocks that are copied, or digested, before other prompts get a turn."""
 
-    It takes as much host memory as the KV cache takes device memory. All methods run on the model
-    thread, on the current stream, so that copies are ordered with the model's own work.
+
+class Fence:
+    """A point in the model's work: what was queued on its stream when this was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event = (
+            None
+            if device.type == "cpu"
+            else torch.accelerator.current_stream(device).record_event()
+        )
+
+    def wait(self) -> None:
+        """Lets what is queued from now on, on the calling thread's stream, begin after it."""
+        if self._event is not None:
+            torch.accelerator.current_stream(self._device).wait_event(self._event)
+
+
+class Staging:
+    """Copies prompts between the KV cache and slots. No method blocks but :meth:`close`.
 
     Args:
-        tensors: one per layer, ``[blocks, heads, tokens, content]``.
-        num_blocks: blocks as the scheduler counts them; the tensors may hold a whole multiple.
+        blocks: the slots.
+        layout: of the slots.
+        digests: of the slots; None for none.
+        name: of this worker.
+        on_end: called when a copy has ended, mostly on the copy thread.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], num_blocks: int) -> None:
-        self._device_side = tuple(tensors)
-        self._rows_per_block = tensors[0].shape[0] // num_blocks
-        self.tensors = tuple(_mirrored(tensor) for tensor in tensors)
+    def __init__(
+        self,
+        blocks: HostBlocks,
+        layout: KVLayout,
+        digests: BlockDigests | None,
+        name: str,
+        on_end: Callable[[], None],
+    ) -> None:
+        self._blocks = blocks
+        self._layout = layout
+        self._digests = digests
+        self._copies = CopyThread(f"baton-copy-{name}", blocks.device, on_end)
 
-    def save(self, block_ids: Sequence[int]) -> None:
-        """Copies blocks to the mirror; they are there when this returns."""
-        rows = self._rows(block_ids)
-        copies = [
-            tensor.index_select(0, rows.to(tensor.device)).to("cpu", non_blocking=True)
-            for tensor in self._device_side
-        ]
-        self._wait()
-        for mirror, copied in zip(self.tensors, copies, strict=True):
-            mirror.index_copy_(0, rows, copied)
+    def fence(self) -> Fence:
+        """For :meth:`load`; on the model thread, when the blocks are known."""
+        return Fence(self._blocks.device)
 
-    def load(self, block_ids: Sequence[int]) -> None:
-        """Copies blocks from the mirror; work queued after this on the stream sees them."""
-        rows = self._rows(block_ids)
-        for tensor, mirror in zip(self._device_side, self.tensors, strict=True):
-            copied = mirror.index_select(0, rows).to(tensor.device)
-            tensor.index_copy_(0, rows.to(tensor.device), copied)
+    def save(
+        self,
+        block_ids: Sequence[int],
+        slots: Sequence[int],
+        num_tokens: int,
+        then: Callable[[], object],
+    ) -> Future[None]:
+        """Copies a prompt into slots, after what the model has queued. On the model thread.
 
-    def _rows(self, block_ids: Sequence[int]) -> torch.Tensor:
-        blocks = torch.tensor(block_ids, dtype=torch.int64) * self._rows_per_block
-        return (blocks[:, None] + torch.arange(self._rows_per_block)[None, :]).reshape(-1)
+        Args:
+            num_tokens: from the beginning of the first block.
+            then: called on the copy thread when they are there, digests included.
+        """
+        return self._copies.submit(self._saving(block_ids, slots, num_tokens, then, self.fence()))
 
-    def _wait(self) -> None:
-        device = self._device_side[0].device
-        if device.type != "cpu":
-            torch.accelerator.current_stream(device).synchronize()
+    def load(
+        self,
+        block_ids: Sequence[int],
+        slots: Sequence[int],
+        tokens: range,
+        fence: Fence,
+        check: bool,
+    ) -> Future[None]:
+        """Copies slots into the KV cache, after the fence. Any thread.
 
+        Args:
+            tokens: of the prompt that the slots hold; the first is the first one of a block.
+            check: whether the owner's digests came along. If they do not agree, nothing is copied
+                and the exception is ``DigestMismatch``.
+        """
+        return self._copies.submit(self._loading(block_ids, slots, tokens, fence, check))
 
-def _mirrored(tensor: torch.Tensor) -> torch.Tensor:
-    """Zeroed host memory with the shape of ``tensor`` and its axes in the same physical order."""
-    strides = tensor.stride()
-    order = sorted(range(tensor.dim()), key=lambda axis: (-strides[axis], axis))
-    physical = torch.zeros(
-        [tensor.shape[axis] for axis in order],
-        dtype=tensor.dtype,
-        pin_memory=tensor.device.type != "cpu",
-    )
-    return physical.permute([order.index(axis) for axis in range(tensor.dim())])
+    def close(self) -> None:
+        """Ends the thread; copies that are not over end with an exception."""
+        self._copies.close()
+
+    def _saving(
+        self,
+        block_ids: Sequence[int],
+        slots: Sequence[int],
+        num_tokens: int,
+        then: Callable[[], object],
+        fence: Fence,
+    ) -> Iterator[None]:
+        fence.wait()
+        for part, stretch in self._parts(slots, range(num_tokens)):
+            self._blocks.save(block_ids[part], stretch.block_ids)
+            if self._digests is not None:
+                self._digests.write(digest_units(self._layout, stretch))
+            yield
+        then()
+
+    def _loading(
+        self,
+        block_ids: Sequence[int],
+        slots: Sequence[int],
+        tokens: range,
+        fence: Fence,
+        check: bool,
+    ) -> Iterator[None]:
+        fence.wait()
+        if check and self._digests is not None:
+            for _, stretch in self._parts(slots, tokens):
+                if not self._digests.agree(digest_units(self._layout, stretch)):
+                    raise DigestMismatch("its blocks arrived changed", phase=Phase.READ)
+                yield
+        for part, stretch in self._parts(slots, tokens):
+            self._blocks.load(block_ids[part], stretch.block_ids)
+            yield
+
+    def _parts(self, slots: Sequence[int], tokens: range) -> Iterator[tuple[slice, Stretch]]:
+        size = self._layout.block_size
+        for begin in range(0, len(slots), STEP_BLOCKS):
+            part = slice(begin, begin + STEP_BLOCKS)
+            first = tokens.start + begin * size
+            stop = min(tokens.stop, first + STEP_BLOCKS * size)
+            yield part, Stretch(first, stop, slots[part], first // size)

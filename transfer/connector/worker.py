@@ -13,25 +13,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm.config import get_layers_from_vllm_config
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tp_group
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.network_utils import get_ip
 
-from transfer.connector.digests import BlockDigests, unit_tokens
+from transfer.connector.digests import BlockDigests
 from transfer.connector.fingerprint import layout_hash
-from transfer.connector.layout import KVLayout, LayerView, describe
+from transfer.connector.kv_memory import KVMemory
+from transfer.connector.kv_tensors import backend_names
+from transfer.connector.layout import KVLayout
 from transfer.connector.metadata import BatonMetadata, WorkerHandshake, WorkerReport
 from transfer.connector.offers import PromptOffers
-from transfer.connector.packing import Packing, cpu_packing, token_major
 from transfer.connector.pairing import Stretch, digest_units
 from transfer.connector.reads import EndedRead, PromptReads
 from transfer.connector.settings import ConnectorSettings
-from transfer.connector.staging import HostMirror
+from transfer.connector.staging import Staging
 from transfer.connector.stats import Outcome, TransferStats
 from transfer.discovery import make_discovery
 from transfer.engine.engine import TransferEngine
-from transfer.errors import ConfigurationError, Phase
 from transfer.types import PeerId
 
 if TYPE_CHECKING:
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = logging.getLogger(__name__)
-
-_CPU_BACKEND = "CPU_ATTN"
 
 _IDLE_WAIT_S = 0.004
 """How long a step without computation waits for something to end.
@@ -70,7 +66,8 @@ class BatonWorker:
         self._tp_size = vllm_config.parallel_config.tensor_parallel_size
         self._peer = PeerId(_engine_id(vllm_config), get_tensor_model_parallel_rank())
         self._incarnation = _shared_incarnation(self._tp_size)
-        self._mirror: HostMirror | None = None
+        self._staging: Staging | None = None
+        self._num_slots = 0
         self._digests: BlockDigests | None = None
         self._said_unchecked = False
         self._layout: KVLayout | None = None
@@ -95,41 +92,16 @@ class BatonWorker:
             ConfigurationError: memory that cannot be described or registered.
             PeerUnreachable: discovery does not answer.
         """
-        tensors = list({tensor.data_ptr(): tensor for tensor in kv_caches.values()}.values())
-        for tensor in tensors:
-            if tensor.dim() != 4:
-                raise ConfigurationError(
-                    f"BatonConnector does not support KV tensors of shape {tuple(tensor.shape)}; "
-                    "it expects [blocks, heads, tokens, content]",
-                    phase=Phase.REGISTER,
-                )
-        axes = _axis_order(tensors[0])
-        packing = _packing(self._vllm_config, tensors[0])
-        on_device = tensors
-        if self._settings.host_staging == "always" or tensors[0].device.type != "cpu":
-            self._mirror = HostMirror(tensors, self._num_blocks)
-            tensors = list(self._mirror.tensors)
-        layout = describe(
-            [_view(tensor) for tensor in tensors],
-            packing,
-            axes=axes,
-            num_blocks=self._num_blocks,
-            block_size=self._vllm_config.cache_config.block_size,
-            total_heads=self._vllm_config.model_config.get_total_num_kv_heads(),
-            rank=self._peer.rank,
-            tp_size=self._tp_size,
+        memory = KVMemory(
+            self._vllm_config, self._settings, kv_caches, self._num_blocks, self._peer.rank
         )
-        memory = _storages(tensors)
-        if self._settings.transfer.digests:
-            layout = replace(layout, digest_tokens=unit_tokens(layout.kernel_tokens))
-            self._digests = BlockDigests(on_device, layout)
-            layout = replace(layout, digest_base=self._digests.memory[0])
-            memory.append(self._digests.memory)
+        layout, self._digests = memory.layout, memory.digests
         self._layout = layout
+        self._num_slots = memory.num_slots
         self._layout_hash = layout_hash(
             self._vllm_config,
-            packing=packing.name,
-            attention_backend=",".join(_backend_names(self._vllm_config)),
+            packing=layout.packing,
+            attention_backend=",".join(backend_names(self._vllm_config)),
         )
         discovery = make_discovery(self._settings.discovery)
         self._engine = TransferEngine(
@@ -142,17 +114,22 @@ class BatonWorker:
             discovery=discovery,
             settings=self._settings.transfer,
         )
-        for address, length in memory:
+        for address, length in memory.ranges:
             self._engine.register(address, length)
         discovery.ready(self._settings.transfer.connect_timeout_s * 5)
         self._engine.start()
-        self._offers = PromptOffers(layout, self._engine, self._digests, self._mirror)
+        if memory.host_blocks is not None:
+            self._staging = Staging(
+                memory.host_blocks, layout, self._digests, str(self._peer), self._engine.wake
+            )
+        self._offers = PromptOffers(layout, self._engine, self._digests, self._staging)
         self._reads = PromptReads(
             self._peer,
             layout,
             self._layout_hash,
             self._engine,
             self._settings.transfer.read_deadline_s,
+            self._staging,
         )
         logger.info("transfer engine up: %r", self._engine)
 
@@ -164,7 +141,9 @@ class BatonWorker:
     @property
     def handshake(self) -> WorkerHandshake:
         """What the scheduler side writes into tickets."""
-        return WorkerHandshake(self._incarnation, self._layout_hash, self._own_layout.axes)
+        return WorkerHandshake(
+            self._incarnation, self._layout_hash, self._own_layout.axes, self._num_slots
+        )
 
     @property
     def engine(self) -> TransferEngine:
@@ -263,23 +242,30 @@ class BatonWorker:
         """Withdraws this worker and stops the transfer engine. Safe to call twice."""
         if self._engine is not None:
             self._engine.close()
+        if self._staging is not None:
+            self._staging.close()
 
     # ------------------------------------------------------------------------------------------
 
     def _arrived(self, ended: EndedRead) -> Outcome:
         """A read ended: takes its blocks in, if they are what the owner had."""
-        read = ended.read
-        if ended.outcome is not Outcome.OK:
-            return ended.outcome
-        if self._mirror is not None:
-            self._mirror.load(read.local_block_ids)
-        if self._digests is not None and not self._check(self._digests, ended):
-            return Outcome.CORRUPTED
-        self.stats.count_bytes(ended.bytes_moved, ended.read_s, ended.total_s)
-        return Outcome.OK
+        read, outcome = ended.read, ended.outcome
+        if outcome is Outcome.OK and not self._is_what_the_owner_had(ended):
+            outcome = Outcome.CORRUPTED
+        if outcome is Outcome.OK:
+            self.stats.count_bytes(ended.bytes_moved, ended.read_s, ended.total_s)
+        elif outcome is Outcome.CORRUPTED:
+            logger.error(
+                "blocks of request %s arrived changed from engine %s, recomputing",
+                read.request_id,
+                read.ticket.engine_id,
+            )
+        return outcome
 
-    def _check(self, digests: BlockDigests, ended: EndedRead) -> bool:
+    def _is_what_the_owner_had(self, ended: EndedRead) -> bool:
         read = ended.read
+        if self._digests is None:
+            return True
         if not ended.has_digests:
             if not self._said_unchecked:
                 logger.warning(
@@ -289,21 +275,16 @@ class BatonWorker:
                 )
             self._said_unchecked = True
             return True
+        if self._staging is not None:
+            return True  # Compared before the blocks were copied to the device.
         first = read.first_token
         stretch = Stretch(
             first,
             first + read.num_tokens,
-            read.local_block_ids,
+            read.targets,
             first // self._own_layout.block_size,
         )
-        if digests.agree(digest_units(self._own_layout, stretch)):
-            return True
-        logger.error(
-            "blocks of request %s arrived changed from engine %s, recomputing",
-            read.request_id,
-            read.ticket.engine_id,
-        )
-        return False
+        return self._digests.agree(digest_units(self._own_layout, stretch))
 
     def _count_pinned(self) -> None:
         if self._counts:
@@ -348,47 +329,3 @@ def _shared_incarnation(tp_size: int) -> str:
     """One fresh uuid that all ranks of this start agree on."""
     own = uuid.uuid4().hex
     return str(get_tp_group().broadcast_object(own, src=0)) if tp_size > 1 else own
-
-
-def _view(tensor: torch.Tensor) -> LayerView:
-    size = tensor.element_size()
-    blocks, heads, tokens, content = tensor.shape
-    strides = [stride * size for stride in tensor.stride()]
-    return LayerView(
-        address=tensor.data_ptr(),
-        shape=(blocks, heads, tokens, content),
-        strides=(strides[0], strides[1], strides[2], strides[3]),
-        itemsize=size,
-    )
-
-
-def _axis_order(tensor: torch.Tensor) -> str:
-    strides = tensor.stride()
-    order = sorted(range(4), key=lambda axis: (-strides[axis], axis))
-    return "".join("BHNC"[axis] for axis in order)
-
-
-def _backend_names(vllm_config: VllmConfig) -> list[str]:
-    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
-    return sorted({layer.get_attn_backend().get_name() for layer in layers.values()})
-
-
-def _packing(vllm_config: VllmConfig, tensor: torch.Tensor) -> Packing:
-    _, _, tokens, content = tensor.shape
-    if _CPU_BACKEND not in _backend_names(vllm_config):
-        return token_major(content * tensor.element_size())
-    # Imported here because the module is there on CPU only.
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-    model, cache_dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
-    isa = _get_attn_isa(model.dtype, tokens, content // 2, cache_dtype)
-    return cpu_packing(isa, content // 2, tensor.element_size())
-
-
-def _storages(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """Address and length in bytes of every distinct allocation behind ``tensors``."""
-    storages = {
-        storage.data_ptr(): storage.nbytes()
-        for storage in (tensor.untyped_storage() for tensor in tensors)
-    }
-    return sorted(storages.items())

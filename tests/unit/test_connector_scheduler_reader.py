@@ -1,3 +1,5 @@
+"""The decode side of the connector's scheduler: what it reads, refuses, gives up and renews."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,118 +11,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
-from transfer.connector.metadata import (
-    BatonMetadata,
-    Holding,
-    Verdict,
-    WorkerHandshake,
-    WorkerReport,
+from tests.support.scheduler_requests import (
+    BLOCK,
+    NOTHING,
+    TTL_S,
+    Clock,
+    blocks_for,
+    decode_request,
+    make_blocks,
+    make_request,
+    make_scheduler,
+    make_ticket,
+    schedule,
+    tokens,
 )
-from transfer.connector.scheduler import BatonScheduler
+from transfer.connector.metadata import Holding, Verdict, WorkerReport
 from transfer.connector.stats import Outcome
-from transfer.connector.ticket import MAX_READERS, Ticket, prompt_hash
-from transfer.params import tickets_to_params
+from transfer.connector.ticket import prompt_hash
 
-BLOCK = 16
-TTL_S = 20.0
-HANDSHAKE = WorkerHandshake(incarnation="d" * 32, layout_hash="e" * 64, kv_axes="BHNC")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def make_scheduler(role: str = "both", clock: Clock | None = None) -> BatonScheduler:
-    scheduler = BatonScheduler(
-        engine_id="engine-a",
-        tp_size=2,
-        block_size=BLOCK,
-        ttl_s=TTL_S,
-        producer=role in ("producer", "both"),
-        consumer=role in ("consumer", "both"),
-        clock=clock or Clock(),
-    )
-    scheduler.set_handshake(HANDSHAKE)
-    # The engine has made a step already; its first one renews whatever is there.
-    scheduler.take_metadata(idle=False)
-    return scheduler
-
-
-def make_request(token_ids: list[int], params: dict[str, Any] | None = None, **fields: Any) -> Any:
-    """Stands in for vLLM's Request: the fields that the scheduler side reads."""
-    return SimpleNamespace(
-        **{
-            "request_id": "request-1",
-            "prompt_token_ids": token_ids,
-            "num_prompt_tokens": len(token_ids),
-            "num_computed_tokens": len(token_ids),
-            "mm_features": [],
-            "lora_request": None,
-            "cache_salt": None,
-            "skip_reading_prefix_cache": False,
-            "abort_immediately": False,
-            "kv_transfer_params": params,
-            "status": RequestStatus.WAITING,
-            **fields,
-        }
-    )
-
-
-def make_blocks(count: int, first: int = 100) -> Any:
-    """Stands in for vLLM's KVCacheBlocks of one group."""
-    return SimpleNamespace(get_block_ids=lambda: (list(range(first, first + count)),))
-
-
-def make_ticket(token_ids: list[int], handoff: str = "1", **changes: Any) -> Ticket:
-    ticket = Ticket(
-        handoff_id=handoff * 32,
-        engine_id="prefill-a",
-        incarnation="f" * 32,
-        fence=1,
-        token="a" * 32,
-        request_id="prefill-1",
-        block_ids=tuple(range(blocks_for(len(token_ids)))),
-        num_tokens=len(token_ids),
-        block_size=BLOCK,
-        kv_axes="BHNC",
-        tp_size=2,
-        layout_hash="e" * 64,
-        prompt_hash=prompt_hash(token_ids),
-        readers=1,
-        expires_at_s=1_700_000_100.0,
-    )
-    return dataclasses.replace(ticket, **changes)
-
-
-def blocks_for(num_tokens: int) -> int:
-    return -(-num_tokens // BLOCK)
-
-
-def tokens(count: int, start: int = 7) -> list[int]:
-    return list(range(start, start + count))
-
-
-def schedule(scheduler: BatonScheduler, request: Any, local_tokens: int = 0) -> tuple[int, bool]:
-    """What vLLM's scheduler does with a waiting request that it can allocate blocks for."""
-    count, is_async = scheduler.matched_tokens(request, local_tokens)
-    assert isinstance(count, int)
-    scheduler.after_alloc(request, make_blocks(blocks_for(request.num_prompt_tokens)), count)
-    return count, is_async
-
-
-def decode_request(token_ids: list[int], *brought: Ticket, **fields: Any) -> Any:
-    params = tickets_to_params([ticket.to_params() for ticket in brought])
-    return make_request(token_ids, params, **fields)
-
-
-NOTHING = BatonMetadata()
 REFUSED = Verdict(Outcome.REFUSED, recomputed_tokens=39)
 
-# ---- decode: what is read ------------------------------------------------------------------------
+# ---- what is read ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 3])
@@ -179,6 +90,7 @@ def test_every_missing_token_is_read_into_its_own_block(
     request = decode_request(tokens(length), ticket)
     scheduler.on_new_request(request)
     count, _ = scheduler.matched_tokens(request, local)
+    assert count is not None
     # vLLM may hand out blocks beyond the prompt (lookahead); they must stay out of it.
     scheduler.after_alloc(request, make_blocks(blocks_for(length) + lookahead), count)
 
@@ -341,7 +253,7 @@ def test_engine_that_only_prefills_reads_no_tickets() -> None:
     assert scheduler.take_metadata(idle=False) == NOTHING
 
 
-# ---- decode: what is refused ---------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -490,7 +402,7 @@ def test_request_that_the_engine_turned_away_forfeits_all_its_tickets(count: int
     )
 
 
-# ---- decode: what ends early ---------------------------------------------------------------------
+# ---- what ends early ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("idle", [True, False])
@@ -535,7 +447,7 @@ def test_abort_while_loading_cancels() -> None:
     assert scheduler.take_metadata(idle=False) == NOTHING
 
 
-# ---- decode: renewals ----------------------------------------------------------------------------
+# ---- renewals ----------------------------------------------------------------------------
 
 
 def test_tickets_are_renewed_four_times_in_their_life_until_loaded() -> None:
@@ -571,156 +483,6 @@ def test_rare_steps_renew_in_every_step() -> None:
         assert scheduler.take_metadata(idle=False).renewals == [Holding("request-1", ticket)]
 
 
-# ---- prefill -------------------------------------------------------------------------------------
-
-OFFER = {"do_remote_decode": True, "do_remote_prefill": False, "readers": 1}
-
-
-def finish(
-    scheduler: BatonScheduler,
-    token_ids: list[int],
-    *,
-    params: dict[str, Any] | None = None,
-    block_ids: list[int] | None = None,
-    status: RequestStatus = RequestStatus.FINISHED_LENGTH_CAPPED,
-    **fields: Any,
-) -> tuple[bool, dict[str, Any] | None]:
-    request = make_request(token_ids, OFFER if params is None else params, **fields)
-    scheduler.on_new_request(request)
-    schedule(scheduler, request)
-    request.status = status
-    ids = list(range(blocks_for(len(token_ids)))) if block_ids is None else block_ids
-    return scheduler.request_finished(request, ids)
-
-
-@pytest.mark.parametrize(
-    "status", [RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED]
-)
-def test_finished_prefill_is_offered(status: RequestStatus) -> None:
-    clock = Clock()
-    scheduler = make_scheduler("producer", clock)
-
-    pinned, params = finish(
-        scheduler,
-        tokens(40),
-        status=status,
-        block_ids=[5, 3, 8],
-        request_id="prefill-x",
-        num_computed_tokens=40,
-        cache_salt="mine",
-        lora_request=SimpleNamespace(lora_name="pirate"),
-        mm_features=[SimpleNamespace(identifier="cat")],
-    )
-
-    assert pinned
-    assert params is not None
-    ticket = Ticket.from_params(params)
-    assert ticket == dataclasses.replace(
-        ticket,
-        engine_id="engine-a",
-        incarnation=HANDSHAKE.incarnation,
-        layout_hash=HANDSHAKE.layout_hash,
-        request_id="prefill-x",
-        block_ids=(5, 3, 8),
-        num_tokens=40,
-        block_size=BLOCK,
-        kv_axes="BHNC",
-        tp_size=2,
-        readers=1,
-        prompt_hash=prompt_hash(
-            tokens(40), mm_identifiers=["cat"], lora_name="pirate", cache_salt="mine"
-        ),
-        expires_at_s=clock.now_s + TTL_S,
-    )
-    assert scheduler.has_pending
-    (offer,) = scheduler.take_metadata(idle=False).offers
-    assert (offer.request_id, offer.ticket, offer.ttl_s) == ("prefill-x", ticket, TTL_S)
-    assert not scheduler.has_pending
-
-
-@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])
-def test_only_blocks_of_the_prompt_are_offered(length: int) -> None:
-    # The token that prefill sampled may have begun a block of its own.
-    scheduler = make_scheduler("producer")
-    _, params = finish(
-        scheduler,
-        tokens(length),
-        block_ids=list(range(blocks_for(length) + 2)),
-        num_computed_tokens=length + 1,
-    )
-
-    assert params is not None
-    ticket = Ticket.from_params(params)
-    assert ticket.num_tokens == length
-    assert ticket.block_ids == tuple(range(blocks_for(length)))
-
-
-def test_tokens_that_were_not_computed_are_not_offered() -> None:
-    scheduler = make_scheduler("producer")
-    _, params = finish(scheduler, tokens(40), num_computed_tokens=BLOCK)
-
-    assert params is not None
-    assert Ticket.from_params(params).block_ids == (0,)
-    assert Ticket.from_params(params).num_tokens == BLOCK
-
-
-@pytest.mark.parametrize(
-    "status",
-    sorted(
-        {item for item in RequestStatus if RequestStatus.is_finished(item)}
-        - {RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED}
-    ),
-)
-def test_prefill_that_ended_otherwise_is_not_offered(status: RequestStatus) -> None:
-    scheduler = make_scheduler("producer")
-
-    assert finish(scheduler, tokens(40), status=status) == (False, None)
-    assert scheduler.take_metadata(idle=False) == NOTHING
-
-
-@pytest.mark.parametrize(
-    "params", [{}, {"do_remote_decode": False}, {"do_remote_prefill": False}, {"readers": 2}]
-)
-def test_request_that_nobody_will_read_is_not_offered(params: dict[str, Any]) -> None:
-    scheduler = make_scheduler("producer")
-
-    assert finish(scheduler, tokens(40), params=params) == (False, None)
-    assert scheduler.take_metadata(idle=False) == NOTHING
-
-
-def test_no_offer_without_blocks() -> None:
-    assert finish(make_scheduler("producer"), tokens(40), block_ids=[]) == (False, None)
-
-
-def test_engine_that_only_decodes_offers_nothing() -> None:
-    assert finish(make_scheduler("consumer"), tokens(40)) == (False, None)
-
-
-def test_no_offer_before_the_workers_are_up() -> None:
-    scheduler = BatonScheduler(
-        engine_id="engine-a",
-        tp_size=1,
-        block_size=BLOCK,
-        ttl_s=TTL_S,
-        producer=True,
-        consumer=False,
-    )
-
-    assert finish(scheduler, tokens(40)) == (False, None)
-
-
-@pytest.mark.parametrize(
-    ("asked", "readers"),
-    [(1, 1), (2, 2), (MAX_READERS, MAX_READERS), (MAX_READERS + 1, 1), (0, 1), (-1, 1), ("4", 1)],
-)
-def test_readers_are_as_many_as_samples(asked: Any, readers: int) -> None:
-    scheduler = make_scheduler("producer")
-    _, params = finish(scheduler, tokens(40), params={**OFFER, "readers": asked})
-
-    assert params is not None
-    assert Ticket.from_params(params).readers == readers
-
-
 def test_all_readers_of_one_ticket_read_it() -> None:
     scheduler = make_scheduler("consumer")
     ticket = make_ticket(tokens(40), readers=3)
@@ -733,28 +495,3 @@ def test_all_readers_of_one_ticket_read_it() -> None:
 
     assert [read.request_id for read in reads] == ["0_request", "1_request", "2_request"]
     assert {read.ticket for read in reads} == {ticket}
-
-
-def test_fences_increase_and_nothing_secret_repeats() -> None:
-    scheduler = make_scheduler("producer")
-    offered = [finish(scheduler, tokens(40))[1] for _ in range(20)]
-
-    tickets = [Ticket.from_params(params) for params in offered if params is not None]
-    fences = [ticket.fence for ticket in tickets]
-    assert len(tickets) == 20
-    assert fences == sorted(set(fences))
-    assert len({ticket.handoff_id for ticket in tickets}) == 20
-    assert len({ticket.token for ticket in tickets}) == 20
-    assert [offer.ticket for offer in scheduler.take_metadata(idle=False).offers] == tickets
-
-
-def test_ticket_goes_from_one_engine_to_the_other() -> None:
-    prefill, decode = make_scheduler("producer"), make_scheduler("consumer")
-    _, params = finish(prefill, tokens(40), block_ids=[5, 3, 8])
-    request = make_request(tokens(40), params)
-    decode.on_new_request(request)
-
-    assert schedule(decode, request, BLOCK) == (40 - BLOCK, True)
-    (read,) = decode.take_metadata(idle=False).reads
-    assert read.ticket.block_ids == (5, 3, 8)
-    assert read.first_token == BLOCK
