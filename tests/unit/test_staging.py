@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from tests.support.staged_memory import BLOCK, MODEL, StagedMemory
+from transfer.connector.copy_thread import CopyThread
 from transfer.connector.digests import BlockDigests
 from transfer.connector.host_blocks import HostBlocks
-from transfer.connector.staging import STEP_BLOCKS, Staging
+from transfer.connector.staging import STEP_BLOCKS, Fence, Staging
 from transfer.errors import DigestMismatch
 
 BLOCKS, HEADS, TOKENS, CONTENT = 12, 3, 4, 6
@@ -226,3 +227,48 @@ def test_memory_that_vllm_made_for_inference_is_copied() -> None:
     side.staging.close()
 
     assert torch.equal(tensor[9], before)
+
+
+class StreamStandIn:
+    """A device's stream, as far as copies use it: writes down what is queued."""
+
+    def __init__(self, device: torch.device | str = "model's") -> None:
+        self.queued: list[object] = []
+
+    def record_event(self) -> object:
+        self.queued.append("event")
+        return self.queued[-1]
+
+    def wait_event(self, event: object) -> None:
+        self.queued.append(("wait for", event))
+
+
+def test_copies_have_a_stream_of_their_own_that_waits_for_the_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = threading.local()
+    here.stream = StreamStandIn()
+    streams = [here.stream]
+
+    def set_stream(stream: StreamStandIn) -> None:
+        here.stream = stream
+        streams.append(stream)
+
+    monkeypatch.setattr(torch, "Stream", StreamStandIn)
+    monkeypatch.setattr(torch.accelerator, "set_stream", set_stream)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda _: here.stream)
+    device = torch.device("cuda", 0)
+    copies = CopyThread("test", device, on_end=lambda: None)
+    fence = Fence(device)
+
+    def steps() -> Iterator[None]:
+        fence.wait()
+        yield
+
+    for _ in range(2):
+        copies.submit(steps()).result(10)
+    copies.close()
+
+    models, own = streams
+    assert models.queued == ["event"]
+    assert own.queued == [("wait for", "event")] * 2
