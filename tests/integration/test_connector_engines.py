@@ -264,7 +264,7 @@ def test_same_text_through_slots_in_host_memory(
 def test_prompts_wait_for_slots(staged: tuple[VllmServer, VllmServer]) -> None:
     prefill, decode = staged
     # Six of 10 blocks fill prefill; decode reads three of them at a time.
-    prompts = [make_prompt(9 * BLOCK + 5, salt=21_000 + number) for number in range(8)]
+    prompts = [make_prompt(9 * BLOCK + 5, salt=24_000 + number) for number in range(8)]
     expected = [colocated(decode, prompt) for prompt in prompts]
     counters = Counters(*staged)
     with ThreadPoolExecutor(len(prompts)) as threads:
