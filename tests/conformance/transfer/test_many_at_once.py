@@ -91,7 +91,7 @@ def test_threads_that_do_whatever_they_like(case: TransferCase) -> None:
     with engine_pair(64, 4096, settings=tuning) as pair:
         handles: list[tuple[TransferHandle, int]] = []
         errors: list[BaseException] = []
-        stop = threading.Event()
+        calm, stop = threading.Event(), threading.Event()
 
         def submit(block: int) -> TransferHandle:
             spans = [block]
@@ -110,7 +110,7 @@ def test_threads_that_do_whatever_they_like(case: TransferCase) -> None:
             handle.wait(5)
 
         def abort_what_is_read(block: int) -> None:
-            for offer in pair.owner.offers()[::7]:
+            for offer in [] if calm.is_set() else pair.owner.offers()[::7]:
                 pair.owner.abort(offer.handoff_id, "hammered")
             time.sleep(0.001)
 
@@ -121,8 +121,9 @@ def test_threads_that_do_whatever_they_like(case: TransferCase) -> None:
         def cut(block: int) -> None:
             record = pair.directory.lookup(pair.owner_id)
             assert record is not None
-            pair.directory.withdraw(pair.owner_id)
-            pair.directory.publish(record)
+            if not calm.is_set():
+                pair.directory.withdraw(pair.owner_id)
+                pair.directory.publish(record)
             time.sleep(0.05)
 
         def hammer(act: Callable[[int], None], block: int) -> None:
@@ -149,7 +150,8 @@ def test_threads_that_do_whatever_they_like(case: TransferCase) -> None:
             thread.start()
         start = time.monotonic()
         time.sleep(HAMMERING_S)
-        # A busy machine may need longer until one read gets through between two cuts.
+        # On a slow machine none gets through between two cuts: then one must when they are over.
+        calm.set()
         while time.monotonic() < start + PATIENCE_S and not any(
             handle.state is TransferState.DONE for handle, _ in list(handles)
         ):
