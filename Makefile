@@ -102,7 +102,7 @@ MOONCAKE := mooncake-transfer-engine-non-cuda==0.3.13.post1
 NIXL := nixl==1.3.2 nixl-cu12==1.3.2
 PLOT := matplotlib==3.11.2
 
-bench-transfer: $(STAMP) $(BENCH)/mooncake.ok $(BENCH)/nixl.ok $(BENCH)/plot.ok ## Measure the transfer engine beside its peers (40 minutes; see BENCH_ARGS)
+bench-transfer: $(STAMP) $(BENCH)/mooncake.ok $(BENCH)/nixl.ok $(BENCH)/plot.ok ## Measure the transfer engine beside its peers (10 minutes; see BENCH_ARGS)
 	@command -v iperf3 >/dev/null \
 	  || { $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
 	       apt-get install -q -y iperf3; }
