@@ -240,8 +240,8 @@ class TcpReadSession(ReadSession):
             if not asked:
                 return
             request_id, cursor = asked.popleft()
-            then = sum(later.total_bytes for _, later in asked)
-            self._receive_slice(stream, request_id, cursor, then)
+            following = sum(later.total_bytes for _, later in asked)
+            self._receive_slice(stream, request_id, cursor, following)
 
     def _next_slice(self) -> ReadPlan | None:
         try:
@@ -250,7 +250,7 @@ class TcpReadSession(ReadSession):
             return None
 
     def _receive_slice(
-        self, stream: TcpStream, request_id: int, cursor: SpanCursor, then: int
+        self, stream: TcpStream, request_id: int, cursor: SpanCursor, following_bytes: int
     ) -> None:
         header = wire.decode_header(stream.receive(wire.HEADER.size))
         if header.request_id != request_id:
@@ -260,7 +260,7 @@ class TcpReadSession(ReadSession):
             raise wire.decode_error(body, Phase.READ, self._peer, self._credentials.handoff_id)
         if header.type is not MessageType.DATA or header.body_bytes != cursor.total_bytes:
             raise unexpected(header, self._peer)
-        stream.receive_spans(cursor, self._count, then)
+        stream.receive_spans(cursor, self._count, following_bytes)
 
     def _count(self, moved: int) -> None:
         with self._lock:

@@ -173,16 +173,16 @@ class TcpStream:
         return data
 
     def receive_spans(
-        self, cursor: SpanCursor, moved: Callable[[int], None], then: int = 0
+        self, cursor: SpanCursor, moved: Callable[[int], None], following_bytes: int = 0
     ) -> None:
         """Fill the cursor's spans from the stream.
 
         Args:
             moved: told of bytes that came.
-            then: bytes that the peer was asked for and sends right after these.
+            following_bytes: that the peer was asked for and sends right after these.
         """
-        if self._gulps and cursor.total_bytes + then > _GULP_BYTES:
-            self._receive_in_gulps(cursor, moved, then)
+        if self._gulps and cursor.total_bytes + following_bytes > _GULP_BYTES:
+            self._receive_in_gulps(cursor, moved, following_bytes)
         while not cursor.at_stop:
             moved(self._receive_all(cursor))
 
@@ -218,7 +218,7 @@ class TcpStream:
             self._socket.close()
 
     def _receive_in_gulps(
-        self, cursor: SpanCursor, moved: Callable[[int], None], then: int
+        self, cursor: SpanCursor, moved: Callable[[int], None], following_bytes: int
     ) -> None:
         """Fill all but the end of the spans, woken when a lot is there and not for every packet.
 
@@ -226,7 +226,7 @@ class TcpStream:
         end, less may be to come than wakes the thread. Where it does not come soon, because the
         link is slow or the kernel's buffer too small for so much, nothing more is read so.
         """
-        cursor.hold_back(max(0, _GULP_BYTES - then))
+        cursor.hold_back(max(0, _GULP_BYTES - following_bytes))
         self._wake_at(_GULP_BYTES, _GULP_WITHIN_S)
         try:
             while self._gulps and not cursor.at_stop:

@@ -119,7 +119,7 @@ class TlsStream(TcpStream):
         return self.receive_some(view, deadline)
 
     def receive_spans(
-        self, cursor: SpanCursor, moved: Callable[[int], None], then: int = 0
+        self, cursor: SpanCursor, moved: Callable[[int], None], following_bytes: int = 0
     ) -> None:
         bounce = self._buffer()
         for piece, size in cursor.pieces(_BOUNCE_BYTES):
