@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from transfer.addressing import SCHEMES_BEST_FIRST, is_http_url
@@ -12,6 +13,8 @@ MAX_FETCH_BYTES = 1 << 20
 AUTO = "auto"
 MIN_SECONDS = 0.001
 MAX_SECONDS = 86400.0
+
+_CONGESTION = re.compile(r"[a-z0-9_-]{0,15}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,9 @@ class TransferSettings:
         tls_server_name: name that owners' certificates must be for; empty means the host of the
             address by which they are reached.
         socket_buffer_bytes: of every socket; 0 leaves it to the kernel, which tunes it.
+        tcp_congestion: congestion control of every socket, such as ``cubic``. Empty leaves it to
+            the kernel, except for connections from an IP address to itself: those take ``reno``,
+            as BBR's pacing, of no use within a host, halves what goes through there.
         http_url: URL of the engine's own OpenAI server, told to proxies in the worker's record;
             empty if it has none.
     """
@@ -72,6 +78,7 @@ class TransferSettings:
     rdma_gid_index: int = -1
     max_connections: int = 512
     socket_buffer_bytes: int = 0
+    tcp_congestion: str = ""
     tls_ca: str = ""
     tls_cert: str = ""
     tls_key: str = ""
@@ -96,6 +103,11 @@ class TransferSettings:
         _check_whole("rdma_gid_index", self.rdma_gid_index, -1, 65535)
         _check_whole("max_connections", self.max_connections, 1, 65535)
         _check_whole("socket_buffer_bytes", self.socket_buffer_bytes, 0, 1 << 30)
+        # The kernel's name for it has at most 15 bytes (TCP_CA_NAME_MAX).
+        if not isinstance(self.tcp_congestion, str) or not _CONGESTION.fullmatch(
+            self.tcp_congestion
+        ):
+            raise _wrong("tcp_congestion", self.tcp_congestion, "a name like cubic, or empty")
         if type(self.digests) is not bool:
             raise _wrong("digests", self.digests, "true or false")
         for name in ("ticket_ttl_s", "connect_timeout_s", "read_deadline_s", "stall_timeout_s"):

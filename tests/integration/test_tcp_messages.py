@@ -11,6 +11,7 @@ import pytest
 
 from transfer.errors import ProtocolError
 from transfer.transports import tcp_wire as wire
+from transfer.transports.socket_options import SocketOptions
 from transfer.transports.tcp_messages import MessageReader
 from transfer.transports.tcp_stream import TcpStream
 from transfer.transports.tcp_wire import MessageType
@@ -25,7 +26,7 @@ def ends() -> Iterator[tuple[socket.socket, TcpStream]]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         other = socket.create_connection(server.getsockname())
         accepted, _ = server.accept()
-    stream = TcpStream(accepted, "other", buffer_bytes=0)
+    stream = TcpStream(accepted, "other", SocketOptions())
     with other:
         yield other, stream
     stream.close()

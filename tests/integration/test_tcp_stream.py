@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from transfer.transports.socket_options import SocketOptions
 from transfer.transports.span_cursor import SpanCursor
 from transfer.transports.tcp_stream import TcpStream
 
@@ -18,20 +19,20 @@ MIB = 1 << 20
 def pair() -> Iterator[tuple[TcpStream, socket.socket]]:
     """A stream, and the other end of its connection."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        stream = TcpStream.connect("127.0.0.1", server.getsockname()[1], 5.0, 0)
+        stream = TcpStream.connect("127.0.0.1", server.getsockname()[1], 5.0, SocketOptions())
         other, _ = server.accept()
     with other:
         yield stream, other
     stream.close()
 
 
-def taken_in(stream: TcpStream, size: int, then: int = 0) -> tuple[bytes, list[int]]:
+def taken_in(stream: TcpStream, size: int) -> tuple[bytes, list[int]]:
     """What came, and what was told of it on the way."""
     memory = np.zeros(size, dtype=np.uint8)
     spans = np.array([[memory.ctypes.data, size // 2]] * 2, dtype=np.uint64)
     spans[1] += np.array([size // 2, 0], dtype=np.uint64)
     told: list[int] = []
-    stream.receive_spans(SpanCursor(spans), told.append, then)
+    stream.receive_spans(SpanCursor(spans), told.append)
     return memory.tobytes(), told
 
 
@@ -48,31 +49,6 @@ def test_spans_of_any_size_and_then_a_few_bytes(
     assert came == data
     assert sum(told) == size
     assert stream.receive(3) == b"end"
-
-
-@pytest.mark.parametrize("then", [64 << 10, 4 * MIB])
-def test_spans_that_others_follow(pair: tuple[TcpStream, socket.socket], then: int) -> None:
-    stream, other = pair
-    data = os.urandom(3 * MIB + then)
-    sender = threading.Thread(target=other.sendall, args=(data,))
-    sender.start()
-    first, _ = taken_in(stream, 3 * MIB, then)
-    second, _ = taken_in(stream, then)
-    sender.join()
-    assert first + second == data
-
-
-def test_spans_that_others_should_follow_but_do_not(
-    pair: tuple[TcpStream, socket.socket],
-) -> None:
-    stream, other = pair
-    data = os.urandom(3 * MIB)
-    sender = threading.Thread(target=other.sendall, args=(data,))
-    sender.start()
-    came, told = taken_in(stream, 3 * MIB, then=64 * MIB)
-    sender.join()
-    assert came == data
-    assert sum(told) == len(data)
 
 
 def test_a_slow_stream_arrives_whole(pair: tuple[TcpStream, socket.socket]) -> None:

@@ -60,35 +60,11 @@ class SpanCursor:
     def __init__(self, spans: SpanArray) -> None:
         self._rows = np.array(spans, dtype=np.uint64, order="C")
         self._ends = np.cumsum(self._rows[:, 1])
-        self._stop = self._rows.shape[0]
         self._header = _MessageHeader()
         self._pointer = ctypes.pointer(self._header)
         self._base = self._rows.ctypes.data
         self.total_bytes = int(self._ends[-1]) if self._ends.size else 0
         self.done_bytes = 0
-        self._aim()
-
-    @property
-    def at_stop(self) -> bool:
-        """Whether all is moved that is to be moved now."""
-        return not self._header.iov_length
-
-    def hold_back(self, last_bytes: int) -> None:
-        """From now on, move all but so many bytes at the end."""
-        at = max(self.done_bytes, self.total_bytes - last_bytes)
-        row = int(np.searchsorted(self._ends, at, side="right"))
-        if row < self._rows.shape[0]:
-            address, length = self._rows[row].tolist()
-            before = length - (int(self._ends[row]) - at)
-            if before:
-                parts = [(address, before), (address + before, length - before)]
-                self._rows = np.concatenate(
-                    [self._rows[:row], np.array(parts, np.uint64), self._rows[row + 1 :]]
-                )
-                self._ends = np.insert(self._ends, row, at)
-                self._base = self._rows.ctypes.data
-                row += 1
-        self._stop = row
         self._aim()
 
     def send(self, fd: int, flags: int) -> int:
@@ -133,4 +109,4 @@ class SpanCursor:
             if left != length:
                 self._rows[row] = (address + length - left, left)
         self._header.iov = self._base + row * 16
-        self._header.iov_length = min(self._stop - row, IOV_MAX)
+        self._header.iov_length = min(self._rows.shape[0] - row, IOV_MAX)

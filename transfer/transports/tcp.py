@@ -28,6 +28,7 @@ from transfer.transports.base import (
     OwnerService,
     ReadSession,
 )
+from transfer.transports.socket_options import SocketOptions
 from transfer.transports.span_cursor import SpanCursor
 from transfer.transports.tcp_control import TcpControl
 from transfer.transports.tcp_dialer import Dialer, unexpected
@@ -47,7 +48,7 @@ class TcpTransport(ControlTransport):
     """TCP by the settings of the engine, with TLS if they ask for it.
 
     Raises:
-        ConfigurationError: the files for TLS cannot be used.
+        ConfigurationError: the files for TLS or the congestion control cannot be used.
     """
 
     scheme = "tcp"
@@ -55,14 +56,15 @@ class TcpTransport(ControlTransport):
     def __init__(self, settings: TransferSettings) -> None:
         self._settings = settings
         self._tls = TlsContexts.of(settings)
-        self._dialer = Dialer(settings, self._tls)
+        self._options = SocketOptions.of(settings)
+        self._dialer = Dialer(settings, self._options, self._tls)
         encrypted = self._tls is not None
         self.capabilities = Capabilities(same_host=False, one_sided=False, encrypted=encrypted)
 
     def listen(
         self, service: OwnerService, others: Mapping[str, Listener] | None = None
     ) -> Listener:
-        return TcpListener(service, self._settings, self._tls, others or {})
+        return TcpListener(service, self._settings, self._options, self._tls, others or {})
 
     def open_control(self, address: str, caller: Caller, timeout_s: float) -> TcpControl:
         stream, info = self._dialer.connect(address, caller, timeout_s)
@@ -240,8 +242,7 @@ class TcpReadSession(ReadSession):
             if not asked:
                 return
             request_id, cursor = asked.popleft()
-            following = sum(later.total_bytes for _, later in asked)
-            self._receive_slice(stream, request_id, cursor, following)
+            self._receive_slice(stream, request_id, cursor)
 
     def _next_slice(self) -> ReadPlan | None:
         try:
@@ -249,9 +250,7 @@ class TcpReadSession(ReadSession):
         except IndexError:
             return None
 
-    def _receive_slice(
-        self, stream: TcpStream, request_id: int, cursor: SpanCursor, following_bytes: int
-    ) -> None:
+    def _receive_slice(self, stream: TcpStream, request_id: int, cursor: SpanCursor) -> None:
         header = wire.decode_header(stream.receive(wire.HEADER.size))
         if header.request_id != request_id:
             raise unexpected(header, self._peer)
@@ -260,7 +259,7 @@ class TcpReadSession(ReadSession):
             raise wire.decode_error(body, Phase.READ, self._peer, self._credentials.handoff_id)
         if header.type is not MessageType.DATA or header.body_bytes != cursor.total_bytes:
             raise unexpected(header, self._peer)
-        stream.receive_spans(cursor, self._count, following_bytes)
+        stream.receive_spans(cursor, self._count)
 
     def _count(self, moved: int) -> None:
         with self._lock:

@@ -9,6 +9,7 @@ from transfer.errors import DeadlineExceeded, Phase, ProtocolError
 from transfer.settings import TransferSettings
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Caller
+from transfer.transports.socket_options import SocketOptions
 from transfer.transports.tcp_messages import MessageReader
 from transfer.transports.tcp_stream import TcpStream, translated
 from transfer.transports.tcp_wire import Header, MessageType
@@ -20,8 +21,11 @@ from transfer.types import PeerInfo
 class Dialer:
     """Opens connections by the settings of one engine. Thread-safe."""
 
-    def __init__(self, settings: TransferSettings, tls: TlsContexts | None) -> None:
+    def __init__(
+        self, settings: TransferSettings, options: SocketOptions, tls: TlsContexts | None
+    ) -> None:
         self._settings = settings
+        self._options = options
         self._tls = tls
 
     def connect(self, address: str, caller: Caller, timeout_s: float) -> tuple[TcpStream, PeerInfo]:
@@ -50,10 +54,9 @@ class Dialer:
 
     def _open(self, address: str, timeout_s: float) -> TcpStream:
         target = parse_address(address)
-        buffer_bytes = self._settings.socket_buffer_bytes
         if self._tls is None:
-            return TcpStream.connect(target.host, target.port, timeout_s, buffer_bytes)
-        return TlsStream.connect_with(self._tls, target.host, target.port, timeout_s, buffer_bytes)
+            return TcpStream.connect(target.host, target.port, timeout_s, self._options)
+        return TlsStream.connect_with(self._tls, target.host, target.port, timeout_s, self._options)
 
 
 def _shake_hands(stream: TcpStream, caller: Caller, address: str, deadline: float) -> PeerInfo:

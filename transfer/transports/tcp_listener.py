@@ -28,6 +28,7 @@ from transfer.settings import MAX_FETCH_BYTES, MAX_SLICE_BYTES, TransferSettings
 from transfer.spans import total_bytes
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Attachment, Caller, Listener, OwnerService
+from transfer.transports.socket_options import SocketOptions
 from transfer.transports.span_cursor import SpanCursor
 from transfer.transports.tcp_messages import MessageReader
 from transfer.transports.tcp_stream import AWAKE_S, TcpStream
@@ -53,10 +54,12 @@ class TcpListener(Listener):
         self,
         service: OwnerService,
         settings: TransferSettings,
+        options: SocketOptions,
         tls: TlsContexts | None,
         others: Mapping[str, Listener],
     ) -> None:
         self._service = service
+        self._options = options
         self._tls = tls
         self._others = others
         self._settings = settings
@@ -126,10 +129,9 @@ class TcpListener(Listener):
             self._admit(stream)
 
     def _stream(self, accepted: socket.socket, peer: str) -> TcpStream:
-        buffer_bytes = self._settings.socket_buffer_bytes
         if self._tls is None:
-            return TcpStream(accepted, peer, buffer_bytes)
-        return TlsStream.accepted(self._tls, accepted, peer, buffer_bytes)
+            return TcpStream(accepted, peer, self._options)
+        return TlsStream.accepted(self._tls, accepted, peer, self._options)
 
     def _admit(self, stream: TcpStream) -> None:
         thread = threading.Thread(

@@ -15,20 +15,14 @@ from contextlib import suppress
 from types import TracebackType
 
 from transfer.errors import DeadlineExceeded, PeerUnreachable, Phase, TlsRefused, TransferError
+from transfer.transports.socket_options import SocketOptions
 from transfer.transports.span_cursor import SpanCursor
-
-_KEEPALIVE_IDLE_S = 30
-_KEEPALIVE_INTERVAL_S = 10
-_KEEPALIVE_PROBES = 3
 
 AWAKE_S = 100e-6
 """How long :meth:`TcpStream.receive_soon` stays awake: what a small read takes at one end."""
 
 # A plain integer: to combine the flags of ``socket`` costs more than a call with them.
 _DONT_WAIT = int(socket.MSG_DONTWAIT)
-
-_GULP_BYTES = 2 << 20
-_GULP_WITHIN_S = 0.02
 
 _LINGER_S = 0.5
 _LINGER_BYTES = 64 << 10
@@ -46,27 +40,19 @@ class TcpStream:
     given to another file at once.
     """
 
-    def __init__(self, sock: socket.socket, peer: str, buffer_bytes: int) -> None:
+    def __init__(self, sock: socket.socket, peer: str, options: SocketOptions) -> None:
         self._socket = sock
         self._lock = threading.Lock()
         self._closed = False
-        self._gulps = True
         self.peer = peer
         sock.setblocking(True)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
-        if buffer_bytes:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        options.apply(sock)
 
     def __repr__(self) -> str:
         return f"<TcpStream {self.peer} {'closed' if self._closed else 'open'}>"
 
     @classmethod
-    def connect(cls, host: str, port: int, timeout_s: float, buffer_bytes: int) -> TcpStream:
+    def connect(cls, host: str, port: int, timeout_s: float, options: SocketOptions) -> TcpStream:
         """Connect.
 
         Raises:
@@ -74,7 +60,7 @@ class TcpStream:
         """
         sock = socket.create_connection((host, port), timeout=timeout_s)
         try:
-            return cls(sock, f"{host}:{port}", buffer_bytes)
+            return cls(sock, f"{host}:{port}", options)
         except OSError:
             sock.close()
             raise
@@ -172,19 +158,13 @@ class TcpStream:
         self.receive_into(memoryview(data))
         return data
 
-    def receive_spans(
-        self, cursor: SpanCursor, moved: Callable[[int], None], following_bytes: int = 0
-    ) -> None:
-        """Fill the cursor's spans from the stream.
-
-        Args:
-            moved: told of bytes that came.
-            following_bytes: that the peer was asked for and sends right after these.
-        """
-        if self._gulps and cursor.total_bytes + following_bytes > _GULP_BYTES:
-            self._receive_in_gulps(cursor, moved, following_bytes)
-        while not cursor.at_stop:
-            moved(self._receive_all(cursor))
+    def receive_spans(self, cursor: SpanCursor, moved: Callable[[int], None]) -> None:
+        """Fill the cursor's spans from the stream, and tell ``moved`` of bytes that came."""
+        while cursor.done_bytes < cursor.total_bytes:
+            count = cursor.receive(self._socket.fileno(), socket.MSG_WAITALL)
+            if not count:
+                raise _ended()
+            moved(count)
 
     def send_spans(self, cursor: SpanCursor, allowed: Callable[[], bool]) -> bool:
         """Send the cursor's spans; False when ``allowed`` said no before all was sent."""
@@ -216,40 +196,6 @@ class TcpStream:
         with self._lock:
             self._closed = True
             self._socket.close()
-
-    def _receive_in_gulps(
-        self, cursor: SpanCursor, moved: Callable[[int], None], following_bytes: int
-    ) -> None:
-        """Fill all but the end of the spans, woken when a lot is there and not for every packet.
-
-        To be woken costs about as much as to copy a packet (``SO_RCVLOWAT``, socket(7)). At the
-        end, less may be to come than wakes the thread. Where it does not come soon, because the
-        link is slow or the kernel's buffer too small for so much, nothing more is read so.
-        """
-        cursor.hold_back(max(0, _GULP_BYTES - following_bytes))
-        self._wake_at(_GULP_BYTES, _GULP_WITHIN_S)
-        try:
-            while self._gulps and not cursor.at_stop:
-                try:
-                    count = self._receive_all(cursor)
-                except BlockingIOError:
-                    count = 0
-                moved(count)
-                self._gulps = count >= _GULP_BYTES or cursor.at_stop
-        finally:
-            self._wake_at(1, 0.0)
-            cursor.hold_back(0)
-
-    def _receive_all(self, cursor: SpanCursor) -> int:
-        count = cursor.receive(self._socket.fileno(), socket.MSG_WAITALL)
-        if not count:
-            raise _ended()
-        return count
-
-    def _wake_at(self, count: int, timeout_s: float) -> None:
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
-        micros = struct.pack("@ll", 0, round(timeout_s * 1e6))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, micros)
 
     def _wait(self, event: int, deadline: float) -> None:
         poller = select.poll()

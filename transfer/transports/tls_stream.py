@@ -15,6 +15,7 @@ from collections.abc import Callable
 from transfer.errors import Phase, TlsRefused
 from transfer.transports import tcp_wire as wire
 from transfer.transports.bounce import BounceBuffer
+from transfer.transports.socket_options import SocketOptions
 from transfer.transports.span_cursor import SpanCursor
 from transfer.transports.tcp_stream import TcpStream, tls_error
 from transfer.transports.tls import TlsContexts
@@ -26,8 +27,8 @@ _SHORTEST_WAIT_S = 0.001
 class TlsStream(TcpStream):
     """See :class:`TcpStream`; one thread at a time uses it, to send as well as to receive."""
 
-    def __init__(self, sock: ssl.SSLSocket, peer: str, buffer_bytes: int) -> None:
-        super().__init__(sock, peer, buffer_bytes)
+    def __init__(self, sock: ssl.SSLSocket, peer: str, options: SocketOptions) -> None:
+        super().__init__(sock, peer, options)
         self._tls = sock
         self._secured = False
         self._send_s: float | None = None
@@ -35,7 +36,7 @@ class TlsStream(TcpStream):
 
     @classmethod
     def connect_with(
-        cls, tls: TlsContexts, host: str, port: int, timeout_s: float, buffer_bytes: int
+        cls, tls: TlsContexts, host: str, port: int, timeout_s: float, options: SocketOptions
     ) -> TlsStream:
         """Connect and shake hands.
 
@@ -51,7 +52,7 @@ class TlsStream(TcpStream):
                 plain, server_hostname=tls.name_of(host), do_handshake_on_connect=False
             )
             plain = sock
-            stream = cls(sock, f"{host}:{port}", buffer_bytes)
+            stream = cls(sock, f"{host}:{port}", options)
             stream._shake_hands(deadline)
             return stream
         finally:
@@ -60,7 +61,7 @@ class TlsStream(TcpStream):
 
     @classmethod
     def accepted(
-        cls, tls: TlsContexts, plain: socket.socket, peer: str, buffer_bytes: int
+        cls, tls: TlsContexts, plain: socket.socket, peer: str, options: SocketOptions
     ) -> TlsStream:
         """A stream on which :meth:`secure` has yet to be called. Does not block.
 
@@ -68,7 +69,7 @@ class TlsStream(TcpStream):
             OSError: the peer is gone.
         """
         sock = tls.server.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
-        return cls(sock, peer, buffer_bytes)
+        return cls(sock, peer, options)
 
     @property
     def secured(self) -> bool:
@@ -118,9 +119,7 @@ class TlsStream(TcpStream):
     def receive_soon(self, view: memoryview, deadline: float | None = None) -> int:
         return self.receive_some(view, deadline)
 
-    def receive_spans(
-        self, cursor: SpanCursor, moved: Callable[[int], None], following_bytes: int = 0
-    ) -> None:
+    def receive_spans(self, cursor: SpanCursor, moved: Callable[[int], None]) -> None:
         bounce = self._buffer()
         for piece, size in cursor.pieces(_BOUNCE_BYTES):
             self.receive_into(bounce.view[:size])

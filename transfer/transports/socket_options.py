@@ -1,0 +1,70 @@
+"""What every TCP socket of an engine is set to, at both ends."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+
+from transfer.errors import ConfigurationError, Phase
+from transfer.settings import TransferSettings
+
+_KEEPALIVE_IDLE_S = 30
+_KEEPALIVE_INTERVAL_S = 10
+_KEEPALIVE_PROBES = 3
+
+# Between an address and itself nothing gets lost or in the way of others.
+_CONGESTION_WITHIN = "reno"
+
+
+@dataclass(frozen=True, slots=True)
+class SocketOptions:
+    """See the settings ``socket_buffer_bytes`` and ``tcp_congestion``."""
+
+    buffer_bytes: int = 0
+    congestion: str = ""
+
+    @classmethod
+    def of(cls, settings: TransferSettings) -> SocketOptions:
+        """Those that the settings ask for.
+
+        Raises:
+            ConfigurationError: the kernel has no such congestion control, or not for us.
+        """
+        if settings.tcp_congestion:
+            with socket.socket() as trial:
+                try:
+                    _set_congestion(trial, settings.tcp_congestion)
+                except OSError as error:
+                    raise ConfigurationError(
+                        f"tcp_congestion is {settings.tcp_congestion!r}, which this kernel does "
+                        f"not let us use ({error.strerror}); sysctl "
+                        "net.ipv4.tcp_allowed_congestion_control lists what every process may use",
+                        phase=Phase.REGISTER,
+                    ) from error
+        return cls(settings.socket_buffer_bytes, settings.tcp_congestion)
+
+    def apply(self, sock: socket.socket) -> None:
+        """Sets a connected socket.
+
+        Raises:
+            OSError: the connection is gone.
+        """
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+        if self.buffer_bytes:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.buffer_bytes)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.buffer_bytes)
+        if self.congestion:
+            _set_congestion(sock, self.congestion)
+        elif sock.getsockname()[0] == sock.getpeername()[0]:
+            # Some kernels keep even this from some processes: that is only slower.
+            with suppress(OSError):
+                _set_congestion(sock, _CONGESTION_WITHIN)
+
+
+def _set_congestion(sock: socket.socket, name: str) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
