@@ -139,14 +139,34 @@ def lies_within(spans: SpanArray, cover: SpanArray) -> bool:
         return True
     if int(spans.max()) >= _ADDRESS_LIMIT:
         return False
+    if cover.shape[0] <= _FEW_STRETCHES:
+        return _as_many_end_as_begin(spans, cover)
     # Rows of a cover do not touch, so what is joined lies in one of them or in none. Sorted, they
     # are found among many rows much faster than in the order in which they came.
-    wanted = coverage(spans) if cover.shape[0] > _FEW_STRETCHES else spans
+    wanted = coverage(spans)
+    if np.array_equal(wanted, cover):
+        return True
     row = np.searchsorted(cover[:, 0], wanted[:, 0], side="right") - 1
     if int(row.min()) < 0:
         return False
     ends = cover[row, 0] + cover[row, 1]
     return bool((wanted[:, 0] + wanted[:, 1] <= ends).all())
+
+
+def _as_many_end_as_begin(spans: SpanArray, cover: SpanArray) -> bool:
+    """Whether in every row of ``cover`` as many spans end as begin, and all begin in one.
+
+    Then all lie within: in the lowest row only those can end that begin there, so all do that
+    begin there, and so on upwards.
+    """
+    begins, ends = cover[:, 0], cover[:, 0] + cover[:, 1]
+    if begins.size == 1:
+        lowest, highest = spans[:, 0].min(), (spans[:, 0] + spans[:, 1]).max()
+        return bool(begins[0] <= lowest and highest <= ends[0])
+    starts, stops = _sorted_bounds(spans)
+    begun = np.searchsorted(starts, ends) - np.searchsorted(starts, begins)
+    ended = np.searchsorted(stops, ends, "right") - np.searchsorted(stops, begins, "right")
+    return bool((begun == ended).all()) and int(begun.sum()) == spans.shape[0]
 
 
 def overlaps_itself(spans: SpanArray) -> bool:
@@ -173,12 +193,30 @@ def merge_adjacent(plan: ReadPlan) -> ReadPlan:
     after = after[remote[after, 0] - remote[after - 1, 0] == remote[after - 1, 1]]
     if not after.size:
         return plan
-    begins = np.delete(np.arange(local.shape[0]), after)
-    lengths = np.add.reduceat(local[:, 1], begins)
+    begins, lengths = _joined(local[:, 1], after)
     return ReadPlan(
         local=np.column_stack((local[begins, 0], lengths)),
         remote=np.column_stack((remote[begins, 0], lengths)),
     )
+
+
+def by_remote_address(plan: ReadPlan) -> ReadPlan:
+    """The same reads, in the order in which their remote spans lie in memory."""
+    # To take a column out first makes the sort twice as fast, and ``take`` is many times faster
+    # than an array as index.
+    order = np.argsort(np.ascontiguousarray(plan.remote[:, 0]))
+    return ReadPlan(local=plan.local.take(order, axis=0), remote=plan.remote.take(order, axis=0))
+
+
+def join_neighbours(spans: SpanArray) -> SpanArray:
+    """The same bytes in the same order, with rows joined that follow each other in memory."""
+    if spans.shape[0] < 2:
+        return spans
+    after = 1 + np.flatnonzero(spans[1:, 0] - spans[:-1, 0] == spans[:-1, 1])
+    if not after.size:
+        return spans
+    begins, lengths = _joined(spans[:, 1], after)
+    return np.column_stack((spans[begins, 0], lengths))
 
 
 def slice_plan(plan: ReadPlan, max_bytes: int, max_rows: int) -> Iterator[ReadPlan]:
@@ -232,6 +270,14 @@ def without_first(plan: ReadPlan, done_bytes: int) -> ReadPlan:
     if row == row_ends.size:
         return left
     return _trimmed(left, before=done_bytes - int(row_ends[row] - plan.local[row, 1]), after=0)
+
+
+def _joined(
+    lengths: NDArray[np.uint64], after: NDArray[np.intp]
+) -> tuple[NDArray[np.intp], NDArray[np.uint64]]:
+    """Rows that begin a joined one, and its length, if rows ``after`` go with those before."""
+    begins = np.delete(np.arange(lengths.size), after)
+    return begins, np.add.reduceat(lengths, begins)
 
 
 def _sorted_bounds(spans: SpanArray) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

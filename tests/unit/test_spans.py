@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from transfer.errors import RegistrationError
 from transfer.spans import (
     block_spans,
+    by_remote_address,
     check_spans,
     concat,
     coverage,
     empty_spans,
+    join_neighbours,
     lies_within,
     merge_adjacent,
     overlaps_itself,
@@ -105,6 +107,20 @@ def test_lies_within(rows: list[tuple[int, int]], grant: list[tuple[int, int]]) 
     assert lies_within(array, cover) == (set(addresses(array)) <= set(addresses(cover)))
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_lies_within_a_cover_of_many_rows(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    starts = np.arange(0, 3000, 10)[random.random(300) < 0.6]
+    cover = coverage(spans([(int(at), int(random.integers(1, 10))) for at in starts]))
+    granted = set(addresses(cover))
+    inside = cover[random.permutation(cover.shape[0])[:40]].tolist()
+    for rows in ([*inside, [2999, 2]], [[0, 3000], *inside], inside, cover.tolist()):
+        array = spans(rows)
+        assert lies_within(array, cover) == (set(addresses(array)) <= granted)
+    address, length = inside[0]
+    assert not lies_within(spans([*inside[1:], (address, length + 1)]), cover)
+
+
 def test_a_length_that_wraps_around_lies_nowhere() -> None:
     assert not lies_within(spans([(10, (1 << 64) - 5)]), spans([(0, 20)]))
 
@@ -141,6 +157,25 @@ def test_merging_moves_the_same_bytes_in_no_more_rows_than_needed(plan: ReadPlan
     remote_ends = merged.remote[:, 0] + merged.remote[:, 1]
     both = (merged.local[1:, 0] == local_ends[:-1]) & (merged.remote[1:, 0] == remote_ends[:-1])
     assert not both.any()
+
+
+@given(plan=plans())
+def test_the_order_of_the_remote_side_keeps_pairs_together(plan: ReadPlan) -> None:
+    ordered = by_remote_address(plan)
+    starts = ordered.remote[:, 0].tolist()
+    assert starts == sorted(starts)
+    assert sorted(pairs(ordered)) == sorted(pairs(plan))
+
+
+@given(rows=ROWS)
+def test_joined_neighbours_are_the_same_bytes_in_order(
+    rows: list[tuple[int, int]],
+) -> None:
+    array = spans(rows)
+    joined = join_neighbours(array)
+    assert addresses(joined) == addresses(array)
+    after = joined[1:, 0] == joined[:-1, 0] + joined[:-1, 1]
+    assert not after.any()
 
 
 def test_sides_that_do_not_fit_are_refused() -> None:

@@ -16,12 +16,19 @@ import secrets
 import threading
 import uuid
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from transfer.errors import PeerUnreachable, Phase, TransferError, TransportUnavailable
 from transfer.settings import TransferSettings
-from transfer.spans import slice_plan, total_bytes, without_first
+from transfer.spans import (
+    by_remote_address,
+    join_neighbours,
+    slice_plan,
+    total_bytes,
+    without_first,
+)
 from transfer.transports import process_memory
 from transfer.transports.base import (
     Caller,
@@ -39,6 +46,10 @@ from transfer.types import Credentials, ReadPlan, SpanArray
 
 # A call cannot be stopped: this bounds how long a cancelled read goes on, to a few milliseconds.
 _MAX_SLICE_BYTES = 4 << 20
+# For every row of the owner's the kernel finds and holds its pages, which takes as long as to copy
+# some kilobytes. Where rows are small they are read in the order of the owner's memory: those that
+# are neighbours then count as one, and the others are found sooner.
+_SMALL_ROW_BYTES = 32 << 10
 # Less is not worth a second thread.
 _MIN_SLICE_BYTES = 1 << 20
 
@@ -146,9 +157,14 @@ class ShmData(DataChannel):
         self, credentials: Credentials, plan: ReadPlan, timeout_s: float
     ) -> ShmReadSession:
         read_id = uuid.uuid4().hex
-        self._control.begin_read(credentials, plan.remote, read_id, timeout_s)
+        with ThreadPoolExecutor(1, "baton-sort") as helper:
+            # Sorted while the owner looks at what is asked for, which takes about as long.
+            ordered = helper.submit(by_remote_address, plan) if _has_small_rows(plan) else None
+            self._control.begin_read(credentials, plan.remote, read_id, timeout_s)
         self.check_seal()
-        return ShmReadSession(self, read_id, plan, self._settings)
+        return ShmReadSession(
+            self, read_id, plan if ordered is None else ordered.result(), self._settings
+        )
 
     def close(self) -> None:
         pass  # holds nothing
@@ -167,6 +183,7 @@ class ShmReadSession(ReadSession):
         most_bytes = min(_MAX_SLICE_BYTES, settings.slice_bytes)
         slice_bytes = min(most_bytes, max(_MIN_SLICE_BYTES, even_share))
         self._slices = deque(slice_plan(plan, slice_bytes, process_memory.IOV_MAX))
+        self._small_rows = _has_small_rows(plan)
         self._helpers = min(threads, len(self._slices)) - 1
         self._lock = threading.Lock()
         self._moved = 0
@@ -213,7 +230,8 @@ class ShmReadSession(ReadSession):
         left = total_bytes(piece.local)
         while left and self._error is None:
             interrupt.check()
-            count = self._channel.copy(piece.local, piece.remote)
+            remote = join_neighbours(piece.remote) if self._small_rows else piece.remote
+            count = self._channel.copy(piece.local, remote)
             with self._lock:
                 self._moved += count
             left -= count
@@ -226,6 +244,11 @@ class ShmReadSession(ReadSession):
             return None if self._error is not None else self._slices.popleft()
         except IndexError:
             return None
+
+
+def _has_small_rows(plan: ReadPlan) -> bool:
+    rows = int(plan.local.shape[0])
+    return rows > 1 and total_bytes(plan.local) < rows * _SMALL_ROW_BYTES
 
 
 def _unavailable(why: str, control: ControlChannel) -> TransportUnavailable:
