@@ -21,6 +21,8 @@ class Case:
         streams: for systems that let one choose.
         warm_up: reads at the start of every sample that are not counted.
         reads: reads of every sample that are.
+        turns: samples of every system in each round. What is over in microseconds depends on where
+            the host has put the processors, which changes in the course of seconds.
     """
 
     block_bytes: int
@@ -28,6 +30,7 @@ class Case:
     streams: int = STREAMS
     warm_up: int = 1
     reads: int = 2
+    turns: int = 1
 
     def __str__(self) -> str:
         streams = "1 stream" if self.streams == 1 else f"{self.streams} streams"
@@ -50,7 +53,7 @@ def case_of(block_bytes: int, total_bytes: int, streams: int = STREAMS) -> Case:
     """Blocks up to ``total_bytes``; small reads are repeated more often."""
     count = max(1, total_bytes // block_bytes)
     if total_bytes <= 64 * KIB:
-        return Case(block_bytes, count, streams, warm_up=20, reads=200)
+        return Case(block_bytes, count, streams, warm_up=20, reads=200, turns=5)
     if total_bytes <= 32 * MIB:
         reads = min(20, 64 * MIB // total_bytes)
         return Case(block_bytes, count, streams, warm_up=2, reads=reads)

@@ -244,10 +244,15 @@ class _Clocks:
 @dataclass
 class Iperf(Contestant):
     """iperf3, the same number of streams: what its plain TCP moves in 512 MiB, from one buffer to
-    another. Block and total sizes do not matter to it."""
+    another. Block and total sizes do not matter to it.
+
+    Attributes:
+        congestion: TCP's congestion control; the kernel's choice if empty.
+    """
 
     scratch: Path
     name: str = "iperf3"
+    congestion: str = ""
     streams_matter: bool = True
     _server: subprocess.Popen[bytes] | None = None
     _port: int = 0
@@ -273,6 +278,7 @@ class Iperf(Contestant):
         command = [
             *("iperf3", "--client", "127.0.0.1", "--port", str(self._port), "--json"),
             *("--bytes", str(self.BYTES), "--parallel", str(self._case.streams)),
+            *(("--congestion", self.congestion) if self.congestion else ()),
         ]
         wall, busy = time.monotonic(), busy_seconds()
         server_s = cpu_seconds_of(self._server.pid)
@@ -381,6 +387,7 @@ def contestants(environments: Path, pool_bytes: int, scratch: Path) -> list[Cont
         system("nixl", "nixl", nixl, needs="nixl", environment=loopback),
         system("nixl tcp", "nixl", nixl, needs="nixl", environment={**loopback, "UCX_TLS": "tcp"}),
         Iperf(scratch / "iperf3"),
+        Iperf(scratch / "iperf3-reno", "iperf3, reno", "reno"),
         system("gloo", "gloo", own, needs="torch", environment={"GLOO_SOCKET_IFNAME": "lo"}),
         system("memcpy", "memcpy", own, single=True),
     ]

@@ -41,6 +41,7 @@ class Machine:
     kernel: str
     python: str
     huge_pages: str
+    congestion: str
 
     @classmethod
     def here(cls) -> Machine:
@@ -50,12 +51,14 @@ class Machine:
             if line.startswith("model name")
         ]
         huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+        congestion = Path("/proc/sys/net/ipv4/tcp_congestion_control")
         return cls(
             processor=names[0] if names else platform.machine(),
             cores=len(os.sched_getaffinity(0)),
             kernel=platform.release(),
             python=platform.python_version(),
             huge_pages=huge.read_text().split("[")[-1].split("]")[0] if huge.exists() else "?",
+            congestion=congestion.read_text().strip() if congestion.exists() else "?",
         )
 
 

@@ -37,7 +37,9 @@ reads p99 is the slowest.
 * **nixl**: UCX chooses how; **nixl tcp**: `UCX_TLS=tcp`. Requests are made from prepared lists
   and polled, after the first 0.5 ms with pauses, since its own threads spin; a notification goes
   to the owner.
-* **iperf3**: 512 MiB per sample with the case's number of streams; it scatters nothing.
+* **iperf3**: 512 MiB per sample with the case's number of streams, out of one buffer that fits the
+  processor's cache and into another; it scatters nothing. It takes the kernel's congestion control,
+  as the other peers do; *reno*: that which Baton takes within a host (docs/adr/0020).
 * **gloo**: `torch.distributed` send and recv of one run of memory; it scatters nothing.
 * **memcpy**: `memmove` of the same blocks within one process, one thread.
 
@@ -86,7 +88,8 @@ def render(run: Run, plot: str) -> str:
             f"`make bench-transfer`, profile *{run.profile}*: {len(run.cases)} cases, medians of "
             f"{run.rounds} interleaved rounds, {run.seconds / 60:.1f} minutes. "
             f"{machine.processor}, {machine.cores} cores, Linux {machine.kernel}, Python "
-            f"{machine.python}, transparent huge pages *{machine.huge_pages}*."
+            f"{machine.python}, transparent huge pages *{machine.huge_pages}*, TCP congestion "
+            f"control *{machine.congestion}*."
         ),
         (
             f"Load of the machine: {_load(run.load_before)} before, {_load(run.load_after)} after; "

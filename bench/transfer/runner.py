@@ -71,9 +71,9 @@ def _measure_case(
             outcome.failure = "not run: out of time"
         elif _prepared(system, case, outcome):
             taking_part.append(system)
-    for number in range(run.rounds):
+    for number in range(run.rounds * case.turns):
         if time.monotonic() > deadline:
-            say(f"  out of time after {number} rounds")
+            say(f"  out of time after {number} turns")
             break
         turn = number % len(taking_part) if taking_part else 0
         for system in [*taking_part[turn:], *taking_part[:turn]]:
