@@ -75,6 +75,21 @@ class Credentials:
 
 
 @dataclass(frozen=True, slots=True)
+class DmaBuf:
+    """Memory of another device, as the kernel shares it between devices.
+
+    Processors do not touch it; RDMA devices do.
+
+    Attributes:
+        fd: of the dma-buf.
+        offset: byte of it at which the memory begins.
+    """
+
+    fd: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class PeerInfo:
     """What an owner says of itself in the handshake.
 

@@ -70,6 +70,7 @@ END = handshake.End(1, True, 17, 99, 0, 5, 16, bytes(range(16)))
 KEYS = KeyMap(
     np.array([10, 20], dtype=np.uint64),
     np.array([15, 25], dtype=np.uint64),
+    np.array([10, 0], dtype=np.uint64),
     np.array([[1], [2]], dtype=np.uint32),
 )
 

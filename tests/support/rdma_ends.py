@@ -104,9 +104,9 @@ def until_ended(lane: Lane, size: int) -> int:
 
 def with_keys(keys: KeyMap, number: int) -> KeyMap:
     """The same pieces, all with key ``number``."""
-    return KeyMap(keys.starts, keys.ends, np.full_like(keys.keys, number))
+    return KeyMap(keys.starts, keys.ends, keys.bases, np.full_like(keys.keys, number))
 
 
 def stretched(keys: KeyMap, by_bytes: int) -> KeyMap:
     """The same keys, said to reach further than they do."""
-    return KeyMap(keys.starts, keys.ends + np.uint64(by_bytes), keys.keys)
+    return KeyMap(keys.starts, keys.ends + np.uint64(by_bytes), keys.bases, keys.keys)

@@ -14,9 +14,9 @@ from transfer.engine.handoff import HandoffState, Offer
 from transfer.engine.handoffs import HandoffTable
 from transfer.engine.memory import MemoryTable
 from transfer.engine.owner import Owner
-from transfer.errors import HandoffRefused, Phase
+from transfer.errors import HandoffRefused, Phase, TransportUnavailable
 from transfer.transports.base import Caller
-from transfer.types import Credentials, PeerId, PeerInfo, SpanArray
+from transfer.types import Credentials, DmaBuf, PeerId, PeerInfo, SpanArray
 
 CALLER = Caller(PeerId("r", 0), "r-1")
 PROOF = Credentials("h", "i", 1, "t", "first")
@@ -25,7 +25,7 @@ GRANT: SpanArray = np.array([[DATA.ctypes.data, 64]], dtype=np.uint64)
 
 
 class NoWatcher:
-    def add_memory(self, address: int, length: int) -> None: ...
+    def add_memory(self, address: int, length: int, dmabuf: DmaBuf | None) -> None: ...
 
     def remove_memory(self, address: int, length: int) -> None: ...
 
@@ -90,3 +90,21 @@ def test_a_fetch_counts_its_reader_off_only_with_the_bytes(memory: SlowMemory) -
     assert owner.fetch(CALLER, PROOF, GRANT) == DATA.tobytes()
     (ended,) = table.take_ended()
     assert ended.state is HandoffState.RELEASED
+
+
+def test_no_processor_reads_memory_of_a_device(memory: SlowMemory) -> None:
+    memory.leave.set()
+    memory.register(DATA.ctypes.data, 32)
+    memory.register(DATA.ctypes.data + 32, 32, DmaBuf(fd=-1))
+    table, owner = offered(memory, readers=2)
+    last_byte = np.array([[DATA.ctypes.data + 63, 1]], dtype=np.uint64)
+    for rows in (GRANT, last_byte):
+        with pytest.raises(TransportUnavailable, match="only rdma"):
+            owner.fetch(CALLER, PROOF, rows)
+        with pytest.raises(TransportUnavailable, match="only rdma"):
+            owner.begin_read(CALLER, PROOF, rows, lambda: None)
+        owner.begin_one_sided_read(CALLER, PROOF, rows, "a read")
+    host = np.array([[DATA.ctypes.data, 32]], dtype=np.uint64)
+    assert owner.fetch(CALLER, PROOF, host) == DATA[:32].tobytes()
+    table.abort("h", "test")
+    assert len(table.take_ended()) == 1

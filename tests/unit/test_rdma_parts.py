@@ -40,9 +40,14 @@ def spans(rows: list[tuple[int, int]]) -> SpanArray:
 
 
 def key_map(regions: list[tuple[int, int]]) -> KeyMap:
-    """Region n has key n on the first device and 100 + n on the second."""
+    """Region n has key n on the first device and 100 + n on the second, which call its first byte
+    1000 times n."""
     return KeyMap.of(
-        ((at, size, (number, 100 + number)) for number, (at, size) in enumerate(regions)), 2
+        (
+            (at, size, 1000 * number, (number, 100 + number))
+            for number, (at, size) in enumerate(regions)
+        ),
+        2,
     )
 
 
@@ -103,12 +108,25 @@ def test_only_what_is_touched_is_told(
         assert told.cover(spans(rows))
 
 
+@given(REGIONS.filter(bool))
+def test_devices_count_from_the_base_of_a_region(regions: list[tuple[int, int]]) -> None:
+    keys = key_map(regions)
+    told = KeyMap.decode(keys.encode())
+    for start, end in zip(keys.starts.tolist(), keys.ends.tolist(), strict=True):
+        addresses = np.arange(start, end, dtype=np.uint64)
+        number = int(keys.keys[keys.row_of(addresses[:1])[0], 0])
+        called = (addresses - np.uint64(regions[number][0]) + np.uint64(1000 * number)).tolist()
+        assert keys.device_addresses(addresses).tolist() == called
+        assert told.device_addresses(addresses).tolist() == called
+
+
 def test_keys_told_in_parts() -> None:
     keys = key_map([(10, 5), (20, 5), (30, 5)])
     parts = [keys.within(spans([(at, 1)])) for at in (30, 10, 11)]
     joined = KeyMap.joined(parts)
     assert joined.starts.tolist() == [10, 30]
     assert joined.keys.tolist() == [[0, 100], [2, 102]]
+    assert joined.bases.tolist() == [0, 2000]
     with pytest.raises(ProtocolError):
         KeyMap.joined([])
 

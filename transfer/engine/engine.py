@@ -27,14 +27,16 @@ from transfer.errors import (
     ConfigurationError,
     PeerUnreachable,
     Phase,
+    RegistrationError,
     TransferCancelled,
     TransferError,
 )
 from transfer.settings import TransferSettings
 from transfer.spans import check_spans
 from transfer.transports.base import Caller, Listener
+from transfer.transports.rdma.transport import RdmaTransport
 from transfer.transports.registry import Transports
-from transfer.types import Credentials, PeerId, PeerInfo, Planner, WorkerRecord
+from transfer.types import Credentials, DmaBuf, PeerId, PeerInfo, Planner, WorkerRecord
 
 logger = logging.getLogger(__name__)
 
@@ -185,16 +187,28 @@ class TransferEngine:
         with self._closing:
             self._shut_down()
 
-    def register(self, address: int, length: int) -> MemoryRegion:
+    def register(self, address: int, length: int, dmabuf: DmaBuf | None = None) -> MemoryRegion:
         """Allow ``length`` bytes at ``address`` to be offered and read into.
 
         The kernel is asked to use huge pages for them.
 
+        Args:
+            dmabuf: for memory of a device. Its descriptor must be open until the region is closed.
+                Only ``rdma`` moves such bytes, so the settings must allow nothing else.
+
         Raises:
-            RegistrationError: that is no range of memory.
+            RegistrationError: that is no range of memory, or that of a device and ``transports``
+                is not ``("rdma",)``.
         """
-        region = self._memory.register(address, length)
-        prefer_huge_pages(address, length)
+        if dmabuf is not None and self._settings.transports != (RdmaTransport.scheme,):
+            raise RegistrationError(
+                f"device memory needs transports: [{RdmaTransport.scheme}], they are "
+                f"{self._settings.transports}",
+                phase=Phase.REGISTER,
+            )
+        region = self._memory.register(address, length, dmabuf)
+        if dmabuf is None:
+            prefer_huge_pages(address, length)
         return region
 
     def wait_for_end(self, timeout_s: float) -> bool:

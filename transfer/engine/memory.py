@@ -11,7 +11,7 @@ import numpy as np
 
 from transfer.errors import Phase, RegistrationError
 from transfer.spans import coverage, empty_spans, lies_within
-from transfer.types import SpanArray
+from transfer.types import DmaBuf, SpanArray
 
 _ADDRESS_LIMIT = 1 << 63
 
@@ -37,14 +37,18 @@ class MemoryRegion:
     is under way.
     """
 
-    def __init__(self, table: MemoryTable, address: int, length: int) -> None:
+    def __init__(
+        self, table: MemoryTable, address: int, length: int, dmabuf: DmaBuf | None
+    ) -> None:
         self._table = table
         self.address = address
         self.length = length
+        self.dmabuf = dmabuf
 
     def __repr__(self) -> str:
         state = "open" if self in self._table else "closed"
-        return f"<MemoryRegion {self.address:#x}+{self.length} {state}>"
+        kind = "host" if self.dmabuf is None else "device"
+        return f"<MemoryRegion {kind} {self.address:#x}+{self.length} {state}>"
 
     def close(self) -> None:
         """Unregister. Idempotent; any thread."""
@@ -65,7 +69,7 @@ class MemoryRegion:
 class MemoryWatcher(Protocol):
     """Is told of memory that comes and goes, on the thread that registers it."""
 
-    def add_memory(self, address: int, length: int) -> None: ...
+    def add_memory(self, address: int, length: int, dmabuf: DmaBuf | None) -> None: ...
 
     def remove_memory(self, address: int, length: int) -> None: ...
 
@@ -78,13 +82,17 @@ class MemoryTable:
         self._lock = threading.Lock()
         self._regions: list[MemoryRegion] = []
         self._cover: SpanArray = empty_spans()
+        self._devices: SpanArray = empty_spans()
 
     def __contains__(self, region: MemoryRegion) -> bool:
         with self._lock:
             return region in self._regions
 
-    def register(self, address: int, length: int) -> MemoryRegion:
+    def register(self, address: int, length: int, dmabuf: DmaBuf | None = None) -> MemoryRegion:
         """Add ``length`` bytes at ``address``.
+
+        Args:
+            dmabuf: for memory of a device.
 
         Raises:
             RegistrationError: that is no range of memory.
@@ -93,8 +101,8 @@ class MemoryTable:
             raise RegistrationError(
                 f"{length} bytes at {address:#x} are not a range of memory", phase=Phase.REGISTER
             )
-        region = MemoryRegion(self, address, length)
-        self._watcher.add_memory(address, length)
+        region = MemoryRegion(self, address, length, dmabuf)
+        self._watcher.add_memory(address, length, dmabuf)
         with self._lock:
             self._regions.append(region)
             self._recompute()
@@ -120,6 +128,20 @@ class MemoryTable:
         if not lies_within(spans, self._cover):
             raise RegistrationError(f"{what} are not all in registered memory", phase=phase)
 
+    def touches_devices(self, spans: SpanArray) -> bool:
+        """Whether a byte of ``spans``, which passed :meth:`check`, is memory of a device."""
+        devices = self._devices
+        if not devices.shape[0] or not spans.shape[0]:
+            return False
+        before = np.searchsorted(devices[:, 0], spans[:, 0] + spans[:, 1], side="left")
+        after = np.searchsorted(devices[:, 0] + devices[:, 1], spans[:, 0], side="right")
+        return bool((before > after).any())
+
     def _recompute(self) -> None:
-        rows = [(region.address, region.length) for region in self._regions]
-        self._cover = coverage(np.array(rows, dtype=np.uint64).reshape(-1, 2))
+        self._cover = _cover_of(self._regions)
+        self._devices = _cover_of([one for one in self._regions if one.dmabuf is not None])
+
+
+def _cover_of(regions: list[MemoryRegion]) -> SpanArray:
+    rows = [(region.address, region.length) for region in regions]
+    return coverage(np.array(rows, dtype=np.uint64).reshape(-1, 2))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from transfer.engine.handoff import Permit
 from transfer.engine.handoffs import HandoffTable
 from transfer.engine.memory import MemoryTable, copy_out
-from transfer.errors import HandoffRefused, Phase, RegistrationError
+from transfer.errors import HandoffRefused, Phase, RegistrationError, TransportUnavailable
 from transfer.transports.base import Caller, ReadPermit
 from transfer.types import Credentials, PeerInfo, SpanArray
 
@@ -37,8 +37,8 @@ class Owner:
     ) -> Permit:
         permit = self._table.begin_read(caller, credentials, spans, revoke)
         try:
-            self._check_registered(credentials, spans)
-        except HandoffRefused:
+            self._check_sendable(credentials, spans)
+        except (HandoffRefused, TransportUnavailable):
             self._table.end_read(permit)
             raise
         return permit
@@ -66,8 +66,18 @@ class Owner:
         self._table.abort_by_reader(credentials, reason)
 
     def _copied(self, credentials: Credentials, spans: SpanArray) -> bytes:
-        self._check_registered(credentials, spans)
+        self._check_sendable(credentials, spans)
         return copy_out(spans)
+
+    def _check_sendable(self, credentials: Credentials, spans: SpanArray) -> None:
+        """See that a processor of this host can read them."""
+        self._check_registered(credentials, spans)
+        if self._memory.touches_devices(spans):
+            raise TransportUnavailable(
+                "what is offered is in the memory of a device, which only rdma reads",
+                phase=Phase.READ,
+                handoff_id=credentials.handoff_id,
+            )
 
     def _check_registered(self, credentials: Credentials, spans: SpanArray) -> None:
         try:

@@ -288,8 +288,7 @@ class _Read:
         handle = self._handle
         with self._links.use(self._credentials.incarnation, handle.deadline) as link:
             plan = self._plan = self._plan or self._checked_plan(link.info)
-            if self._is_small(plan):
-                self._fetch(link, plan)
+            if self._is_small(plan) and self._fetched(link, plan):
                 return
             if not self._all_read:
                 self._read(link, plan)
@@ -302,18 +301,28 @@ class _Read:
 
     def _is_small(self, plan: ReadPlan) -> bool:
         rows = plan.local.shape[0]
-        return 0 < rows <= MAX_FETCH_ROWS and total_bytes(plan.local) <= self._fetch_bytes
+        return (
+            0 < rows <= MAX_FETCH_ROWS
+            and total_bytes(plan.local) <= self._fetch_bytes
+            and not self._memory.touches_devices(plan.local)
+        )
 
-    def _fetch(self, link: Link, plan: ReadPlan) -> None:
+    def _fetched(self, link: Link, plan: ReadPlan) -> bool:
+        """Whether the owner answered a small read; if not it has to go by a transport."""
         handle = self._handle
         handle.advance(TransferState.CONFIRMING)
         faults.reach("reader.confirming", handle.owner.engine_id)
-        data = link.control.fetch(self._credentials, plan.remote, self._left_s())
+        try:
+            data = link.control.fetch(self._credentials, plan.remote, self._left_s())
+        except TransportUnavailable:
+            handle.advance(TransferState.CONNECTING)
+            return False
         faults.reach("reader.confirmed", handle.owner.engine_id)
         # Until here a read that is stopped is final at once: nothing was written.
         handle.advance(TransferState.READING)
         copy_in(plan.local, data)
         handle.add_bytes(len(data))
+        return True
 
     def _read(self, link: Link, plan: ReadPlan) -> None:
         self._watch(self._handle)

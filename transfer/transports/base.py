@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from transfer.errors import Phase, TransferError, TransportUnavailable
-from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan, SpanArray
+from transfer.types import Credentials, DmaBuf, PeerId, PeerInfo, ReadPlan, SpanArray
 
 MAX_FETCH_ROWS = 1024
 """Spans that :meth:`ControlChannel.fetch` takes."""
@@ -348,8 +348,14 @@ class Transport(ABC):
     scheme: str
     capabilities: Capabilities
 
-    def add_memory(self, address: int, length: int) -> None:  # noqa: B027  # most need not know
-        """A range of memory was registered with the engine, before or after ``listen``."""
+    def add_memory(  # noqa: B027  # most need not know
+        self, address: int, length: int, dmabuf: DmaBuf | None
+    ) -> None:
+        """A range of memory was registered with the engine, before or after ``listen``.
+
+        Args:
+            dmabuf: for memory of a device; its descriptor is open until :meth:`remove_memory`.
+        """
 
     def remove_memory(self, address: int, length: int) -> None:  # noqa: B027
         """It was unregistered; on return nobody reaches it by this transport any more."""

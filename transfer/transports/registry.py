@@ -12,6 +12,7 @@ from transfer.transports.base import ControlTransport, Listener, OwnerService, T
 from transfer.transports.rdma.transport import RdmaTransport
 from transfer.transports.shm import ShmTransport
 from transfer.transports.tcp import TcpTransport
+from transfer.types import DmaBuf
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +77,10 @@ class Transports:
                 for listener in listeners:
                     listener.close()
 
-    def add_memory(self, address: int, length: int) -> None:
+    def add_memory(self, address: int, length: int, dmabuf: DmaBuf | None) -> None:
         """Tell every transport of memory that was registered."""
         for transport in self._by_scheme.values():
-            transport.add_memory(address, length)
+            transport.add_memory(address, length, dmabuf)
 
     def remove_memory(self, address: int, length: int) -> None:
         """Tell every transport of memory that was unregistered."""

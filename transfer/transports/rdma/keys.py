@@ -26,28 +26,32 @@ class KeyMap:
     Attributes:
         starts: ``[n]`` addresses.
         ends: ``[n]`` addresses behind the last byte.
+        bases: ``[n]`` what the devices call the first byte: the address itself but for memory that
+            is known to them as a dma-buf.
         keys: ``[n, rails]``, one per device.
     """
 
     starts: NDArray[np.uint64]
     ends: NDArray[np.uint64]
+    bases: NDArray[np.uint64]
     keys: NDArray[np.uint32]
 
     @classmethod
-    def of(cls, regions: Iterable[tuple[int, int, tuple[int, ...]]], rails: int) -> Self:
-        """From (address, length, key per rail); regions may overlap."""
-        pieces: list[tuple[int, int, tuple[int, ...]]] = []
+    def of(cls, regions: Iterable[tuple[int, int, int, tuple[int, ...]]], rails: int) -> Self:
+        """From (address, length, base, key per rail); regions may overlap."""
+        pieces: list[tuple[int, int, int, tuple[int, ...]]] = []
         reach = 0
-        for address, length, keys in sorted(regions, key=lambda one: (one[0], -one[1])):
+        for address, length, base, keys in sorted(regions, key=lambda one: (one[0], -one[1])):
             # What an earlier region covers keeps its key: a read is cut where keys change.
             start, end = max(address, reach), address + length
             if start < end:
-                pieces.append((start, end, keys))
+                pieces.append((start, end, base + start - address, keys))
                 reach = end
         return cls(
             np.array([piece[0] for piece in pieces], dtype=np.uint64),
             np.array([piece[1] for piece in pieces], dtype=np.uint64),
-            np.array([piece[2] for piece in pieces], dtype=np.uint32).reshape(len(pieces), rails),
+            np.array([piece[2] for piece in pieces], dtype=np.uint64),
+            np.array([piece[3] for piece in pieces], dtype=np.uint32).reshape(len(pieces), rails),
         )
 
     @property
@@ -73,6 +77,11 @@ class KeyMap:
         """Which piece each address lies in, for addresses that are covered."""
         return np.searchsorted(self.starts, addresses, side="right") - 1
 
+    def device_addresses(self, addresses: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """What the devices call each address, for addresses that are covered."""
+        row = self.row_of(addresses)
+        return addresses - self.starts[row] + self.bases[row]
+
     def within(self, spans: SpanArray) -> KeyMap:
         """Only the pieces that ``spans`` touch."""
         first = np.searchsorted(self.ends, spans[:, 0], side="right")
@@ -81,7 +90,7 @@ class KeyMap:
         np.add.at(touched, first, 1)
         np.add.at(touched, last, -1)
         chosen = np.cumsum(touched[:-1]) > 0
-        return KeyMap(self.starts[chosen], self.ends[chosen], self.keys[chosen])
+        return KeyMap(self.starts[chosen], self.ends[chosen], self.bases[chosen], self.keys[chosen])
 
     @classmethod
     def joined(cls, maps: Sequence[Self]) -> Self:
@@ -97,6 +106,7 @@ class KeyMap:
         return cls(
             starts,
             np.concatenate([one.ends for one in maps])[first],
+            np.concatenate([one.bases for one in maps])[first],
             np.concatenate([one.keys for one in maps])[first],
         )
 
@@ -106,6 +116,7 @@ class KeyMap:
                 _HEAD.pack(self.starts.size, self.rails),
                 self.starts.tobytes(),
                 self.ends.tobytes(),
+                self.bases.tobytes(),
                 self.keys.tobytes(),
             )
         )
@@ -122,14 +133,15 @@ class KeyMap:
         count, rails = _HEAD.unpack_from(data)
         if count > MAX_REGIONS or not 0 < rails <= MAX_RAILS:
             raise _malformed(f"{count} regions on {rails} devices")
-        if len(data) != _HEAD.size + count * (16 + 4 * rails):
+        if len(data) != _HEAD.size + count * (24 + 4 * rails):
             raise _malformed(f"{count} regions in {len(data)} bytes")
         starts = np.frombuffer(data, "<u8", count, _HEAD.size)
         ends = np.frombuffer(data, "<u8", count, _HEAD.size + 8 * count)
-        keys = np.frombuffer(data, "<u4", count * rails, _HEAD.size + 16 * count)
+        bases = np.frombuffer(data, "<u8", count, _HEAD.size + 16 * count)
+        keys = np.frombuffer(data, "<u4", count * rails, _HEAD.size + 24 * count)
         if not bool((starts < ends).all() and (ends[:-1] <= starts[1:]).all()):
             raise _malformed("regions out of order")
-        return cls(starts, ends, keys.reshape(count, rails))
+        return cls(starts, ends, bases, keys.reshape(count, rails))
 
 
 def cut_at_keys(plan: ReadPlan, local: KeyMap, remote: KeyMap) -> ReadPlan:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from transfer.transports.rdma.device import Rail
 from transfer.transports.rdma.keys import KeyMap
 from transfer.transports.rdma.verbs import Registration, VerbsError
+from transfer.types import DmaBuf
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Region:
+    dmabuf: DmaBuf | None
     uses: int = 0
     registrations: list[Registration] = field(default_factory=list)
 
@@ -54,10 +57,10 @@ class RegisteredMemory:
                 self._register(address, length, region)
             self._refresh()
 
-    def add(self, address: int, length: int) -> None:
-        """A range was registered with the engine."""
+    def add(self, address: int, length: int, dmabuf: DmaBuf | None = None) -> None:
+        """A range was registered with the engine; by its dma-buf, if it is a device's."""
         with self._lock:
-            region = self._regions.setdefault((address, length), _Region())
+            region = self._regions.setdefault((address, length), _Region(dmabuf))
             region.uses += 1
             if region.uses == 1:
                 self._register(address, length, region)
@@ -86,15 +89,18 @@ class RegisteredMemory:
     def _register(self, address: int, length: int, region: _Region) -> None:
         for rail in self._rails:
             try:
-                region.registrations.append(rail.device.register(address, length))
+                made = rail.device.register(address, length, region.dmabuf)
+                region.registrations.append(made)
             except VerbsError as error:
                 logger.warning(
-                    "%s does not take %d bytes at %#x (%s; see `ulimit -l`): reads of them go by "
+                    "%s does not take %d bytes of %s memory at %#x (%s%s): reads of them go by "
                     "another transport",
                     rail.device.name,
                     length,
+                    "host" if region.dmabuf is None else "device",
                     address,
                     error,
+                    "; see `ulimit -l`" if region.dmabuf is None else "",
                 )
                 self._deregister(region)
                 return
@@ -110,11 +116,17 @@ class RegisteredMemory:
             for (address, length), region in self._regions.items()
             if region.registrations
         ]
-        rails = max(1, len(self._rails))
         # Replaced, never changed: read without the lock.
-        self._local = KeyMap.of(
-            ((at, size, tuple(one.local_key for one in made)) for at, size, made in known), rails
+        self._local = self._keys(known, lambda one: one.local_key)
+        self._remote = self._keys(known, lambda one: one.remote_key)
+
+    def _keys(
+        self,
+        known: list[tuple[int, int, list[Registration]]],
+        key_of: Callable[[Registration], int],
+    ) -> KeyMap:
+        regions = (
+            (address, length, made[0].base, tuple(map(key_of, made)))
+            for address, length, made in known
         )
-        self._remote = KeyMap.of(
-            ((at, size, tuple(one.remote_key for one in made)) for at, size, made in known), rails
-        )
+        return KeyMap.of(regions, max(1, len(self._rails)))

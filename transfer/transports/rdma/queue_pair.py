@@ -102,9 +102,9 @@ class Work:
         ]
         own = concat([piece.local for piece in pieces])
         far = concat([piece.remote for piece in pieces])
-        self.addresses: list[int] = own[:, 0].tolist()
+        self.addresses: list[int] = _device_addresses(local, own)
         self.lengths: list[int] = own[:, 1].tolist()
-        self.far_addresses: list[int] = far[:, 0].tolist()
+        self.far_addresses: list[int] = _device_addresses(remote, far)
         self._local_keys = _keys_per_rail(local, own)
         self._far_keys = _keys_per_rail(remote, far)
 
@@ -119,6 +119,10 @@ class Work:
             self._far_keys[far_rail][rows],
             strict=True,
         )
+
+
+def _device_addresses(keys: KeyMap, spans: SpanArray) -> list[int]:
+    return keys.device_addresses(spans[:, 0]).tolist() if spans.shape[0] else []
 
 
 def _keys_per_rail(keys: KeyMap, spans: SpanArray) -> list[list[int]]:

@@ -31,11 +31,11 @@ from transfer.transports.rdma.owner import RdmaListener
 from transfer.transports.rdma.queue_pair import Lane
 from transfer.transports.rdma.session import RdmaReadSession
 from transfer.transports.rdma.verbs import VerbsError
-from transfer.types import Credentials, ReadPlan, SpanArray
+from transfer.types import Credentials, DmaBuf, ReadPlan, SpanArray
 
 
 class RdmaTransport(Transport):
-    """One-sided reads over InfiniBand or RoCE; host memory only."""
+    """One-sided reads over InfiniBand or RoCE."""
 
     scheme = "rdma"
     capabilities = Capabilities(same_host=False, one_sided=True, encrypted=False)
@@ -49,8 +49,8 @@ class RdmaTransport(Transport):
     def __repr__(self) -> str:
         return f"<RdmaTransport {', '.join(map(str, self._rails)) or 'closed'}>"
 
-    def add_memory(self, address: int, length: int) -> None:
-        self._memory.add(address, length)
+    def add_memory(self, address: int, length: int, dmabuf: DmaBuf | None) -> None:
+        self._memory.add(address, length, dmabuf)
 
     def remove_memory(self, address: int, length: int) -> None:
         self._memory.remove(address, length)

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, TypeAlias
 
 from transfer.errors import Phase, TransportUnavailable
+from transfer.types import DmaBuf
 
 _SYSFS = Path("/sys/class/infiniband")
 _SYSTEM_PACKAGES = "/usr/lib/python3/dist-packages"
@@ -194,11 +195,16 @@ def _root_logger_kept() -> Iterator[None]:
 
 
 class Registration:
-    """Memory that one device may touch."""
+    """Memory that one device may touch.
 
-    def __init__(self, binding: Binding, region: Any) -> None:
+    Attributes:
+        base: what the device calls its first byte.
+    """
+
+    def __init__(self, binding: Binding, region: Any, base: int) -> None:
         self._binding = binding
         self._region = region
+        self.base = base
         self.local_key: int = region.lkey
         self.remote_key: int = region.rkey
 
@@ -249,17 +255,26 @@ class OpenDevice:
                 )
         return ports
 
-    def register(self, address: int, length: int) -> Registration:
+    def register(self, address: int, length: int, dmabuf: DmaBuf | None = None) -> Registration:
         """Let the device write to this memory, and peers that know its key read it.
 
+        Args:
+            dmabuf: of memory that is another device's.
+
         Raises:
-            VerbsError: for instance ENOMEM when the limit of locked memory is too low.
+            VerbsError: for instance ENOMEM when the limit of locked memory is too low, or
+                EOPNOTSUPP when the driver takes no dma-buf.
         """
-        enums = self.binding.enums
+        enums, mr = self.binding.enums, self.binding.mr
         access = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_READ
         with self.binding.translated(f"register {length} bytes with {self.name}"):
-            region = self.binding.mr.MR(self._domain, length, access, address=address)
-        return Registration(self.binding, region)
+            if dmabuf is None:
+                region = mr.MR(self._domain, length, access, address=address)
+                return Registration(self.binding, region, address)
+            # pyverbs has the device count from the beginning of the dma-buf.
+            fd, offset = dmabuf.fd, dmabuf.offset
+            region = mr.DmaBufMR(self._domain, length, access, dmabuf=fd, offset=offset)
+            return Registration(self.binding, region, offset)
 
     def completion_queue(self, entries: int, *, events: bool) -> CompletionQueue:
         """A queue for the ends of what queue pairs were asked to do."""
