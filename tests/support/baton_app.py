@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from typing import Any, Self
 import psutil
 import yaml
 
-from tests.support.vllm_server import die_with_parent, free_port, get
+from tests.support.lifeline import start_tied
+from tests.support.vllm_server import free_port, get
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 280.0
@@ -78,18 +78,14 @@ class BatonApp:
 
     def __enter__(self) -> Self:
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
+            self._process = start_tied(
                 [
                     *(sys.executable, "-m", "serve_app.cli", "up", str(self._config)),
                     *("--port", str(self.port)),
                 ],
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **self._env},
-                # A test run that is killed must not leave an application behind.
-                preexec_fn=die_with_parent,
+                log,
+                {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **self._env},
+                ROOT,
             )
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self._process.poll() is None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,25 +15,13 @@ from types import TracebackType
 from typing import Self
 
 from serve_app.etcd_binary import find_etcd
+from tests.support.lifeline import start_tied
 
 START_TIMEOUT_S = 15.0
-
-# Runs etcd in its own place, killed by the kernel if the test process dies (PR_SET_PDEATHSIG is 1
-# and survives the exec). Safer than preexec_fn, which runs Python between fork and exec.
-_WRAPPER = """
-import ctypes, os, sys
-ctypes.CDLL(None, use_errno=True).prctl(1, 9)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the parent is gone")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class EtcdServer:
     """One etcd member on loopback; a context manager.
-
-    Start it from a thread that lives as long as the server should: the kernel kills etcd when
-    the thread that started it ends.
 
     Raises:
         RuntimeError: it did not come up; carries the end of its log.
@@ -93,8 +79,7 @@ class EtcdServer:
         """Start without waiting; what the arguments say comes before what others said."""
         client, peer = (f"http://127.0.0.1:{port}" for port in self._ports)
         command = [
-            *(sys.executable, "-I", "-S", "-c", _WRAPPER, str(os.getpid()), str(find_etcd())),
-            *("--name", "test", "--data-dir", str(self._folder / "data")),
+            *(str(find_etcd()), "--name", "test", "--data-dir", str(self._folder / "data")),
             *("--listen-client-urls", client, "--advertise-client-urls", client),
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
             *("--initial-cluster", f"test={peer}", "--unsafe-no-fsync", "--log-level", "warn"),
@@ -102,9 +87,7 @@ class EtcdServer:
             *extra_arguments,
         ]
         with open(self._folder / "log", "ab") as output:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-            )
+            self._process = start_tied(command, output)
 
     def wait(self) -> None:
         """Return when it answers, as a member of a majority."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -15,8 +14,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.support.lifeline import start_tied
+
 ROOT = Path(__file__).resolve().parents[2]
-_PR_SET_PDEATHSIG = 1
 
 # Sends one request from within a namespace; prints status and text.
 _ASK = """
@@ -62,15 +62,11 @@ class Node:
     ) -> subprocess.Popen[bytes]:
         """Starts a program in the namespace; it ends with the node."""
         with log.open("wb") as output:
-            process = subprocess.Popen(
+            process = start_tied(
                 ["ip", "netns", "exec", self.name, *command],
-                cwd=log.parent,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
+                output,
+                {"PYTHONPATH": str(ROOT), **environment},
+                log.parent,
             )
         self._running.append(process)
         return process
@@ -156,7 +152,3 @@ def _ip(*arguments: str) -> None:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise NoNamespaces(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

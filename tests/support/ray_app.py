@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from serve_app.parent_death import Keeper, run_guarded
 from serve_app.serve_driver import read_status
 from serve_app.services import Progress, Service, ServiceError, ServiceRunner
 from serve_app.surroundings import free_ports
+from tests.support.lifeline import start_tied
 from tests.support.vllm_server import CPU_ENV, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,13 +45,11 @@ def ray_app(application: dict[str, Any], folder: Path) -> Iterator[tuple[str, st
     log = folder / "ray-app.log"
     ray_folder = tempfile.mkdtemp(prefix="baton-", dir="/tmp")  # short, for names of sockets
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        process = start_tied(
             [sys.executable, "-m", "tests.support.ray_app", str(config), str(folder), ray_folder],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **CPU_ENV, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"},
+            output,
+            {**CPU_ENV, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"},
+            ROOT,
         )
     try:
         deadline = time.monotonic() + START_TIMEOUT_S

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -18,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-_PR_SET_PDEATHSIG = 1
+from tests.support.lifeline import start_tied
+
 START_TIMEOUT_S = 240.0
 
 CPU_ENV = {
@@ -113,14 +113,8 @@ class VllmServer:
         """Starts the process; :meth:`wait` waits for it to answer."""
         root = Path(__file__).resolve().parents[2]
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                env={**os.environ, **CPU_ENV, "PYTHONPATH": str(root), **self._environment},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
+            environment = {**CPU_ENV, "PYTHONPATH": str(root), **self._environment}
+            self._process = start_tied(self._command, log, environment)
 
     def wait(self) -> None:
         """Waits until ``/health`` answers."""
@@ -178,8 +172,3 @@ class VllmServer:
         trace: TracebackType | None,
     ) -> None:
         self.kill()
-
-
-def die_with_parent() -> None:
-    """In a child before its program starts: it is killed when the thread that made it ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
