@@ -11,6 +11,7 @@ from vllm.v1.request import RequestStatus
 from transfer.connector.metadata import BatonMetadata, WorkerHandshake
 from transfer.connector.scheduler import BatonScheduler
 from transfer.connector.ticket import Ticket, prompt_hash
+from transfer.connector.ticket_writer import TicketWriter
 from transfer.params import tickets_to_params
 
 BLOCK = 16
@@ -26,18 +27,22 @@ class Clock:
         return self.now_s
 
 
+def make_early_scheduler(role: str = "both", clock: Clock | None = None) -> BatonScheduler:
+    """One of engine ``engine-a``, whose workers are not up yet."""
+    clock = clock or Clock()
+    return BatonScheduler(
+        TicketWriter(engine_id="engine-a", tp_size=2, block_size=BLOCK, ttl_s=TTL_S, clock=clock),
+        producer=role in ("producer", "both"),
+        consumer=role in ("consumer", "both"),
+        clock=clock,
+    )
+
+
 def make_scheduler(
     role: str = "both", clock: Clock | None = None, num_slots: int = 0
 ) -> BatonScheduler:
-    scheduler = BatonScheduler(
-        engine_id="engine-a",
-        tp_size=2,
-        block_size=BLOCK,
-        ttl_s=TTL_S,
-        producer=role in ("producer", "both"),
-        consumer=role in ("consumer", "both"),
-        clock=clock or Clock(),
-    )
+    """One of engine ``engine-a``, whose workers are up."""
+    scheduler = make_early_scheduler(role, clock)
     scheduler.set_handshake(dataclasses.replace(HANDSHAKE, num_slots=num_slots))
     # The engine has made a step already; its first one renews whatever is there.
     scheduler.take_metadata(idle=False)

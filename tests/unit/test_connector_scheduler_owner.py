@@ -18,12 +18,12 @@ from tests.support.scheduler_requests import (
     Clock,
     blocks_for,
     finish,
+    make_early_scheduler,
     make_request,
     make_scheduler,
     schedule,
     tokens,
 )
-from transfer.connector.scheduler import BatonScheduler
 from transfer.connector.ticket import MAX_READERS, Ticket, prompt_hash
 
 
@@ -131,16 +131,7 @@ def test_engine_that_only_decodes_offers_nothing() -> None:
 
 
 def test_no_offer_before_the_workers_are_up() -> None:
-    scheduler = BatonScheduler(
-        engine_id="engine-a",
-        tp_size=1,
-        block_size=BLOCK,
-        ttl_s=TTL_S,
-        producer=True,
-        consumer=False,
-    )
-
-    assert finish(scheduler, tokens(40)) == (False, None)
+    assert finish(make_early_scheduler("producer"), tokens(40)) == (False, None)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from transfer.connector.metadata import BatonMetadata, WorkerHandshake, WorkerRe
 from transfer.connector.scheduler import BatonScheduler
 from transfer.connector.settings import ConnectorSettings
 from transfer.connector.stats import TransferPromMetrics, TransferStats
+from transfer.connector.ticket_writer import TicketWriter
 from transfer.connector.worker import BatonWorker
 from transfer.errors import ConfigurationError, Phase
 from transfer.lifeline import die_with_parent
@@ -63,11 +64,14 @@ class BatonConnector(KVConnectorBase_V1):
         self._scheduler: BatonScheduler | None = None
         self._worker: BatonWorker | None = None
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = BatonScheduler(
+            tickets = TicketWriter(
                 engine_id=str(transfer.engine_id),
                 tp_size=vllm_config.parallel_config.tensor_parallel_size,
                 block_size=vllm_config.cache_config.block_size,
                 ttl_s=settings.transfer.ticket_ttl_s,
+            )
+            self._scheduler = BatonScheduler(
+                tickets,
                 producer=transfer.is_kv_producer,
                 consumer=transfer.is_kv_consumer,
             )

@@ -52,32 +52,23 @@ class BatonScheduler:
     """Scheduler side of the connector.
 
     Args:
-        engine_id: of this engine, fresh for every replica.
-        block_size: tokens per block.
-        ttl_s: how long an offer lives unless renewed, in seconds.
+        tickets: writes those of this engine.
+        producer: offers prompts.
+        consumer: reads them.
         clock: Unix time in seconds.
     """
 
     def __init__(
         self,
+        tickets: TicketWriter,
         *,
-        engine_id: str,
-        tp_size: int,
-        block_size: int,
-        ttl_s: float,
         producer: bool,
         consumer: bool,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._tickets = TicketWriter(
-            engine_id=engine_id,
-            tp_size=tp_size,
-            block_size=block_size,
-            ttl_s=ttl_s,
-            clock=clock,
-        )
-        self._block_size = block_size
-        self._ttl_s = ttl_s
+        self._tickets = tickets
+        self._block_size = tickets.block_size
+        self._ttl_s = tickets.ttl_s
         self._producer = producer
         self._consumer = consumer
         self._clock = clock

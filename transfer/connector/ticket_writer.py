@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -19,9 +20,11 @@ class TicketWriter:
 
     Args:
         engine_id: of this engine, fresh for every replica.
+        clock: Unix time in seconds.
+
+    Attributes:
         block_size: tokens per block.
         ttl_s: how long an offer lives unless renewed, in seconds.
-        clock: Unix time in seconds.
     """
 
     def __init__(
@@ -31,12 +34,12 @@ class TicketWriter:
         tp_size: int,
         block_size: int,
         ttl_s: float,
-        clock: Callable[[], float],
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        self.block_size = block_size
+        self.ttl_s = ttl_s
         self._engine_id = engine_id
         self._tp_size = tp_size
-        self._block_size = block_size
-        self._ttl_s = ttl_s
         self._clock = clock
         self._fence = 0
 
@@ -65,13 +68,13 @@ class TicketWriter:
             request_id=request.request_id,
             block_ids=tuple(block_ids),
             num_tokens=num_tokens,
-            block_size=self._block_size,
+            block_size=self.block_size,
             kv_axes=handshake.kv_axes,
             tp_size=self._tp_size,
             layout_hash=handshake.layout_hash,
             prompt_hash=prompt_hash_of(request),
             readers=readers,
-            expires_at_s=self._clock() + self._ttl_s,
+            expires_at_s=self._clock() + self.ttl_s,
         )
 
 
