@@ -7,29 +7,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
+from tests.support.handoffs import (
+    GRANT,
+    READER,
+    TTL_S,
+    Clock,
+    begin,
+    credentials,
+    make_table,
+    offer,
+)
 from transfer.engine import handoffs as module
-from transfer.engine.handoff import HandoffState, Offer, Permit
+from transfer.engine.handoff import HandoffState
 from transfer.engine.handoffs import HandoffTable
 from transfer.errors import HandoffNotReady, HandoffRefused, RegistrationError
 from transfer.spans import block_spans
 from transfer.transports.base import Caller
-from transfer.types import Credentials, PeerId, SpanArray
-
-TTL_S = 10.0
-READER = Caller(PeerId("decode", 0), "d1")
-GRANT = block_spans(1 << 20, 64, 64, [1, 2, 9])
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from transfer.types import PeerId, SpanArray
 
 
 class Revoked:
@@ -47,33 +42,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def table(clock: Clock) -> HandoffTable:
-    return HandoffTable("start-1", clock, on_end=lambda: None)
-
-
-def offer(handoff_id: str = "h", *, readers: int = 1, grant: SpanArray = GRANT) -> Offer:
-    return Offer(handoff_id, 7, "secret", grant, readers, TTL_S, num_blocks=3)
-
-
-def credentials(
-    handoff_id: str = "h",
-    *,
-    incarnation: str = "start-1",
-    fence: int = 7,
-    token: str = "secret",
-    reader: str = "r",
-    share: int = 1,
-) -> Credentials:
-    return Credentials(handoff_id, incarnation, fence, token, reader, share)
-
-
-def begin(
-    table: HandoffTable,
-    proof: Credentials | None = None,
-    spans: SpanArray = GRANT,
-    caller: Caller = READER,
-    revoked: Revoked | None = None,
-) -> Permit:
-    return table.begin_read(caller, proof or credentials(), spans, revoked or Revoked())
+    return make_table(clock)
 
 
 def ends(table: HandoffTable) -> list[tuple[str, HandoffState]]:
@@ -404,160 +373,3 @@ def test_threads_take_each_end_once(table: HandoffTable) -> None:
         thread.join()
     taken.extend(ended.handoff_id for ended in table.take_ended())
     assert sorted(taken) == sorted(map(str, range(300)))
-
-
-class Lives(RuleBasedStateMachine):
-    """Whatever happens in whatever order: pinned means confirmed, and every end is told once."""
-
-    offered = Bundle("offered")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.clock = Clock()
-        self.table = HandoffTable("start-1", self.clock, on_end=lambda: None)
-        self.names: list[str] = []
-        self.taken: list[str] = []
-        self.permits: dict[Permit, str] = {}
-
-    @rule(target=offered, readers=st.integers(1, 2))
-    def offer(self, readers: int) -> str:
-        self.names.append(str(len(self.names)))
-        self.table.offer(offer(self.names[-1], readers=readers))
-        return self.names[-1]
-
-    @rule(name=offered, reader=st.sampled_from("ab"))
-    def begin(self, name: str, reader: str) -> None:
-        try:
-            permit = begin(self.table, credentials(name, reader=reader))
-        except HandoffRefused:
-            return
-        assert name not in self.taken
-        self.permits[permit] = name
-
-    @rule()
-    def end_read(self) -> None:
-        if self.permits:
-            permit = next(iter(self.permits))
-            del self.permits[permit]
-            self.table.end_read(permit)
-
-    @rule(name=offered, reader=st.sampled_from("abc"), used=st.booleans())
-    def release(self, name: str, reader: str, used: bool) -> None:
-        live = {one.handoff_id for one in self.table.snapshot()}
-        try:
-            self.table.release(credentials(name, reader=reader), used=used)
-        except HandoffRefused:
-            return
-        if name not in live:  # then this reader had released while it was
-            self.table.release(credentials(name, reader=reader), used=False)
-
-    @rule(name=offered)
-    def renew(self, name: str) -> None:
-        try:
-            self.table.renew(credentials(name))
-        except HandoffRefused:
-            return
-        assert name not in self.taken
-
-    @rule(name=offered)
-    def abort(self, name: str) -> None:
-        self.table.abort(name, "")
-
-    @rule()
-    def reader_dies(self) -> None:
-        self.table.reader_left(READER.peer)
-
-    @rule(seconds=st.floats(0.1, TTL_S))
-    def time_passes(self, seconds: float) -> None:
-        self.clock.now += seconds
-        for name in self.names:
-            self.table.expire(name)
-
-    @rule()
-    def take(self) -> None:
-        for ended in self.table.take_ended():
-            assert ended.handoff_id not in self.taken
-            assert ended.handoff_id not in self.permits.values()
-            self.taken.append(ended.handoff_id)
-
-    @invariant()
-    def live_and_taken_are_apart(self) -> None:
-        assert not {one.handoff_id for one in self.table.snapshot()} & set(self.taken)
-
-
-TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-
-
-def begin_one_sided(
-    table: HandoffTable, read_id: str, proof: Credentials | None = None, spans: SpanArray = GRANT
-) -> None:
-    table.begin_one_sided_read(READER, proof or credentials(), spans, read_id)
-
-
-def test_a_one_sided_read_is_confirmed_by_its_id_again_and_again(table: HandoffTable) -> None:
-    table.offer(offer())
-    begin_one_sided(table, "first")
-    begin_one_sided(table, "second")
-    begin_one_sided(table, "second")
-    for _ in range(2):
-        table.release(credentials(), used=True, read_id="second")
-    with pytest.raises(HandoffRefused, match="another read"):
-        table.release(credentials(), used=True, read_id="first")
-    with pytest.raises(HandoffRefused, match="another read"):
-        table.release(credentials(), used=True)
-    with pytest.raises(HandoffRefused, match="released"):
-        begin_one_sided(table, "third")
-
-
-def test_one_sided_reads_do_not_keep_blocks(table: HandoffTable) -> None:
-    table.offer(offer())
-    begin_one_sided(table, "id")
-    table.abort("h", "preempted")
-    assert [one.handoff_id for one in table.take_ended()] == ["h"]
-    with pytest.raises(HandoffRefused, match="preempted"):
-        table.release(credentials(), used=True, read_id="id")
-
-
-def test_one_sided_reads_must_begin_before_they_are_confirmed(table: HandoffTable) -> None:
-    table.offer(offer(readers=2))
-    begin_one_sided(table, "id", credentials(reader="a"))
-    for reader, read_id in (("a", "other"), ("b", "id")):
-        with pytest.raises(HandoffRefused, match="never began"):
-            table.release(credentials(reader=reader), used=True, read_id=read_id)
-    table.release(credentials(reader="a"), used=True, read_id="id")
-
-
-def test_one_sided_reads_are_admitted_like_others(table: HandoffTable, clock: Clock) -> None:
-    table.offer(offer())
-    with pytest.raises(HandoffRefused, match="wrong token"):
-        begin_one_sided(table, "id", credentials(token="guess"))
-    with pytest.raises(HandoffRefused, match="outside"):
-        begin_one_sided(table, "id", spans=block_spans(1 << 20, 64, 64, [3]))
-    with pytest.raises(HandoffRefused, match="uint64"):
-        begin_one_sided(table, "id", spans=np.zeros((1, 3), dtype=np.uint64))
-    with pytest.raises(HandoffRefused, match="read id"):
-        begin_one_sided(table, "")
-    begin_one_sided(table, "id")
-    with pytest.raises(HandoffRefused, match="read id"):
-        begin_one_sided(table, "id", credentials(reader="thief"))
-    clock.now += TTL_S
-    with pytest.raises(HandoffRefused, match="expired"):
-        begin_one_sided(table, "id")
-
-
-def test_one_sided_reads_are_bounded(table: HandoffTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_ONE_SIDED_READS", 2)
-    table.offer(offer())
-    for read_id in ("a", "b", "a"):
-        begin_one_sided(table, read_id)
-    with pytest.raises(HandoffRefused, match="too often"):
-        begin_one_sided(table, "c")
-
-
-def test_one_sided_reads_end_with_their_reader(table: HandoffTable) -> None:
-    table.offer(offer())
-    begin_one_sided(table, "id")
-    table.reader_left(READER.peer)
-    with pytest.raises(HandoffRefused, match="died"):
-        table.release(credentials(), used=True, read_id="id")

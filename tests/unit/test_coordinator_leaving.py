@@ -1,0 +1,115 @@
+"""Clients that leave: no replica works for nobody, and blocks are given up."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from deployments.generation import PrefillAnswer
+from deployments.handoff import Coordinator
+from deployments.handoff_state import RetryPolicy
+from tests.support.scripted_replicas import (
+    CHUNKS,
+    HANG,
+    POLICY,
+    T1,
+    T2,
+    FakeCaller,
+    drive,
+    generation,
+    lost,
+)
+
+
+def left_while_waiting(caller: FakeCaller, policy: RetryPolicy = POLICY) -> None:
+    """The client leaves while its first chunk is awaited: Serve cancels the task."""
+
+    async def main() -> None:
+        coordinator = Coordinator(caller, policy)
+        chunks = coordinator.run(generation())
+        waiting = asyncio.ensure_future(anext(chunks))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+        assert caller.open_calls == 0, "a replica still works for nobody"
+        await coordinator.drain()
+
+    drive(main())
+
+
+def test_client_leaves_during_prefill() -> None:
+    caller = FakeCaller([HANG], [])
+
+    left_while_waiting(caller)
+
+    assert caller.calls() == [("prefill", set())]
+    assert caller.aborted == []
+
+
+def test_client_leaves_before_the_first_chunk() -> None:
+    caller = FakeCaller([PrefillAnswer("p1", (T1, T2))], [[HANG]])
+
+    left_while_waiting(caller)
+
+    assert caller.calls() == [("prefill", set()), ("decode", set())]
+    assert caller.aborted == [("p1", ("h1", "h2"))]
+
+
+def test_client_leaves_during_a_pause() -> None:
+    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[lost("d1")]])
+
+    left_while_waiting(caller, RetryPolicy(backoff_s=60.0, backoff_max_s=60.0))
+
+    assert caller.calls() == [("prefill", set()), ("decode", set())]
+    assert caller.aborted == [("p1", ("h1",))]
+
+
+def test_client_leaves_in_mid_stream_while_a_chunk_is_awaited() -> None:
+    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[CHUNKS[0], HANG]])
+
+    async def main() -> None:
+        chunks = Coordinator(caller, POLICY).run(generation())
+        assert await anext(chunks) == CHUNKS[0]
+        waiting = asyncio.ensure_future(anext(chunks))
+        await asyncio.sleep(0)
+
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+        assert caller.open_calls == 0
+
+    drive(main())
+    assert caller.aborted == []
+
+
+def test_closing_in_mid_stream_ends_the_decode_call_before_it_returns() -> None:
+    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[CHUNKS[0], HANG]])
+
+    async def main() -> None:
+        chunks = Coordinator(caller, POLICY).run(generation())
+        assert await anext(chunks) == CHUNKS[0]
+        assert caller.open_calls == 1
+
+        await chunks.aclose()
+
+        assert caller.open_calls == 0
+
+    drive(main())
+    assert caller.aborted == []
+
+
+def test_closing_before_the_start_calls_nobody() -> None:
+    caller = FakeCaller([], [])
+
+    async def main() -> None:
+        await Coordinator(caller, POLICY).run(generation()).aclose()
+
+    drive(main())
+    assert caller.log == []
