@@ -50,10 +50,12 @@ def _server(
 def pair(
     tiny_model: Path, etcd: EtcdServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[VllmServer, VllmServer]]:
+    """Stock engines, which wait for the model as they would if its blocks were in device memory
+    that others reach; engines of other tests do not."""
     folder = tmp_path_factory.mktemp("stock")
     with (
-        _server(tiny_model, etcd, "kv_producer", folder) as prefill,
-        _server(tiny_model, etcd, "kv_consumer", folder) as decode,
+        _server(tiny_model, etcd, "kv_producer", folder, host_staging="never") as prefill,
+        _server(tiny_model, etcd, "kv_consumer", folder, host_staging="never") as decode,
     ):
         prefill.wait()
         decode.wait()

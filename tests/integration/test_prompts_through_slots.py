@@ -222,7 +222,7 @@ def test_a_copy_that_fails_ends_the_offer(
     (ended,) = reader.ended_reads()
     assert ended.outcome is Outcome.REFUSED
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert said.startswith("blocks of request prefill-1 could not be copied to host memory")
+    assert said.startswith("blocks of request prefill-1 did not get ready")
     assert said.endswith("the device is lost")
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tests.support.transfer_cases import TransferCase
-from tests.support.transfer_engines import Buffer, Directory, Pair, fails, make_engine, succeeds
-from transfer.errors import RegistrationError, TransportUnavailable
+from tests.support.transfer_engines import Buffer, Directory, Pair, make_engine, succeeds
+from transfer.errors import RegistrationError
 from transfer.settings import TransferSettings
 from transfer.transports.rdma.verbs import OpenDevice, Registration
 from transfer.types import DmaBuf, ReadPlan
@@ -43,8 +43,8 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> dict[int, Buffer]:
     def resolved(
         device: OpenDevice, address: int, length: int, dmabuf: DmaBuf | None = None
     ) -> Registration:
-        if dmabuf is None:
-            return register(device, address, length)
+        if dmabuf is None or dmabuf.fd not in known:
+            return register(device, address, length, dmabuf)
         inside = int(known[dmabuf.fd].bytes.ctypes.data) + dmabuf.offset
         made = register(device, inside, length)
         assert made.base == inside != address
@@ -136,20 +136,28 @@ def test_device_memory_is_only_for_engines_that_use_nothing_else(
         engine.register(NOWHERE, 4096, DmaBuf(1000))
 
 
-def test_what_a_device_does_not_take_is_not_read(
-    case: TransferCase, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Soft-RoCE takes no dma-buf, and no device one that is none."""
-    remote, local = DeviceBuffer(NUM_BLOCKS), Buffer(NUM_BLOCKS, fill=0)
-    directory = Directory()
-    owner = make_engine(directory, "owner", settings=case.settings())
-    reader = make_engine(directory, "reader", settings=case.settings())
+@pytest.fixture
+def no_dmabuf() -> Iterator[DmaBuf]:
+    """Taken by no device; soft-RoCE would not even take a real one."""
     file = os.memfd_create("no dma-buf")
-    owner.register(remote.address, remote.bytes.nbytes, DmaBuf(file))
-    reader.register(local.address, local.bytes.nbytes)
-    with owner, reader:
-        assert f"does not take {NUM_BLOCKS * 4096} bytes of device memory" in caplog.text
-        pair = Pair(directory, owner, reader, remote, local, case.settings())
-        fails(pair.read(pair.offer()), TransportUnavailable, "did not take the memory")
+    yield DmaBuf(file)
     os.close(file)
-    assert not local.bytes.any()
+
+
+def test_an_engine_does_not_start_with_what_a_device_does_not_take(
+    case: TransferCase, no_dmabuf: DmaBuf
+) -> None:
+    engine = make_engine(Directory(), "owner", settings=case.settings())
+    engine.register(NOWHERE, 4096, no_dmabuf)
+    with pytest.raises(RegistrationError, match="does not take memory of other devices"):
+        engine.start()
+    engine.close()
+
+
+def test_what_a_device_does_not_take_later_leaves_the_rest_as_it_was(
+    pair: Pair, no_dmabuf: DmaBuf
+) -> None:
+    with pytest.raises(RegistrationError, match="does not take memory of other devices"):
+        pair.owner.register(NOWHERE - (1 << 40), 4096, no_dmabuf)
+    succeeds(pair.read(pair.offer()))
+    assert pair.local_is_remote()

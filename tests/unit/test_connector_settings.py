@@ -42,7 +42,7 @@ def test_all_but_discovery_may_be_left_out(transfer: dict[str, Any]) -> None:
         ({"discovery": "etcd"}, "kv_connector_extra_config.discovery must be a mapping"),
         ({"transfer": [1]}, "kv_connector_extra_config.transfer must be a mapping"),
         ({"transfer": {"prot": 1}}, "kv_connector_extra_config.transfer.prot is unknown"),
-        ({"host_staging": "never"}, "kv_connector_extra_config.host_staging must be one of"),
+        ({"host_staging": "seldom"}, "kv_connector_extra_config.host_staging must be one of"),
         ({"transfer": {"host_staging_bytes": -1}}, "host_staging_bytes is -1, must be a whole"),
         ({"transfer": {"port": "7000"}}, "port is '7000', must be a whole number"),
         ({"transfer": {"ticket_ttl_s": None}}, "ticket_ttl_s is None, must be from"),

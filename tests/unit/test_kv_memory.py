@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.support.kv_pools import Model, Pool, make_pool
 from transfer.connector.kv_memory import KVMemory
+from transfer.connector.kv_ranges import KVRange
 from transfer.connector.settings import ConnectorSettings
 from transfer.errors import ConfigurationError
 from transfer.settings import TransferSettings
@@ -50,7 +51,16 @@ def test_memory_of_the_host_is_read_as_it_is(pool: Pool) -> None:
     assert (memory.host_blocks, memory.digests, memory.num_slots) == (None, None, 0)
     assert memory.layout == pool.layout
     storage = pool.layers[0].untyped_storage()
-    assert memory.ranges == [(storage.data_ptr(), storage.nbytes())]
+    assert memory.ranges == [KVRange(storage.data_ptr(), storage.nbytes())]
+    assert not memory.in_place
+
+
+def test_memory_that_is_never_staged_is_waited_for(pool: Pool) -> None:
+    memory = make_memory(pool, staging="never")
+
+    assert memory.in_place
+    assert (memory.host_blocks, memory.num_slots) == (None, 0)
+    assert memory.layout == pool.layout
 
 
 def test_readers_are_shown_slots_of_the_same_form(pool: Pool) -> None:
@@ -64,9 +74,11 @@ def test_readers_are_shown_slots_of_the_same_form(pool: Pool) -> None:
     assert memory.layout.bases == tuple(item.data_ptr() for item in memory.host_blocks.tensors)
     assert memory.layout.digest_base == memory.digests.memory[0]
     slot_bytes = 4 * PROMPT_BLOCKS * pool.layout.block_bytes // MODEL.layers
-    assert sorted(memory.ranges) == sorted(
-        [*((base, slot_bytes) for base in memory.layout.bases), memory.digests.memory]
-    )
+    assert not memory.in_place
+    assert {(piece.address, piece.length) for piece in memory.ranges} == {
+        *((base, slot_bytes) for base in memory.layout.bases),
+        memory.digests.memory,
+    }
 
 
 @pytest.mark.parametrize(("both", "prompts"), [(False, 1), (True, 2)])

@@ -14,8 +14,9 @@ import torch
 from tests.support.staged_memory import BLOCK, MODEL, StagedMemory
 from transfer.connector.copy_thread import CopyThread
 from transfer.connector.digests import BlockDigests
+from transfer.connector.fence import Fence
 from transfer.connector.host_blocks import HostBlocks
-from transfer.connector.staging import STEP_BLOCKS, Fence, Staging
+from transfer.connector.staging import STEP_BLOCKS, Staging
 from transfer.errors import DigestMismatch
 
 BLOCKS, HEADS, TOKENS, CONTENT = 12, 3, 4, 6

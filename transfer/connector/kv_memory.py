@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from transfer.connector.digests import BlockDigests, unit_tokens
 from transfer.connector.host_blocks import HostBlocks
+from transfer.connector.kv_ranges import KVRange, ranges_in_place
 from transfer.connector.kv_tensors import axis_order, distinct, packing_of, storages, view_of
 from transfer.connector.layout import KVLayout, describe
 from transfer.connector.packing import Packing
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class KVMemory:
-    """Describes and, where the KV cache is not in host memory, allocates it.
+    """Describes and, where transports do not reach the KV cache, allocates it.
 
     Args:
         vllm_config: the engine's configuration.
@@ -34,7 +35,10 @@ class KVMemory:
 
     Attributes:
         layout: of that memory.
-        ranges: address and length in bytes of every piece of it, that of the digests included.
+        ranges: every piece of it, that of the digests included.
+        device: of the KV cache.
+        in_place: the memory is the KV cache, and what the model queues on its device has to be
+            waited for.
         host_blocks: the slots; None if the memory is the KV cache.
         digests: None if the settings want none.
 
@@ -55,30 +59,42 @@ class KVMemory:
         tensors = distinct(kv_caches)
         packing = packing_of(vllm_config, tensors[0])
         layout = self._described(tensors, packing, num_blocks)
+        self.device = tensors[0].device
+        ranges = self._ranges(tensors, settings)
+        self.in_place = ranges is not None and _has_streams(self.device, settings)
         self.host_blocks: HostBlocks | None = None
-        if settings.host_staging == "always" or tensors[0].device.type != "cpu":
+        if ranges is None:
             slots = self._count_slots(layout, settings.transfer.host_staging_bytes)
             self.host_blocks = HostBlocks(tensors, num_blocks, slots)
             tensors = list(self.host_blocks.tensors)
+            ranges = [KVRange(*storage) for storage in storages(tensors)]
             layout = self._described(tensors, packing, slots)
             logger.info(
                 "KV goes through %d blocks of host memory, %.2f GB",
                 slots,
                 slots * layout.block_bytes / 1e9,
             )
-        self.ranges = storages(tensors)
+        self.ranges = ranges
         self.digests: BlockDigests | None = None
         if settings.transfer.digests:
             layout = replace(layout, digest_tokens=unit_tokens(layout.kernel_tokens))
             self.digests = BlockDigests(tensors, layout)
             layout = replace(layout, digest_base=self.digests.memory[0])
-            self.ranges.append(self.digests.memory)
+            self.ranges.append(KVRange(*self.digests.memory))
         self.layout = layout
 
     @property
     def num_slots(self) -> int:
         """0 if the memory is the KV cache."""
         return 0 if self.host_blocks is None else self.layout.num_blocks
+
+    def _ranges(
+        self, tensors: Sequence[torch.Tensor], settings: ConnectorSettings
+    ) -> list[KVRange] | None:
+        """Those of the KV cache, or None if it has to go through slots."""
+        if settings.host_staging == "always":
+            return None
+        return ranges_in_place(storages(tensors), tensors[0].device.type, settings)
 
     def _described(
         self, tensors: Sequence[torch.Tensor], packing: Packing, num_blocks: int
@@ -103,3 +119,8 @@ class KVMemory:
             prompt_blocks=-(-self._vllm_config.model_config.max_model_len // layout.block_size),
             roles=transfer.is_kv_producer + transfer.is_kv_consumer,
         )
+
+
+def _has_streams(device: torch.device, settings: ConnectorSettings) -> bool:
+    # What runs on the CPU is over when a call returns; ``never`` acts as if it were not.
+    return device.type != "cpu" or settings.host_staging == "never"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from transfer.connector.digests import BlockDigests
+from transfer.connector.in_place import InPlace
 from transfer.connector.layout import KVLayout
 from transfer.connector.metadata import NewOffer
 from transfer.connector.pairing import Stretch, block_spans_of, digest_units
@@ -44,7 +45,8 @@ class PromptOffers:
         layout: of the memory that readers read.
         engine: running.
         digests: of that memory, to be computed of what is offered; None for none.
-        staging: the way to that memory; None where it is the KV cache.
+        staging: the way to that memory; None where it is the KV cache, which holds what the model
+            computed when a step is over.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class PromptOffers:
         layout: KVLayout,
         engine: TransferEngine,
         digests: BlockDigests | None,
-        staging: Staging | None,
+        staging: Staging | InPlace | None,
     ) -> None:
         self._layout = layout
         self._engine = engine
@@ -75,7 +77,7 @@ class PromptOffers:
     def start(self, offer: NewOffer) -> None:
         """Lets readers with the ticket read its blocks, from now on or once they are copied."""
         ticket = offer.ticket
-        if self._digests is not None and self._staging is None:
+        if self._digests is not None and not isinstance(self._staging, Staging):
             stretch = Stretch(0, ticket.num_tokens, ticket.block_ids)
             self._digests.write(digest_units(self._layout, stretch))
         self._pinned[ticket.handoff_id] = offer
@@ -143,9 +145,8 @@ class PromptOffers:
             del self._saves[handoff_id]
             if (error := save.exception()) is not None:
                 logger.error(
-                    "blocks of request %s could not be copied to host memory, nobody can read "
-                    "them: %s",
+                    "blocks of request %s did not get ready, nobody can read them: %s",
                     self._pinned[handoff_id].request_id,
                     error,
                 )
-                self._engine.abort(handoff_id, "its blocks could not be copied to host memory")
+                self._engine.abort(handoff_id, "its blocks did not get ready")

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from transfer.connector.fence import Fence
 from transfer.connector.heads import HeadRange, Part, parts_of
+from transfer.connector.in_place import InPlace
 from transfer.connector.layout import KVLayout
 from transfer.connector.metadata import Holding, NewRead
 from transfer.connector.packing import TOKENS
 from transfer.connector.pairing import Stretch, plan_read
-from transfer.connector.staging import Fence, Staging
+from transfer.connector.staging import Staging
 from transfer.connector.stats import Outcome
 from transfer.connector.ticket import Ticket
 from transfer.engine.engine import TransferEngine
@@ -51,16 +53,22 @@ class EndedRead:
 
 @dataclass(slots=True)
 class _Planner:
-    """Pairs the owner's blocks with ours once the owner's layout is known."""
+    """Pairs the owner's blocks with ours once the owner's layout is known.
+
+    Bytes are asked for after that: not before the fence, if there is one.
+    """
 
     local: KVLayout
     into: Stretch
     block_ids: Sequence[int]
     owner_rank: int
     heads: HeadRange
+    fence: Fence | None = None
     has_digests: bool = False
 
     def __call__(self, info: PeerInfo) -> ReadPlan:
+        if self.fence is not None:
+            self.fence.synchronize()
         remote = KVLayout.decode(info.layout)
         if remote.rank != self.owner_rank:
             raise LayoutMismatch(
@@ -112,7 +120,8 @@ class PromptReads:
         layout_hash: what tickets must show.
         engine: running.
         deadline_s: for a whole read.
-        staging: the way from that memory; None where it is the KV cache.
+        staging: the way from that memory; None where it is the KV cache, which nobody uses but in
+            a step.
     """
 
     def __init__(
@@ -122,14 +131,15 @@ class PromptReads:
         layout_hash: str,
         engine: TransferEngine,
         deadline_s: float,
-        staging: Staging | None,
+        staging: Staging | InPlace | None,
     ) -> None:
         self._peer = peer
         self._layout = layout
         self._layout_hash = layout_hash
         self._engine = engine
         self._deadline_s = deadline_s
-        self._staging = staging
+        self._in_place = staging if isinstance(staging, InPlace) else None
+        self._staging = staging if isinstance(staging, Staging) else None
         self._lock = threading.Lock()
         self._loads: dict[str, _Load] = {}
 
@@ -150,9 +160,10 @@ class PromptReads:
             read.targets,
             read.first_token // self._layout.block_size,
         )
+        fence = None if self._in_place is None else self._in_place.fence()
         for part in parts:
             planner = _Planner(
-                self._layout, into, read.ticket.block_ids, part.owner_rank, part.heads
+                self._layout, into, read.ticket.block_ids, part.owner_rank, part.heads, fence
             )
             handle = None
             if len(part.heads):

@@ -23,7 +23,7 @@ from transfer.mooncake_file import (
 from transfer.settings import TransferSettings
 
 _KEYS = ("discovery", "transfer", "host_staging", "die_with_parent")
-_STAGING = ("auto", "always")
+_STAGING = ("auto", "always", "never")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,9 @@ class ConnectorSettings:
         discovery: for :func:`transfer.discovery.make_discovery`.
         transfer: for the transfer engine.
         host_staging: ``auto``: KV blocks in device memory go through slots in host memory, see
-            ``transfer.host_staging_bytes``; ``always``: those in host memory too, which only tests
-            want.
+            ``transfer.host_staging_bytes``, unless RDMA devices reach them where they are;
+            ``always``: all do, those in host memory too; ``never``: the engine does not start if
+            they would.
         die_with_parent: whether the engine's processes end with the one that started them.
     """
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
-import torch
-
 from transfer.connector.copy_thread import CopyThread
 from transfer.connector.digests import BlockDigests
+from transfer.connector.fence import Fence
 from transfer.connector.host_blocks import HostBlocks
 from transfer.connector.layout import KVLayout
 from transfer.connector.pairing import Stretch, digest_units
@@ -22,23 +21,6 @@ from transfer.errors import DigestMismatch, Phase
 
 STEP_BLOCKS = 32
 """Blocks that are copied, or digested, before other prompts get a turn."""
-
-
-class Fence:
-    """A point in the model's work: what was queued on its stream when this was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._event = (
-            None
-            if device.type == "cpu"
-            else torch.accelerator.current_stream(device).record_event()
-        )
-
-    def wait(self) -> None:
-        """Lets what is queued from now on, on the calling thread's stream, begin after it."""
-        if self._event is not None:
-            torch.accelerator.current_stream(self._device).wait_event(self._event)
 
 
 class Staging:

@@ -18,7 +18,9 @@ from vllm.utils.network_utils import get_ip
 
 from transfer.connector.digests import BlockDigests
 from transfer.connector.fingerprint import layout_hash
+from transfer.connector.in_place import InPlace
 from transfer.connector.kv_memory import KVMemory
+from transfer.connector.kv_ranges import KVRange
 from transfer.connector.kv_tensors import backend_names
 from transfer.connector.layout import KVLayout
 from transfer.connector.metadata import BatonMetadata, WorkerHandshake, WorkerReport
@@ -66,7 +68,8 @@ class BatonWorker:
         self._tp_size = vllm_config.parallel_config.tensor_parallel_size
         self._peer = PeerId(_engine_id(vllm_config), get_tensor_model_parallel_rank())
         self._incarnation = _shared_incarnation(self._tp_size)
-        self._staging: Staging | None = None
+        self._staging: Staging | InPlace | None = None
+        self._ranges: list[KVRange] = []
         self._num_slots = 0
         self._digests: BlockDigests | None = None
         self._said_unchecked = False
@@ -114,14 +117,17 @@ class BatonWorker:
             discovery=discovery,
             settings=self._settings.transfer,
         )
-        for address, length in memory.ranges:
-            self._engine.register(address, length)
+        self._ranges = memory.ranges
+        for piece in memory.ranges:
+            self._engine.register(piece.address, piece.length, piece.dmabuf)
         discovery.ready(self._settings.transfer.connect_timeout_s * 5)
         self._engine.start()
         if memory.host_blocks is not None:
             self._staging = Staging(
                 memory.host_blocks, layout, self._digests, str(self._peer), self._engine.wake
             )
+        elif memory.in_place:
+            self._staging = InPlace(memory.device, str(self._peer), self._engine.wake)
         self._offers = PromptOffers(layout, self._engine, self._digests, self._staging)
         self._reads = PromptReads(
             self._peer,
@@ -244,6 +250,9 @@ class BatonWorker:
             self._engine.close()
         if self._staging is not None:
             self._staging.close()
+        ranges, self._ranges = self._ranges, []
+        for piece in ranges:
+            piece.close()
 
     # ------------------------------------------------------------------------------------------
 
@@ -275,7 +284,7 @@ class BatonWorker:
                 )
             self._said_unchecked = True
             return True
-        if self._staging is not None:
+        if isinstance(self._staging, Staging):
             return True  # Compared before the blocks were copied to the device.
         first = read.first_token
         stretch = Stretch(

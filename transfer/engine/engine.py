@@ -156,6 +156,7 @@ class TransferEngine:
 
         Raises:
             ConfigurationError: the address cannot be listened on, or it was started before.
+            RegistrationError: memory of a device was registered that RDMA devices do not take.
             TransferCancelled: it is closed.
         """
         with self._closing:
@@ -198,7 +199,8 @@ class TransferEngine:
 
         Raises:
             RegistrationError: that is no range of memory, or that of a device and ``transports``
-                is not ``("rdma",)``.
+                is not ``("rdma",)`` or an RDMA device does not take it. The last is told by
+                :meth:`start` of memory that was registered before.
         """
         if dmabuf is not None and self._settings.transports != (RdmaTransport.scheme,):
             raise RegistrationError(

@@ -355,6 +355,9 @@ class Transport(ABC):
 
         Args:
             dmabuf: for memory of a device; its descriptor is open until :meth:`remove_memory`.
+
+        Raises:
+            RegistrationError: it is of a device, and another one does not take it.
         """
 
     def remove_memory(self, address: int, length: int) -> None:  # noqa: B027
@@ -366,6 +369,7 @@ class Transport(ABC):
 
         Raises:
             ConfigurationError: the configured address cannot be listened on.
+            RegistrationError: as for :meth:`add_memory`, for memory that was registered before.
             TransportUnavailable: this machine does not have what it takes.
         """
 

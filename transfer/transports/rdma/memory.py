@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from transfer.errors import Phase, RegistrationError
 from transfer.transports.rdma.device import Rail
 from transfer.transports.rdma.keys import KeyMap
 from transfer.transports.rdma.verbs import Registration, VerbsError
@@ -26,7 +27,8 @@ class RegisteredMemory:
     """What the engine registered, registered with every device as well. Thread-safe.
 
     A range that is registered twice is known to the devices once. One that a device does not take
-    is left out with a warning: reads of it go by another transport.
+    is left out with a warning: reads of it go by another transport. If it is memory of another
+    device, of which no other transport reads, that is an error.
     """
 
     def __init__(self) -> None:
@@ -50,7 +52,11 @@ class RegisteredMemory:
         return self._remote
 
     def open(self, rails: list[Rail]) -> None:
-        """Use these devices from now on, also for what was added before."""
+        """Use these devices from now on, also for what was added before.
+
+        Raises:
+            RegistrationError: one does not take another device's memory.
+        """
         with self._lock:
             self._rails = rails
             for (address, length), region in self._regions.items():
@@ -58,13 +64,19 @@ class RegisteredMemory:
             self._refresh()
 
     def add(self, address: int, length: int, dmabuf: DmaBuf | None = None) -> None:
-        """A range was registered with the engine; by its dma-buf, if it is a device's."""
+        """A range was registered with the engine; by its dma-buf, if it is a device's.
+
+        Raises:
+            RegistrationError: as for :meth:`open`.
+        """
         with self._lock:
-            region = self._regions.setdefault((address, length), _Region(dmabuf))
-            region.uses += 1
-            if region.uses == 1:
+            region = self._regions.get((address, length))
+            if region is None:
+                region = _Region(dmabuf)
                 self._register(address, length, region)
+                self._regions[address, length] = region
                 self._refresh()
+            region.uses += 1
 
     def remove(self, address: int, length: int) -> None:
         """It was unregistered: when this returns no device touches it any more."""
@@ -92,17 +104,21 @@ class RegisteredMemory:
                 made = rail.device.register(address, length, region.dmabuf)
                 region.registrations.append(made)
             except VerbsError as error:
+                self._deregister(region)
+                if region.dmabuf is not None:
+                    raise RegistrationError(
+                        f"{rail.device.name} does not take memory of other devices, and no other "
+                        f"transport can: it has to go through host memory ({error})",
+                        phase=Phase.REGISTER,
+                    ) from error
                 logger.warning(
-                    "%s does not take %d bytes of %s memory at %#x (%s%s): reads of them go by "
+                    "%s does not take %d bytes at %#x (%s; see `ulimit -l`): reads of them go by "
                     "another transport",
                     rail.device.name,
                     length,
-                    "host" if region.dmabuf is None else "device",
                     address,
                     error,
-                    "; see `ulimit -l`" if region.dmabuf is None else "",
                 )
-                self._deregister(region)
                 return
 
     def _deregister(self, region: _Region) -> None:

@@ -60,8 +60,14 @@ class RdmaTransport(Transport):
         rails = open_rails(self._settings.rdma_device, index)
         with self._lock:
             self._rails = rails
-        self._memory.open(rails)
-        return RdmaListener(rails, self._memory, self._close)
+        opened = False
+        try:
+            self._memory.open(rails)
+            opened = True
+            return RdmaListener(rails, self._memory, self._close)
+        finally:
+            if not opened:
+                self._close()
 
     def open_data(self, address: str, caller: Caller, control: ControlChannel) -> RdmaData:
         with self._lock:

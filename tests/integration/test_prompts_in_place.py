@@ -1,0 +1,198 @@
+"""Prompts from one KV cache into another where the model's work is waited for: real engines."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from tests.support.kv_pools import make_pool
+from tests.support.scheduler_requests import make_ticket, tokens
+from tests.support.staged_memory import BLOCK, MODEL
+from tests.support.transfer_engines import LAYOUT_HASH, Directory, make_engine
+from transfer.connector.in_place import InPlace
+from transfer.connector.metadata import NewOffer, NewRead
+from transfer.connector.offers import EndedOffer, PromptOffers
+from transfer.connector.reads import EndedRead, PromptReads
+from transfer.connector.stats import Outcome
+from transfer.types import PeerId
+
+NUM_BLOCKS = 16
+COUNT = 5
+
+
+@dataclass
+class HeldFence:
+    """The model is through with its work when the test says so."""
+
+    passed: threading.Event = field(default_factory=threading.Event)
+    waited: threading.Event = field(default_factory=threading.Event)
+
+    def synchronize(self) -> None:
+        self.waited.set()
+        if not self.passed.wait(20):
+            raise TimeoutError("the test never let the model go on")
+
+
+class HeldInPlace(InPlace):
+    """All its fences are ``held``."""
+
+    def __init__(self, engine_wake: object, name: str) -> None:
+        super().__init__(torch.device("cpu"), name, engine_wake)  # type: ignore[arg-type]
+        self.held = HeldFence()
+
+    def fence(self) -> HeldFence:  # type: ignore[override]  # a stand-in for a device's event
+        return self.held
+
+
+class Worker:
+    """A connector's worker side without vLLM, whose blocks stay where they are."""
+
+    def __init__(self, directory: Directory, name: str) -> None:
+        self.pool = make_pool(
+            MODEL, KVCacheLayout.LBNHC, num_blocks=NUM_BLOCKS, kernel_tokens=BLOCK
+        )
+        self.engine = make_engine(directory, name, layout=self.pool.layout.encode())
+        storage = self.pool.layers[0].untyped_storage()
+        self.engine.register(storage.data_ptr(), storage.nbytes())
+        self.way = HeldInPlace(self.engine.wake, name)
+        self.offers = PromptOffers(self.pool.layout, self.engine, None, self.way)
+        self.reads = PromptReads(
+            PeerId(name, 0), self.pool.layout, LAYOUT_HASH, self.engine, 20.0, self.way
+        )
+        self.engine.start()
+
+    def close(self) -> None:
+        self.way.held.passed.set()
+        self.engine.close()
+        self.way.close()
+
+
+@pytest.fixture
+def workers() -> Iterator[tuple[Worker, Worker]]:
+    directory = Directory()
+    owner, reader = Worker(directory, "owner"), Worker(directory, "reader")
+    owner.pool.write(range(1, 1 + COUNT), MODEL.values(COUNT * BLOCK))
+    yield owner, reader
+    reader.close()
+    owner.close()
+    assert not [thread for thread in threading.enumerate() if "baton-wait" in thread.name]
+
+
+TICKET = make_ticket(
+    tokens(COUNT * BLOCK - 3),
+    "1",
+    engine_id="owner",
+    incarnation="owner-1",
+    fence=1,
+    tp_size=1,
+    layout_hash=LAYOUT_HASH,
+    block_ids=tuple(range(1, 1 + COUNT)),
+)
+OFFER = NewOffer("prefill-1", TICKET, 20.0, TICKET.block_ids)
+TARGETS = tuple(range(NUM_BLOCKS - 1, NUM_BLOCKS - 1 - COUNT, -1))
+READ = NewRead(
+    request_id="decode-1",
+    ticket=TICKET,
+    local_block_ids=TARGETS,
+    targets=TARGETS,
+    first_token=0,
+    num_tokens=TICKET.num_tokens,
+)
+
+
+def ended_reads(worker: Worker) -> list[EndedRead]:
+    """As soon as there are some."""
+    for _ in range(5000):
+        if ended := worker.reads.take_ended():
+            return ended
+        worker.engine.wait_for_end(0.004)
+    return []
+
+
+def ended_offers(worker: Worker) -> list[EndedOffer]:
+    for _ in range(5000):
+        if ended := worker.offers.take_ended():
+            return ended
+        worker.engine.wait_for_end(0.004)
+    return []
+
+
+def arrived(owner: Worker, reader: Worker) -> bool:
+    sent = owner.pool.read(TICKET.block_ids, TICKET.num_tokens)
+    return torch.equal(reader.pool.read(TARGETS, TICKET.num_tokens), sent)
+
+
+def test_nothing_is_read_before_the_owners_model_has_written_it(
+    workers: tuple[Worker, Worker],
+) -> None:
+    owner, reader = workers
+    reader.way.held.passed.set()
+    owner.offers.start(OFFER)
+    reader.reads.start(READ)
+    assert owner.way.held.waited.wait(5)
+    threading.Event().wait(0.1)
+    assert reader.reads.take_ended() == []
+    assert not arrived(owner, reader)
+
+    owner.way.held.passed.set()
+
+    (ended,) = ended_reads(reader)
+    assert ended.outcome is Outcome.OK
+    assert arrived(owner, reader)
+    assert ended_offers(owner) == [EndedOffer("prefill-1", Outcome.RELEASED)]
+
+
+def test_nothing_is_written_before_the_readers_model_is_through(
+    workers: tuple[Worker, Worker],
+) -> None:
+    owner, reader = workers
+    before = reader.pool.read(TARGETS, TICKET.num_tokens).clone()
+    owner.way.held.passed.set()
+    owner.offers.start(OFFER)
+    reader.reads.start(READ)
+    assert reader.way.held.waited.wait(5)
+    threading.Event().wait(0.1)
+    assert reader.reads.take_ended() == []
+    assert torch.equal(reader.pool.read(TARGETS, TICKET.num_tokens), before)
+
+    reader.way.held.passed.set()
+
+    (ended,) = ended_reads(reader)
+    assert ended.outcome is Outcome.OK
+    assert arrived(owner, reader)
+
+
+def test_an_offer_can_be_given_up_while_it_waits(workers: tuple[Worker, Worker]) -> None:
+    owner, reader = workers
+    reader.way.held.passed.set()
+    owner.offers.start(OFFER)
+    assert owner.way.held.waited.wait(5)
+    assert owner.offers.abort([TICKET.handoff_id]) == 1
+    # Its blocks are not free before the model has written them.
+    assert owner.offers.take_ended() == []
+    reader.reads.start(READ)
+    (ended,) = ended_reads(reader)
+    assert ended.outcome is Outcome.REFUSED
+
+    owner.way.held.passed.set()
+
+    assert ended_offers(owner) == [EndedOffer("prefill-1", Outcome.ABORTED)]
+
+
+def test_a_read_that_waits_can_be_cancelled(workers: tuple[Worker, Worker]) -> None:
+    owner, reader = workers
+    owner.way.held.passed.set()
+    owner.offers.start(OFFER)
+    reader.reads.start(READ)
+    assert reader.way.held.waited.wait(5)
+    reader.reads.cancel("decode-1")
+    (ended,) = ended_reads(reader)
+    assert ended.outcome is Outcome.CANCELLED
+    reader.way.held.passed.set()
+    threading.Event().wait(0.05)
+    assert not arrived(owner, reader)
