@@ -54,7 +54,8 @@ class TransferSettings:
         tls_key: PEM file of the key to it, without a password.
         tls_server_name: name that owners' certificates must be for; empty means the host of the
             address by which they are reached.
-        socket_buffer_bytes: of every socket; 0 leaves it to the kernel, which tunes it.
+        socket_buffer_bytes: of every socket; 0 leaves it to the kernel, which tunes it, except for
+            connections from an IP address to itself, which take 256 KiB.
         tcp_congestion: congestion control of every socket, such as ``cubic``. Empty leaves it to
             the kernel, except for connections from an IP address to itself: those take ``reno``,
             as BBR's pacing, of no use within a host, halves what goes through there.

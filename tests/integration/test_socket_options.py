@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -80,11 +81,30 @@ def test_a_control_that_the_kernel_lacks_is_refused() -> None:
         SocketOptions.of(TransferSettings(tcp_congestion="nosuch"))
 
 
-def test_buffers_are_set_where_asked_for(within: Ends) -> None:
-    for sock in within:
-        before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+def buffers_of(sock: socket.socket) -> tuple[int, int]:
+    return (
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF),
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF),
+    )
+
+
+def test_between_addresses_buffers_are_the_kernels(between: Ends) -> None:
+    for sock in between:
+        before = buffers_of(sock)
         SocketOptions.of(TransferSettings()).apply(sock)
-        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == before
-        SocketOptions.of(TransferSettings(socket_buffer_bytes=65536)).apply(sock)
+        assert buffers_of(sock) == before
+
+
+def test_within_an_address_buffers_do_not_grow(within: Ends) -> None:
+    most = [int(Path(f"/proc/sys/net/core/{name}mem_max").read_text()) for name in ("w", "r")]
+    for sock in within:
+        SocketOptions.of(TransferSettings()).apply(sock)
         # The kernel takes twice what is asked for, socket(7).
-        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * 65536
+        assert buffers_of(sock) == tuple(2 * min(256 << 10, limit) for limit in most)
+
+
+@pytest.mark.parametrize("connection", ["within", "between"])
+def test_buffers_are_as_asked_for(connection: str, request: pytest.FixtureRequest) -> None:
+    for sock in request.getfixturevalue(connection):
+        SocketOptions.of(TransferSettings(socket_buffer_bytes=65536)).apply(sock)
+        assert buffers_of(sock) == (2 * 65536, 2 * 65536)
