@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from transfer.connector.offers import EndedOffer, PromptOffers
 from transfer.connector.reads import EndedRead, PromptReads
 from transfer.connector.stats import Outcome
 from transfer.types import PeerId
+
+Ended = TypeVar("Ended", EndedRead, EndedOffer)
 
 NUM_BLOCKS = 16
 COUNT = 5
@@ -41,8 +44,8 @@ class HeldFence:
 class HeldInPlace(InPlace):
     """All its fences are ``held``."""
 
-    def __init__(self, engine_wake: object, name: str) -> None:
-        super().__init__(torch.device("cpu"), name, engine_wake)  # type: ignore[arg-type]
+    def __init__(self, on_end: Callable[[], None], name: str) -> None:
+        super().__init__(torch.device("cpu"), name, on_end)
         self.held = HeldFence()
 
     def fence(self) -> HeldFence:  # type: ignore[override]  # a stand-in for a device's event
@@ -107,16 +110,17 @@ READ = NewRead(
 
 def ended_reads(worker: Worker) -> list[EndedRead]:
     """As soon as there are some."""
-    for _ in range(5000):
-        if ended := worker.reads.take_ended():
-            return ended
-        worker.engine.wait_for_end(0.004)
-    return []
+    return polled(worker, worker.reads.take_ended)
 
 
 def ended_offers(worker: Worker) -> list[EndedOffer]:
+    return polled(worker, worker.offers.take_ended)
+
+
+def polled(worker: Worker, take_ended: Callable[[], list[Ended]]) -> list[Ended]:
+    """As an idle engine does it."""
     for _ in range(5000):
-        if ended := worker.offers.take_ended():
+        if ended := take_ended():
             return ended
         worker.engine.wait_for_end(0.004)
     return []
