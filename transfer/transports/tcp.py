@@ -200,14 +200,14 @@ class TcpReadSession(ReadSession):
         helpers: list[threading.Thread] = []
         through = False
         try:
-            for stream in self.streams[1:]:
+            for number, stream in enumerate(self.streams[1:], 1):
                 helper = threading.Thread(
-                    target=self._drive, args=(stream,), name="baton-read", daemon=True
+                    target=self._drive, args=(number, stream), name="baton-read", daemon=True
                 )
                 helper.start()
                 helpers.append(helper)
             if self.streams:
-                self._drive(self.streams[0])
+                self._drive(0, self.streams[0])
             through = True
         finally:
             if not through:
@@ -220,9 +220,13 @@ class TcpReadSession(ReadSession):
         for stream in self.streams:
             stream.shutdown()
 
-    def _drive(self, stream: TcpStream) -> None:
+    def _drive(self, number: int, stream: TcpStream) -> None:
+        streams = len(self.streams)
         try:
-            with translated(Phase.READ, self._peer, self._credentials.handoff_id):
+            with (
+                translated(Phase.READ, self._peer, self._credentials.handoff_id),
+                stream.apart(number, streams, self._total_bytes // streams),
+            ):
                 self._transfer(stream)
         except TransferError as error:
             with self._lock:

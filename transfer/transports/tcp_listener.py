@@ -190,6 +190,8 @@ class _Conversation:
         self._others = others
         self._attachments: dict[str, Attachment] = {}
         self._stall_s = settings.stall_timeout_s
+        # Of our own reads: the peers of one deployment have the same settings.
+        self._streams = settings.streams_per_peer
         self._requests = MessageReader(stream, settings.stall_timeout_s)
 
     def run(self) -> None:
@@ -312,7 +314,8 @@ class _Conversation:
         try:
             faults.reach("owner.sending")
             head, rows = _with_header(request_id, spans)
-            whole = self._stream.send_spans(SpanCursor(rows), lambda: permit.valid)
+            with self._stream.beside_peer(self._streams, total_bytes(spans)):
+                whole = self._stream.send_spans(SpanCursor(rows), lambda: permit.valid)
             del head
         finally:
             self._service.end_read(permit)

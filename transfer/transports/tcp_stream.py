@@ -11,11 +11,12 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 
 from transfer.errors import DeadlineExceeded, PeerUnreachable, Phase, TlsRefused, TransferError
-from transfer.transports.socket_options import SocketOptions
+from transfer.transports import processors
+from transfer.transports.socket_options import SocketOptions, is_within_host
 from transfer.transports.span_cursor import SpanCursor
 
 AWAKE_S = 100e-6
@@ -47,6 +48,7 @@ class TcpStream:
         self.peer = peer
         sock.setblocking(True)
         options.apply(sock)
+        self._gains_by_sharing = is_within_host(sock)
 
     def __repr__(self) -> str:
         return f"<TcpStream {self.peer} {'closed' if self._closed else 'open'}>"
@@ -173,6 +175,18 @@ class TcpStream:
                 return False
             cursor.send(self._socket.fileno(), socket.MSG_NOSIGNAL)
         return True
+
+    def apart(self, number: int, streams: int, size_bytes: int) -> AbstractContextManager[None]:
+        """See :func:`transfer.transports.processors.apart`; without effect between hosts."""
+        if not self._gains_by_sharing:
+            return nullcontext()
+        return processors.apart(number, streams, size_bytes)
+
+    def beside_peer(self, streams: int, size_bytes: int) -> AbstractContextManager[None]:
+        """See :func:`transfer.transports.processors.beside_peer`; as :meth:`apart`."""
+        if not self._gains_by_sharing:
+            return nullcontext()
+        return processors.beside_peer(self._socket, streams, size_bytes)
 
     def shutdown(self) -> None:
         """End both directions: calls under way and later ones fail. Any thread; idempotent."""

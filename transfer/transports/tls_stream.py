@@ -29,6 +29,8 @@ class TlsStream(TcpStream):
 
     def __init__(self, sock: ssl.SSLSocket, peer: str, options: SocketOptions) -> None:
         super().__init__(sock, peer, options)
+        # Both ends have more to do than to copy, and better do it at the same time.
+        self._gains_by_sharing = False
         self._tls = sock
         self._secured = False
         self._send_s: float | None = None
