@@ -10,6 +10,7 @@ through a pipe, in a service by whatever carries its requests.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import secrets
@@ -68,7 +69,7 @@ def own(etcd: str) -> None:
         ticket = {
             "credentials": [offer.handoff_id, owner.incarnation, offer.fence, token, "reader"],
             "block_ids": block_ids,
-            "checksum": int(memory.reshape(-1, BLOCK_BYTES)[block_ids].sum()),
+            "digest": digest(memory.reshape(-1, BLOCK_BYTES)[block_ids]),
         }
         if not etcd:
             peer = {"engine_id": "owner", "role": "example", "addresses": owner.addresses[:1]}
@@ -101,8 +102,13 @@ def read(discovery: dict[str, Any], ticket: dict[str, Any]) -> None:
         handle.wait()
         if handle.error is not None:
             raise handle.error
-        arrived = int(memory.sum()) == ticket["checksum"]
-        print(f"reader: {handle.state.value}, {handle.bytes_moved} bytes, right: {arrived}")
+        right = digest(memory[: handle.bytes_moved]) == ticket["digest"]
+        print(f"reader: {handle.state.value}, {handle.bytes_moved} bytes, right: {right}")
+
+
+def digest(blocks: np.ndarray) -> str:
+    """Of all bytes in their order."""
+    return hashlib.sha256(blocks.tobytes()).hexdigest()
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def parse_address(text: str) -> Address:
         host = host[1:-1]
     elif ":" in host:
         raise _malformed(text)
-    if not (colon and host and host.isascii() and host.isprintable()) or set(host) & set("/@[] "):
+    if not colon or not is_host(host):
         raise _malformed(text)
     if not (port_text.isascii() and port_text.isdigit() and 1 <= len(port_text) <= 5):
         raise _malformed(text)
@@ -51,6 +51,16 @@ def parse_address(text: str) -> Address:
     if not 0 < port < 65536:
         raise _malformed(text)
     return Address(scheme, host, port)
+
+
+def is_host(text: str) -> bool:
+    """Whether ``text`` can be a host name or an IP address: one that can be looked up."""
+    if not text.isascii() or not text.isprintable() or set(text) & set("/@[] "):
+        return False
+    try:
+        return bool(text.encode("idna"))
+    except UnicodeError:  # an empty label, or one of more than 63 characters
+        return False
 
 
 def is_http_url(text: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from transfer.addressing import SCHEMES_BEST_FIRST, is_http_url
+from transfer.addressing import SCHEMES_BEST_FIRST, is_host, is_http_url
 from transfer.errors import ConfigurationError, Phase
 
 MAX_SLICE_BYTES = 1 << 30
@@ -89,7 +89,7 @@ class TransferSettings:
     host_staging_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.host, str) or not 0 < len(self.host) <= 255:
+        if not isinstance(self.host, str) or len(self.host) > 255 or not is_host(self.host):
             raise _wrong("host", self.host, "a host name or an IP address")
         _check_whole("port", self.port, 0, 65535)
         object.__setattr__(self, "transports", _checked_transports(self.transports))
@@ -128,6 +128,8 @@ class TransferSettings:
             raise _wrong(missing[0], "", "set too: tls_ca, tls_cert and tls_key go together")
         if self.tls_server_name and missing:
             raise _wrong("tls_server_name", self.tls_server_name, "empty without tls_ca")
+        if self.tls_server_name and not is_host(self.tls_server_name):
+            raise _wrong("tls_server_name", self.tls_server_name, "a host name or an IP address")
 
 
 def _checked_transports(value: object) -> str | tuple[str, ...]:

@@ -102,13 +102,21 @@ def test_nothing_is_kept_where_processors_are_free_or_bytes_few(
 def test_where_threads_may_not_be_moved_they_stay(
     two: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(_: int, processors: set[int]) -> None:
+    def refused(_: int, processors: list[int]) -> None:
         raise PermissionError(f"not to {processors}")
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "sched_setaffinity", refused)
         with processors.apart(0, 2, MANY_BYTES):
             assert os.sched_getaffinity(0) == set(two)
+
+
+def test_where_the_peer_is_unknown_a_thread_stays(two: list[int]) -> None:
+    """As on systems that do not tell; here since the socket is closed."""
+    gone = socket.socket()
+    gone.close()
+    with processors.beside_peer(gone, 2, MANY_BYTES):
+        assert os.sched_getaffinity(0) == set(two)
 
 
 def test_a_thread_is_free_again_after_an_error(two: list[int]) -> None:

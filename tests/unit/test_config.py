@@ -206,6 +206,8 @@ def test_engine_arguments_that_baton_sets_are_refused(section: str, name: str) -
 
 WRONG_TRANSFER: list[tuple[str, Any]] = [
     ("host", ""),
+    ("host", "a..b"),
+    ("host", "a\0b"),
     ("host", 5),
     ("port", -1),
     ("port", 65536),

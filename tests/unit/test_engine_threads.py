@@ -178,3 +178,33 @@ def test_timings_add_up() -> None:
     assert timings.connect_s >= 0.02
     assert timings.total_s == pytest.approx(timings.queued_s + timings.connect_s + timings.read_s)
     assert handle.timings == timings
+
+
+def no_more_threads(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_task_is_not_kept_that_no_thread_could_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers, done = Workers("work", 2), []
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_more_threads)
+        with pytest.raises(RuntimeError, match="new thread"):
+            workers.submit(lambda: done.append("lost"))
+    assert workers.quiet
+    assert not workers.alive
+    assert workers.submit(lambda: done.append("later"))
+    workers.shut()
+    workers.join()
+    assert done == ["later"]
+
+
+def test_tasks_wait_for_the_threads_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers, gate, done = Workers("work", 2), threading.Event(), []
+    workers.submit(lambda: done.append(gate.wait(5)))
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_more_threads)
+        assert workers.submit(lambda: done.append(True))
+    gate.set()
+    workers.shut()
+    workers.join()
+    assert done == [True, True]

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfer.errors import ConfigurationError, ProtocolError, RetryableError
+from transfer.errors import (
+    ConfigurationError,
+    ProtocolError,
+    RetryableError,
+    TransportUnavailable,
+)
 from transfer.spans import total_bytes
+from transfer.transports.rdma import verbs
 from transfer.transports.rdma.completion import Status, error_of
 from transfer.transports.rdma.device import (
     Wanted,
@@ -28,7 +36,8 @@ from transfer.transports.rdma.handshake import (
     encode_request,
 )
 from transfer.transports.rdma.keys import KeyMap, cut_at_keys
-from transfer.transports.rdma.verbs import GID_ROCE_V1, GID_ROCE_V2, Gid, Port
+from transfer.transports.rdma.queue_pair import needs_gid
+from transfer.transports.rdma.verbs import GID_IB, GID_ROCE_V1, GID_ROCE_V2, Gid, Port
 from transfer.types import ReadPlan, SpanArray
 
 REGIONS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), max_size=6)
@@ -207,6 +216,27 @@ def test_the_best_port() -> None:
     assert choose_port([down, poor, good], 2, -1) == (poor, TABLE[0])
     assert choose_port([down], 0, -1) is None
     assert choose_port([poor], 1, -1) is None
+
+
+def test_when_packets_carry_global_addresses() -> None:
+    gid = bytes.fromhex("fec0000000000001") + bytes(8)
+    near = End(0, False, 7, 0, lid=12, mtu=5, reads=16, gid=gid[:8] + b"\1" * 8)
+    far = replace(near, gid=bytes.fromhex("fec0000000000002") + b"\1" * 8)
+    infiniband, roce = replace(PORT, ethernet=False), PORT
+    own = Gid(0, GID_IB, gid)
+    assert not needs_gid(infiniband, own, near)
+    assert needs_gid(infiniband, own, far)
+    assert needs_gid(infiniband, own, replace(near, lid=0))
+    assert needs_gid(roce, own, near)
+
+
+def test_without_pyverbs_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyverbs", None)  # what Python takes for "not there"
+    monkeypatch.setattr(verbs, "_SYSTEM_PACKAGES", str(tmp_path))
+    with pytest.raises(TransportUnavailable, match=r"python3-pyverbs, or baton-serve\[rdma\]"):
+        verbs.load.__wrapped__()
 
 
 @pytest.mark.parametrize("status", [*Status, 250])

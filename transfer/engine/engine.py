@@ -222,7 +222,8 @@ class TransferEngine:
             whether one did within ``timeout_s``.
         """
         ended = self._ended.wait(timeout_s)
-        self._ended.clear()
+        if ended:  # one that comes right after the time is up is for the next call
+            self._ended.clear()
         return ended
 
     def wake(self) -> None:

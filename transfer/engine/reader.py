@@ -100,7 +100,11 @@ class PeerReader:
         with self._lock:
             self._handles[handle] = credentials.incarnation
         handle.when_final(self._forget)
-        return self._reads.submit(lambda: self._read(handle, credentials, planner, _nothing))
+        try:
+            return self._reads.submit(lambda: self._read(handle, credentials, planner, _nothing))
+        except RuntimeError as error:
+            handle.finish(TransportUnavailable(str(error), phase=Phase.CONNECT))
+            return True
 
     def admit(self, handle: TransferHandle, credentials: Credentials) -> bool:
         """Expect :meth:`run` with the same arguments; False when closed."""
@@ -135,7 +139,11 @@ class PeerReader:
 
     def notify(self, notice: Notice) -> bool:
         """Send a notice soon, again and again until it arrives or expires; False when closed."""
-        return self._notices.submit(lambda: self._deliver(notice))
+        try:
+            return self._notices.submit(lambda: self._deliver(notice))
+        except RuntimeError as error:
+            logger.warning("cannot tell %s: %s: %s", self._owner, notice.what, error)
+            return True
 
     @property
     def alive(self) -> bool:

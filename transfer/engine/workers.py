@@ -39,7 +39,11 @@ class Workers:
         return bool(self._threads)
 
     def submit(self, task: Callable[[], None]) -> bool:
-        """Run ``task`` soon; False when closed."""
+        """Run ``task`` soon; False when closed.
+
+        Raises:
+            RuntimeError: no thread is there and none can be started; the task is not kept.
+        """
         with self._wake:
             if self._closed:
                 return False
@@ -47,9 +51,12 @@ class Workers:
             if len(self._tasks) <= self._idle:
                 self._wake.notify()
             elif len(self._threads) < self._limit:
-                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._threads.add(thread)
-                thread.start()
+                try:
+                    self._start_one()
+                except RuntimeError:
+                    if not self._threads:
+                        self._tasks.pop()
+                        raise
         return True
 
     def shut(self) -> None:
@@ -64,6 +71,12 @@ class Workers:
             threads = list(self._threads)
         for thread in threads:
             thread.join()
+
+    def _start_one(self) -> None:
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        thread.start()
+        # It cannot end before: that takes the lock.
+        self._threads.add(thread)
 
     def _run(self) -> None:
         try:

@@ -32,37 +32,50 @@ def apart(number: int, streams: int, size_bytes: int) -> Iterator[None]:
         streams: of the read; without effect where there are more processors.
         size_bytes: that this thread may have to move; without effect if they are few.
     """
-    allowed = os.sched_getaffinity(0)
-    with _kept_to(sorted(allowed)[number % len(allowed)], allowed, streams, size_bytes):
+    allowed = _scarce(streams, size_bytes)
+    with _kept_to(allowed[number % len(allowed)] if allowed else -1, allowed):
         yield
 
 
 @contextmanager
 def beside_peer(sock: socket.socket, streams: int, size_bytes: int) -> Iterator[None]:
     """As :func:`apart`, where the other end of a connection within the host ran last.
-
-    Raises:
-        OSError: the connection is gone.
+    Without effect where the system does not say where that is.
     """
-    there = sock.getsockopt(socket.SOL_SOCKET, _SO_INCOMING_CPU)
-    with _kept_to(there, os.sched_getaffinity(0), streams, size_bytes):
+    allowed = _scarce(streams, size_bytes)
+    with _kept_to(_last_seen(sock) if allowed else -1, allowed):
         yield
+
+
+def _scarce(streams: int, size_bytes: int) -> list[int]:
+    """The processors that the thread may use; none where there are more than ``streams``."""
+    if size_bytes < _WORTH_BYTES:
+        return []
+    allowed = sorted(os.sched_getaffinity(0))
+    return allowed if 1 < len(allowed) <= streams else []
+
+
+def _last_seen(sock: socket.socket) -> int:
+    # Not every system that runs Linux programs has this option. A connection that is gone shows
+    # when it is used.
+    with suppress(OSError):
+        return sock.getsockopt(socket.SOL_SOCKET, _SO_INCOMING_CPU)
+    return -1
 
 
 @contextmanager
-def _kept_to(processor: int, allowed: set[int], streams: int, size_bytes: int) -> Iterator[None]:
-    scarce = 1 < len(allowed) <= streams
-    if not scarce or processor not in allowed or size_bytes < _WORTH_BYTES:
+def _kept_to(processor: int, allowed: list[int]) -> Iterator[None]:
+    if processor not in allowed:
         yield
         return
-    _may_run_on({processor})
     try:
+        _may_run_on([processor])
         yield
     finally:
         _may_run_on(allowed)
 
 
-def _may_run_on(processors: set[int]) -> None:
+def _may_run_on(processors: list[int]) -> None:
     # Forbidden, or all of them were taken from this process meanwhile: then the kernel has chosen.
     with suppress(OSError):
         os.sched_setaffinity(0, processors)

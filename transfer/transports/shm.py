@@ -20,7 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from transfer.errors import PeerUnreachable, Phase, TransferError, TransportUnavailable
+from transfer.errors import (
+    FatalError,
+    PeerUnreachable,
+    Phase,
+    TransferError,
+    TransportUnavailable,
+)
 from transfer.settings import TransferSettings
 from transfer.spans import (
     by_remote_address,
@@ -81,7 +87,11 @@ class ShmTransport(Transport):
         if owner.host != here:
             raise _unavailable("the owner is in another pid namespace", control)
         channel = ShmData(owner, control, self._settings)
-        channel.check_seal()
+        try:
+            channel.check_seal()
+        except PeerUnreachable as error:
+            # It has just answered, so it lives, in a clone of this machine that shares its boot id.
+            raise _unavailable(f"process {owner.pid} is not on this host", control) from error
         return channel
 
 
@@ -178,8 +188,9 @@ class ShmReadSession(ReadSession):
     ) -> None:
         self.read_id = read_id
         self._channel = channel
+        self._total_bytes = total_bytes(plan.local)
         threads = settings.streams_per_peer
-        even_share = -(-total_bytes(plan.local) // threads)
+        even_share = -(-self._total_bytes // threads)
         most_bytes = min(_MAX_SLICE_BYTES, settings.slice_bytes)
         slice_bytes = min(most_bytes, max(_MIN_SLICE_BYTES, even_share))
         self._slices = deque(slice_plan(plan, slice_bytes, process_memory.IOV_MAX))
@@ -201,7 +212,10 @@ class ShmReadSession(ReadSession):
                 helper = threading.Thread(
                     target=self._drive, args=(interrupt,), name="baton-copy", daemon=True
                 )
-                helper.start()
+                try:
+                    helper.start()
+                except RuntimeError:  # the system has no more: the others share its slices
+                    break
                 helpers.append(helper)
             self._drive(interrupt)
             through = True
@@ -213,6 +227,10 @@ class ShmReadSession(ReadSession):
         interrupt.check()
         if self._error is not None:
             raise self._error
+        if self._moved != self._total_bytes:
+            raise FatalError(
+                f"{self._moved} of {self._total_bytes} bytes were copied", phase=Phase.READ
+            )
 
     def close(self) -> None:
         pass  # holds nothing

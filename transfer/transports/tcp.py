@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 
-from transfer.errors import FatalError, PeerUnreachable, Phase, TransferError
+from transfer.errors import FatalError, HandoffNotReady, PeerUnreachable, Phase, TransferError
 from transfer.settings import TransferSettings
 from transfer.spans import slice_plan, total_bytes
 from transfer.transports import tcp_wire as wire
@@ -39,8 +39,10 @@ from transfer.transports.tls import TlsContexts
 from transfer.types import Credentials, PeerInfo, ReadPlan
 
 _PIPELINED_REQUESTS = 2
-# A request must fit the sockets' buffers: the owner does not take it in while it sends.
 _MAX_REQUEST_ROWS = 2048
+# What the smallest buffers of Linux hold, 4608 bytes.
+_MIN_REQUEST_ROWS = 64
+_BUFFER_BYTES_PER_ROW = 32
 _MIN_SLICE_BYTES = 1 << 20
 
 
@@ -105,7 +107,7 @@ class TcpData(DataChannel):
         size = total_bytes(plan.local)
         even_share = -(-size // (streams_wanted * 2))
         slice_bytes = min(self._settings.slice_bytes, max(_MIN_SLICE_BYTES, even_share))
-        slices = deque(slice_plan(plan, slice_bytes, _MAX_REQUEST_ROWS))
+        slices = deque(slice_plan(plan, slice_bytes, self._most_rows()))
         session = TcpReadSession(self, str(self._info.peer), credentials, slices)
         deadline = time.monotonic() + timeout_s
         try:
@@ -131,6 +133,13 @@ class TcpData(DataChannel):
                 self._idle.append(stream)
         if not kept:
             stream.close()
+
+    def _most_rows(self) -> int:
+        """Of a request that fits the sockets' buffers: the owner does not take it in while it
+        sends."""
+        if not (buffer_bytes := self._settings.socket_buffer_bytes):
+            return _MAX_REQUEST_ROWS
+        return max(_MIN_REQUEST_ROWS, min(_MAX_REQUEST_ROWS, buffer_bytes // _BUFFER_BYTES_PER_ROW))
 
     def _take(self, deadline: float) -> TcpStream:
         with self._lock:
@@ -167,6 +176,8 @@ class TcpReadSession(ReadSession):
         self._lock = threading.Lock()
         self._moved = 0
         self._error: TransferError | None = None
+        # Some stream is not between two answers, or shut down.
+        self._broken = False
         self._whole = True
 
     @property
@@ -179,6 +190,7 @@ class TcpReadSession(ReadSession):
             self._drive_all()
         interrupt.check()
         if self._error is not None:
+            self._whole = not self._broken
             raise self._error
         if self._moved != self._total_bytes:
             raise FatalError(
@@ -204,7 +216,10 @@ class TcpReadSession(ReadSession):
                 helper = threading.Thread(
                     target=self._drive, args=(number, stream), name="baton-read", daemon=True
                 )
-                helper.start()
+                try:
+                    helper.start()
+                except RuntimeError:  # the system has no more: the others share its slices
+                    break
                 helpers.append(helper)
             if self.streams:
                 self._drive(0, self.streams[0])
@@ -228,15 +243,22 @@ class TcpReadSession(ReadSession):
                 stream.apart(number, streams, self._total_bytes // streams),
             ):
                 self._transfer(stream)
+        except HandoffNotReady as error:
+            self._note(error)
         except TransferError as error:
-            with self._lock:
-                if self._error is None:
-                    self._error = error
+            self._broken = True
+            self._note(error)
             self._shut_down()
+
+    def _note(self, error: TransferError) -> None:
+        with self._lock:
+            if self._error is None:
+                self._error = error
 
     def _transfer(self, stream: TcpStream) -> None:
         asked: deque[tuple[int, SpanCursor]] = deque()
         request_ids = itertools.count(1)
+        not_ready: HandoffNotReady | None = None
         while True:
             while len(asked) < _PIPELINED_REQUESTS and (piece := self._next_slice()) is not None:
                 request_id = next(request_ids)
@@ -244,9 +266,16 @@ class TcpReadSession(ReadSession):
                 stream.send(wire.message(MessageType.READ, request_id, body))
                 asked.append((request_id, SpanCursor(piece.local)))
             if not asked:
-                return
+                break
             request_id, cursor = asked.popleft()
-            self._receive_slice(stream, request_id, cursor)
+            try:
+                self._receive_slice(stream, request_id, cursor)
+            except HandoffNotReady as error:
+                # The answers still due are taken in: readers come back soon, for the same streams.
+                not_ready = error
+                self._slices.clear()
+        if not_ready is not None:
+            raise not_ready
 
     def _next_slice(self) -> ReadPlan | None:
         try:

@@ -24,7 +24,7 @@ from transfer.errors import (
     TransferError,
     TransportUnavailable,
 )
-from transfer.settings import MAX_FETCH_BYTES, MAX_SLICE_BYTES, TransferSettings
+from transfer.settings import AUTO, MAX_FETCH_BYTES, MAX_SLICE_BYTES, TransferSettings
 from transfer.spans import total_bytes
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Attachment, Caller, Listener, OwnerService
@@ -137,22 +137,26 @@ class TcpListener(Listener):
         thread = threading.Thread(
             target=self._serve, args=(stream,), name=f"baton-serve-{stream.peer}", daemon=True
         )
+        limit, why_not = self._settings.max_connections, ""
         with self._lock:
             closed = self._closed
-            admitted = not closed and len(self._connections) < self._settings.max_connections
-            if admitted:
-                self._connections[stream] = thread
-                # Under the lock, so that close() finds only threads that can be joined.
-                thread.start()
+            if len(self._connections) >= limit:
+                why_not = f"the owner has its {limit} connections"
+            elif not closed:
+                try:
+                    # Under the lock, so that close() finds only threads that can be joined.
+                    thread.start()
+                    self._connections[stream] = thread
+                except RuntimeError as error:
+                    why_not = f"the owner: {error}"
         if closed:
             stream.close()
-        elif not admitted:
-            self._turn_away(stream)
+        elif why_not:
+            self._turn_away(stream, why_not)
 
-    def _turn_away(self, stream: TcpStream) -> None:
-        limit = self._settings.max_connections
-        logger.warning("connection from %s turned away: there are %s", stream.peer, limit)
-        busy = PeerUnreachable(f"the owner has its {limit} connections", phase=Phase.CONNECT)
+    def _turn_away(self, stream: TcpStream, why: str) -> None:
+        logger.warning("connection from %s turned away: %s", stream.peer, why)
+        busy = PeerUnreachable(why, phase=Phase.CONNECT)
         try:
             if stream.secured:
                 # Fits the socket's empty buffer and so does not block.
@@ -192,6 +196,8 @@ class _Conversation:
         self._stall_s = settings.stall_timeout_s
         # Of our own reads: the peers of one deployment have the same settings.
         self._streams = settings.streams_per_peer
+        self._serves_reads = settings.transports == AUTO or "tcp" in settings.transports
+        self._serves_fetches = settings.fetch_bytes > 0
         self._requests = MessageReader(stream, settings.stall_timeout_s)
 
     def run(self) -> None:
@@ -230,7 +236,9 @@ class _Conversation:
                 self._stream.send(wire.message(MessageType.ERROR, header.request_id, answer))
                 if isinstance(error, ProtocolError):
                     raise
-                logger.info("refused %s of %s: %s", header.type.name, caller.peer, error)
+                expected = isinstance(error, HandoffNotReady | TransportUnavailable)
+                level = logging.DEBUG if expected else logging.INFO
+                logger.log(level, "refused %s of %s: %s", header.type.name, caller.peer, error)
             answered_at = time.monotonic()
 
     def _first_message(self) -> tuple[Header, bytes | bytearray]:
@@ -246,10 +254,10 @@ class _Conversation:
 
     def _answer(self, caller: Caller, header: Header, body: bytes | bytearray) -> None:
         match header.type:
-            case MessageType.READ:
+            case MessageType.READ if self._serves_reads:
                 self._read(caller, header.request_id, body)
                 return
-            case MessageType.FETCH:
+            case MessageType.FETCH if self._serves_fetches:
                 credentials, spans = wire.decode_read(body)
                 fetched = self._fetch(caller, credentials, spans)
                 answer = wire.message(MessageType.FETCHED, header.request_id, fetched)
@@ -270,6 +278,10 @@ class _Conversation:
                 credentials, reason = wire.decode_abort(body)
                 self._service.abort_by_reader(credentials, reason)
                 answer = wire.message(MessageType.OK, header.request_id)
+            case MessageType.READ | MessageType.FETCH:
+                raise TransportUnavailable(
+                    "the owner's settings forbid it to be read this way", phase=Phase.READ
+                )
             case _:
                 raise ProtocolError(f"{header.type.name} is no request", phase=Phase.READ)
         self._stream.send(answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -277,3 +278,16 @@ def test_an_owner_that_answers_otherwise(
             assert handle.wait(20)
     assert type(handle.error) is error, handle.error
     assert not plain.local.bytes.any()
+
+
+def test_an_owner_that_answers_no_small_reads_is_read_by_the_transport(
+    case: TransferCase, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "transfer")
+    with engine_pair(settings=case.settings(fetch_bytes=0)) as pair:
+        eager = pair.engine("eager", settings=case.settings(fetch_bytes=FETCH_BYTES))
+        eager.register(pair.local.address, pair.local.bytes.nbytes)
+        with eager:
+            succeeds(pair.with_reader(eager, pair.local).read(pair.offer(), blocks(pair, 3)))
+            assert pair.local.block(3) == pair.remote.block(3)
+    assert "refused FETCH of eager/0" in caplog.text

@@ -8,9 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pytest
 
+from tests.support.fault_points import FaultPoints
 from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import (
     Buffer,
@@ -20,6 +23,7 @@ from tests.support.transfer_engines import (
     take_ended,
     wait_until,
 )
+from transfer import faults
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.engine.handoff import HandoffState
 from transfer.errors import TransferCancelled, TransferError
@@ -51,6 +55,28 @@ def test_many_reads_at_once(case: TransferCase) -> None:
 
         # The owner's side of a read may still be on its way back from sending.
         assert wait_until(all_ended)
+
+
+def test_a_read_that_gets_stuck_holds_up_no_other(
+    case: TransferCase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not until ``max_reads_per_peer`` are stuck."""
+    monkeypatch.setattr(faults, "_folder", tmp_path)
+    with engine_pair(64, settings=case.settings(max_reads_per_peer=2)) as pair:
+        point = FaultPoints(tmp_path).arm("reader.reading")
+        stuck = pair.read(pair.offer())
+        point.wait()
+        other = Buffer(64, fill=0)
+        pair.reader.register(other.address, other.bytes.nbytes)
+        for _ in range(3):
+            other.bytes.fill(0)
+            plan = ReadPlan(other.spans(range(64)), pair.remote.spans(range(64)))
+            succeeds(pair.read(pair.offer(), plan))
+            assert np.array_equal(other.bytes, pair.remote.bytes)
+        assert stuck.state is TransferState.READING
+        point.release()
+        succeeds(stuck)
+        assert pair.local_is_remote()
 
 
 def test_many_readers_of_one_owner(pair: Pair) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,8 +25,8 @@ from tests.support.transfer_engines import (
 from transfer.engine.handle import TransferState
 from transfer.errors import (
     ConfigurationError,
+    FatalError,
     HandoffRefused,
-    PeerUnreachable,
     Phase,
     TransportUnavailable,
 )
@@ -97,7 +98,7 @@ def test_same_host_is_used_by_itself(auto: Pair, caplog: pytest.LogCaptureFixtur
     [
         ({"host": Host("0", 1)}, "another host"),
         ({"pid": 1}, "is not the owner|forbids|not there"),
-        ({"pid": 4194304}, "is gone"),
+        ({"pid": 4194304}, "is not on this host"),
         ({"seal": bytes(16)}, "is not the owner"),
         ({"seal_address": 4096}, "not there"),
     ],
@@ -107,9 +108,34 @@ def test_an_owner_that_is_not_where_it_says_is_not_read(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, changed: dict[str, object], why: str
 ) -> None:
     change_address(pair, monkeypatch, **changed)
-    kind = PeerUnreachable if "gone" in why else TransportUnavailable
-    fails(pair.read(pair.offer()), kind, why)
+    fails(pair.read(pair.offer()), TransportUnavailable, why)
     assert not pair.local.bytes.any()
+
+
+def test_an_owner_in_a_clone_of_this_machine_is_read_over_tcp(
+    auto: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clones have the same boot id; what has this pid there has none here."""
+    change_address(auto, monkeypatch, pid=4194304)
+    for _ in range(2):
+        succeeds(auto.read(auto.offer()))
+    assert auto.local_is_remote()
+    (said,) = routes_said(caplog)
+    assert "go over tcp" in said
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_part_that_nobody_copied_is_never_taken_for_read(
+    case: TransferCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(pid: int, local: SpanArray, remote: SpanArray) -> int:
+        if threading.current_thread().name == "baton-copy":
+            raise MemoryError
+        return real_copy(pid, local, remote)
+
+    with engine_pair(2048, settings=case.settings(streams_per_peer=2)) as pair:
+        use(monkeypatch, copy)
+        fails(pair.read(pair.offer()), FatalError, "bytes were copied")
 
 
 def test_another_pid_namespace_is_another_host(
@@ -161,9 +187,14 @@ def test_shm_that_is_lost_fails_the_read_when_nothing_else_is_allowed(
     succeeds(pair.read(pair.offer()))
 
 
-def test_an_owner_that_dies_while_it_is_read(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_that_dies_while_it_is_read(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its control connection goes on here, so the second attempt gets further than it would."""
+    caplog.set_level(logging.INFO, "transfer")
     use(monkeypatch, refuse(errno.ESRCH, after=2))
-    fails(pair.read(pair.offer()), PeerUnreachable, "gone")
+    fails(pair.read(pair.offer()), TransportUnavailable, "is not on this host")
+    assert re.search(r"will try once more: .*process \d+ is gone", caplog.text)
 
 
 def test_copies_that_stop_short_go_on(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,6 +274,9 @@ def test_files_that_cannot_be_used(
     assert "PEM" in result[0]
 
 
+FILES = {"tls_ca": "a", "tls_cert": "b", "tls_key": "c"}
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [
@@ -281,6 +284,8 @@ def test_files_that_cannot_be_used(
         ({"tls_ca": "a", "tls_cert": "b"}, "tls_key"),
         ({"tls_key": "c"}, "tls_ca"),
         ({"tls_server_name": "x"}, "tls_server_name"),
+        ({**FILES, "tls_server_name": ".foo"}, "tls_server_name is '.foo'"),
+        ({**FILES, "tls_server_name": "a\0b"}, "tls_server_name is 'a"),
         ({"tls_ca": 5}, "tls_ca"),
         ({"tls_ca": None}, "tls_ca"),
     ],

@@ -13,7 +13,7 @@ from transfer.spans import concat, total_bytes
 from transfer.transports.rdma.device import Rail
 from transfer.transports.rdma.handshake import End
 from transfer.transports.rdma.keys import KeyMap
-from transfer.transports.rdma.verbs import CompletionQueue, QueuePair, Read, Route
+from transfer.transports.rdma.verbs import CompletionQueue, Gid, Port, QueuePair, Read, Route
 from transfer.types import ReadPlan, SpanArray
 
 MAX_READS = 16
@@ -64,15 +64,17 @@ class LocalEnd:
                 peer_psn=peer.psn,
                 own_psn=self._psn,
                 lid=peer.lid,
-                gid=peer.gid if self._needs_gid(peer) else None,
+                gid=peer.gid if needs_gid(self.rail.port, self.rail.gid, peer) else None,
                 gid_index=self.rail.gid.index,
                 reads=min(self._reads, peer.reads),
             )
         )
 
-    def _needs_gid(self, peer: End) -> bool:
-        """RoCE always; InfiniBand when the peer is in another subnet or has no local address."""
-        return self.rail.port.ethernet or not peer.lid or peer.gid[:8] != self.rail.gid.raw[:8]
+
+def needs_gid(port: Port, gid: Gid, peer: End) -> bool:
+    """Whether packets to ``peer`` carry global addresses: over RoCE always, over InfiniBand when it
+    is in another subnet or has no local address."""
+    return port.ethernet or not peer.lid or peer.gid[:8] != gid.raw[:8]
 
 
 @dataclass(frozen=True, slots=True)
