@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.transfer_cases import need_rdma_devices
 from tests.support.transfer_engines import Buffer, Directory, Pair, make_engine, succeeds
 from transfer.settings import TransferSettings
 from transfer.transports.rdma.owner import RdmaAttachment
@@ -17,10 +18,8 @@ NUM_BLOCKS, BLOCK_BYTES = 128, 65_536
 @pytest.fixture
 def devices() -> list[str]:
     """Two devices that reach each other."""
-    names = device_names()
-    if len(names) < 2:
-        pytest.skip("one RDMA device only")
-    return names[:2]
+    need_rdma_devices(2)
+    return device_names()[:2]
 
 
 def requests_served(device: str) -> int:

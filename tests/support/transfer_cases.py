@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 
 from transfer.settings import TransferSettings
 from transfer.transports.process_memory import read_process_memory
+from transfer.transports.rdma.verbs import device_names
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,23 @@ def rdma_case() -> TransferCase:
     """RDMA over the devices that ``RDMA_DEVICE`` names, or the best one."""
     device = os.environ.get("RDMA_DEVICE", "")
     return TransferCase("rdma", {"transports": ["rdma"], "rdma_device": device})
+
+
+def need_rdma_devices(count: int) -> None:
+    """Skips the test where there are fewer devices, or fails it where they were to be there."""
+    found = device_names()
+    machine, device = os.environ.get("RDMA_VM", ""), os.environ.get("RDMA_DEVICE", "")
+    promised = {"one": 1, "two": 2}.get(machine, 1 if device else 0)
+    if len(found) < promised:
+        pytest.fail(
+            f"RDMA_VM is {machine!r} and RDMA_DEVICE {device!r}, but the RDMA devices here are "
+            f"{found}"
+        )
+    if len(found) < count:
+        pytest.skip(
+            f"needs {count} RDMA devices, here are {len(found)}: make test-rdma runs it, in a "
+            "virtual machine that has them"
+        )
 
 
 def why_no_process_memory() -> str:

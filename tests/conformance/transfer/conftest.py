@@ -1,19 +1,22 @@
-"""Every test here leaves no descriptor and no thread behind, and runs over every transport."""
+"""Every test here runs over every transport and leaves nothing behind."""
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support.certificates import Authority, TlsFiles
-from tests.support.transfer_cases import TransferCase, rdma_case, why_no_process_memory
-from tests.support.transfer_engines import Pair, engine_pair, wait_until
-from transfer.transports.rdma.verbs import device_names
+from tests.support.leaks import nothing_left
+from tests.support.transfer_cases import (
+    TransferCase,
+    need_rdma_devices,
+    rdma_case,
+    why_no_process_memory,
+)
+from tests.support.transfer_engines import Pair, engine_pair
 
-CASES = ["tcp", "tcp+tls", "shm", *(["rdma"] if device_names() else [])]
+CASES = ["tcp", "tcp+tls", "shm", "rdma"]
 
 
 @pytest.fixture(scope="session")
@@ -42,16 +45,14 @@ def case(request: pytest.FixtureRequest) -> TransferCase:
     return TransferCase(request.param, {"transports": [scheme]})
 
 
-def _descriptors() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
-
-
 @pytest.fixture(autouse=True)
-def _no_leaks() -> Iterator[None]:
-    descriptors, threads = len(_descriptors()), set(threading.enumerate())
-    yield
-    assert wait_until(lambda: set(threading.enumerate()) <= threads), threading.enumerate()
-    assert wait_until(lambda: len(_descriptors()) <= descriptors), _descriptors()
+def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    callspec = getattr(request.node, "callspec", None)
+    rdma = callspec is not None and callspec.params.get("case") == "rdma"
+    if rdma:
+        need_rdma_devices(1)
+    with nothing_left(rdma=rdma):
+        yield
 
 
 @pytest.fixture
