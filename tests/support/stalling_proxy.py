@@ -24,6 +24,7 @@ class StallingProxy:
         self._left_bytes = limit_bytes
         self._wake = threading.Condition()
         self._stalled = True
+        self._holds_back = False
         self._closed = False
         self._threads: list[threading.Thread] = []
         self._sockets: list[socket.socket] = []
@@ -36,6 +37,17 @@ class StallingProxy:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether it has kept something from a client so far."""
+        return self._holds_back
+
+    def stall(self) -> None:
+        """Pass nothing more from now on until :meth:`resume`."""
+        with self._wake:
+            self._stalled = True
+            self._left_bytes = 0
 
     def resume(self) -> None:
         """Pass everything on from now on."""
@@ -101,6 +113,7 @@ class StallingProxy:
         with self._wake:
             allowed = min(len(data), self._left_bytes) if self._stalled else len(data)
             self._left_bytes -= allowed
+            self._holds_back = self._holds_back or allowed < len(data)
         sink.sendall(data[:allowed])
         if allowed < len(data):
             with self._wake:

@@ -10,9 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.stalling_lanes import StallingLanes
+from tests.support.stalling_memory import StallingMemory
+from tests.support.stalling_proxy import StallingProxy
 from transfer.settings import TransferSettings
 from transfer.transports.process_memory import read_process_memory
 from transfer.transports.rdma.verbs import device_names
+
+_STALLS: dict[str, type[StallingProxy]] = {"shm": StallingMemory, "rdma": StallingLanes}
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,14 @@ class TransferCase:
     def one_sided(self) -> bool:
         """Whether readers copy without the owner's help."""
         return self.name in ("shm", "rdma")
+
+    def stalled(self, owner_address: str, limit_bytes: int) -> StallingProxy:
+        """Makes this process's reads stop once ``limit_bytes`` have come, until it resumes.
+
+        Args:
+            owner_address: where the owner takes control messages; readers must use the stall's.
+        """
+        return _STALLS.get(self.name, StallingProxy)(owner_address, limit_bytes)
 
 
 def rdma_case() -> TransferCase:

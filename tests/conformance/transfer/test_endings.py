@@ -9,8 +9,6 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.stalling_lanes import StallingLanes
-from tests.support.stalling_memory import StallingMemory
 from tests.support.stalling_proxy import StallingProxy
 from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import (
@@ -39,8 +37,6 @@ from transfer.types import PeerId, PeerInfo, ReadPlan
 
 STALL_AT_BYTES = 3 << 20
 
-STALLS: dict[str, type[StallingProxy]] = {"shm": StallingMemory, "rdma": StallingLanes}
-
 
 @pytest.fixture
 def big_pair(case: TransferCase) -> Iterator[Pair]:
@@ -52,8 +48,7 @@ def big_pair(case: TransferCase) -> Iterator[Pair]:
 @pytest.fixture
 def stalled(big_pair: Pair, case: TransferCase) -> Iterator[StallingProxy]:
     """Reads of ``big_pair`` stop after 3 MiB until it resumes."""
-    make = STALLS.get(case.name, StallingProxy)
-    with make(big_pair.owner.addresses[0], STALL_AT_BYTES) as stall:
+    with case.stalled(big_pair.owner.addresses[0], STALL_AT_BYTES) as stall:
         big_pair.directory.move(big_pair.owner_id, stall.address)
         yield stall
 

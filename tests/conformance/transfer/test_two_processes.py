@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from tests.support.owner_process import OwnerReport, owner_process
-from tests.support.stalling_memory import StallingMemory
 from tests.support.stalling_proxy import StallingProxy
 from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import (
+    SLOWNESS,
     Buffer,
     Directory,
     fails,
@@ -27,11 +27,23 @@ from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.errors import DeadlineExceeded, HandoffRefused, PeerUnreachable
 from transfer.spans import block_spans
+from transfer.transports.rdma.transport import RdmaTransport
+from transfer.transports.shm import ShmData
+from transfer.transports.tcp import TcpData
 from transfer.types import ReadPlan
 
 NUM_BLOCKS = 256
 BLOCK_BYTES = 65_536
 STALL_AT_BYTES = 3 << 20
+BOUND_S = 2.0 * SLOWNESS
+
+WAY_FOR_BYTES: dict[str, tuple[type, str]] = {
+    "tcp": (TcpData, "open_read"),  # connects data streams
+    "tcp+tls": (TcpData, "open_read"),
+    "shm": (ShmData, "open_read"),  # asks whether the owner admits the read
+    "rdma": (RdmaTransport, "open_data"),  # exchanges queue pairs
+}
+"""What is left to do on the first read from an owner, once hands have been shaken."""
 
 
 class Reader:
@@ -62,11 +74,14 @@ class Reader:
     @contextmanager
     def stalled(self, report: OwnerReport) -> Iterator[StallingProxy]:
         """Reads from the owner stop after 3 MiB until it resumes."""
-        make = StallingMemory if self.case.one_sided else StallingProxy
-        with make(report.address, STALL_AT_BYTES) as stall:
-            self.directory.publish(report.record)
-            self.directory.move(report.record.peer, stall.address)
+        with self.case.stalled(report.address, STALL_AT_BYTES) as stall:
+            self.reach_over(stall, report)
             yield stall
+
+    def reach_over(self, stall: StallingProxy, report: OwnerReport) -> None:
+        """From now on the owner is known, and reached over ``stall``."""
+        self.directory.publish(report.record)
+        self.directory.move(report.record.peer, stall.address)
 
     def has_it_all(self) -> bool:
         """The owner fills its buffer from the same seed."""
@@ -81,7 +96,9 @@ def reader(case: TransferCase) -> Iterator[Reader]:
 
 
 def half_way(handle: TransferHandle) -> None:
+    """Called for reads that are stalled: it stays there."""
     assert wait_until(lambda: handle.bytes_moved > 1 << 20)
+    assert handle.state is TransferState.READING
 
 
 def test_bytes_cross_processes(reader: Reader) -> None:
@@ -103,7 +120,7 @@ def test_an_owner_that_is_killed_half_way(reader: Reader) -> None:
         begun = time.monotonic()
         stall.resume()
         fails(handle, PeerUnreachable)
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < BOUND_S
 
 
 @pytest.mark.parametrize("phase", list(TransferState)[1:4])
@@ -131,18 +148,55 @@ def test_an_owner_that_is_killed_in_any_phase(
         assert reader.has_it_all()
 
 
+@pytest.mark.parametrize("step", ["handshake", "way for the bytes"])
+def test_an_owner_that_is_killed_while_it_is_first_connected(
+    reader: Reader, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has got a request and its answer never comes: with TLS, that to the ClientHello."""
+    with (
+        reader.owner("one") as (process, report),
+        StallingProxy(report.address, 1 << 40) as stall,
+    ):
+        reader.reach_over(stall, report)
+        if step == "handshake":
+            stall.stall()
+        else:
+            target, method = WAY_FOR_BYTES[reader.case.name]
+            make_way = getattr(target, method)
+
+            def unanswered(*arguments: object) -> object:
+                stall.stall()
+                return make_way(*arguments)
+
+            monkeypatch.setattr(target, method, unanswered)
+        handle = reader.read(report, 0)
+        assert wait_until(lambda: stall.holds_back)
+        assert handle.state is TransferState.CONNECTING
+        process.kill()
+        process.wait()
+        begun = time.monotonic()
+        stall.cut()
+        fails(handle, PeerUnreachable)
+        assert time.monotonic() - begun < BOUND_S
+    monkeypatch.undo()
+    with reader.owner("two") as (_, report_anew):
+        reader.directory.publish(report_anew.record)
+        succeeds(reader.read(report_anew, 0))
+        assert reader.has_it_all()
+
+
 def test_an_owner_that_is_stopped_half_way(reader: Reader) -> None:
     with (
         reader.owner("one") as (process, report),
         reader.stalled(report) as stall,
     ):
-        handle = reader.read(report, 0, deadline_s=1.0)
+        handle = reader.read(report, 0, deadline_s=1.0 * SLOWNESS)
         half_way(handle)
         process.send_signal(signal.SIGSTOP)
         stall.resume()
         begun = time.monotonic()
         fails(handle, DeadlineExceeded)
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < BOUND_S
         process.send_signal(signal.SIGCONT)
         # Over shm the bytes were there and the release was sent: the owner takes it in now.
         succeeds(reader.read(report, 1 if reader.case.one_sided else 0))
