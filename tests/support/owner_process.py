@@ -11,15 +11,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from tests.support.reporting_process import report, reporting_process
 from tests.support.transfer_engines import LAYOUT_HASH, Buffer, Directory, make_engine
 from transfer.engine.handoff import Offer
 from transfer.settings import TransferSettings
 from transfer.types import Credentials, PeerId, WorkerRecord
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -54,19 +52,8 @@ def owner_process(
     """A running owner, with other transfer settings than the defaults; killed at the end."""
     arguments = [incarnation, str(num_blocks), str(block_bytes), str(offers)]
     arguments.append(json.dumps({"slice_bytes": 256 << 10, **(settings or {})}))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.owner_process", *arguments],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            assert process.stdout is not None
-            yield process, OwnerReport(**json.loads(process.stdout.readline()))
-        finally:
-            process.kill()
+    with reporting_process("tests.support.owner_process", *arguments) as (process, said):
+        yield process, OwnerReport(**said)
 
 
 def main() -> None:
@@ -84,17 +71,18 @@ def main() -> None:
         for number, handoff_id in enumerate(handoff_ids):
             grant = buffer.spans(range(buffer.num_blocks))
             engine.offer(Offer(handoff_id, number, "token", grant, 1, 60.0, buffer.num_blocks))
-        report = OwnerReport(
-            incarnation,
-            engine.addresses[0],
-            buffer.address,
-            buffer.num_blocks,
-            buffer.block_bytes,
-            handoff_ids,
+        report(
+            asdict(
+                OwnerReport(
+                    incarnation,
+                    engine.addresses[0],
+                    buffer.address,
+                    buffer.num_blocks,
+                    buffer.block_bytes,
+                    handoff_ids,
+                )
+            )
         )
-        sys.stdout.write(json.dumps(asdict(report)) + "\n")
-        sys.stdout.flush()
-        sys.stdin.read()
 
 
 if __name__ == "__main__":
