@@ -5,7 +5,7 @@
 * ``cases``: what is read; ``memory``: the pools it is read from and into.
 * ``systems``: one module per system; ``worker``: the process that an end of one runs in.
 * ``runner``: takes turns over the systems; ``host``: what else the machine did meanwhile.
-* ``results``, ``bars``, ``report``, ``plot``: what came out.
+* ``results``, ``bars``, ``tables``, ``report``, ``plot``: what came out.
 
 A system's ends run in an environment of their own that has little more than numpy, so ``cases``,
 ``memory``, ``worker`` and ``systems`` import nothing but that at their top.

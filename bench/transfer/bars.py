@@ -52,32 +52,41 @@ def judge(run: Run) -> list[Bar]:
     for block in BAR_BLOCKS:
         case = case_of(block, BAR_TOTAL)
         bars += [
-            _faster(run, case, TCP, MOONCAKE, 3.0),
-            _faster(run, case, TCP, NIXL_TCP, 5.0),
-            _faster(run, case, TCP, IPERF, 1.3),
-            _faster(run, case, SHM, NIXL, 1.3),
+            faster(run, case, TCP, MOONCAKE, 3.0),
+            faster(run, case, TCP, NIXL_TCP, 5.0),
+            faster(run, case, TCP, IPERF, 1.3),
+            faster(run, case, SHM, NIXL, 1.3),
         ]
         if block >= 64 * KIB:
-            bars.append(_faster(run, case, SHM, MEMCPY, 0.6))
+            bars.append(faster(run, case, SHM, MEMCPY, 0.6))
     for system in (TCP, SHM):
         bars += [_many(run, system), _quicker(run, system)]
     return [bar for bar in bars if bar is not None]
 
 
-def _faster(run: Run, case: Case, system: str, peers: Sequence[str], factor: float) -> Bar | None:
-    """GB/s of ``system`` against the first of ``peers`` that works."""
+def faster(
+    run: Run, case: Case, system: str, peers: Sequence[str], factor: float, digits: int = 2
+) -> Bar | None:
+    """GB/s of ``system`` against the first of ``peers`` that works; None if either did not run.
+
+    Args:
+        factor: how many times the peer's rate is wanted.
+        digits: decimals of ratio and rates.
+    """
     ours = run.outcome(case, system)
     peer, theirs = _first_that_works(run, case, peers)
     if ours is None or theirs is None:
         return None
-    what = f"{system}, {human_bytes(case.block_bytes)} blocks, 128 MiB"
+    size = human_bytes(case.total_bytes)
+    what = f"{system}, {human_bytes(case.block_bytes)} blocks, {size}"
     wanted = f"{factor:g} x {peer}"
     if not ours.works:
         return Bar(what, wanted, f"failed: {ours.failure}", Verdict.FAIL)
     if not theirs.works:
         return Bar(what, wanted, f"{peer} failed", Verdict.NO_FIGURE)
     ratio = ours.gb_per_s / theirs.gb_per_s
-    reached = f"{ratio:.2f} ({ours.gb_per_s:.2f} to {theirs.gb_per_s:.2f} GB/s)"
+    rates = f"{ours.gb_per_s:.{digits}f} to {theirs.gb_per_s:.{digits}f} GB/s"
+    reached = f"{ratio:.{digits}f} ({rates})"
     return Bar(what, wanted, reached, _verdict(ratio >= factor))
 
 

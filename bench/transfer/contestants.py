@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 from bench.transfer.cases import MIB, Case
 from bench.transfer.host import busy_seconds, cpu_seconds_of
+from bench.transfer.ports import free_port, wait_for_listener
 from bench.transfer.processes import Child, ChildFailed, die_with_parent
 from bench.transfer.results import Sample
 
@@ -90,6 +90,8 @@ class TwoProcesses(Contestant):
         needs: module or folder whose absence means that it is not installed.
         single: without an owner's process.
         counts: cases of fewer or more blocks are left to another configuration of the system.
+        pinned: a device holds the pages of the pools. New ones in their place would be none of its
+            business, so they stay from case to case.
     """
 
     name: str
@@ -102,6 +104,7 @@ class TwoProcesses(Contestant):
     streams_matter: bool = False
     single: bool = False
     counts: tuple[int, int] = (0, 1 << 62)
+    pinned: bool = False
     _children: dict[str, Child] = field(default_factory=dict)
     _case: Case | None = None
     _loaded: bool = False
@@ -154,8 +157,9 @@ class TwoProcesses(Contestant):
         )
 
     def unload(self) -> None:
-        for role in self._children:
-            self._ask(role, "drop")
+        if not self.pinned:
+            for role in self._children:
+                self._ask(role, "drop")
         self._loaded = False
 
     def pause(self) -> None:
@@ -327,9 +331,7 @@ class Iperf(Contestant):
 
     def _start(self) -> None:
         self.scratch.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         with (self.scratch / "iperf3.log").open("ab") as log:
             self._server = subprocess.Popen(
                 ["iperf3", "--server", "--bind", "127.0.0.1", "--port", str(self._port)],
@@ -337,13 +339,11 @@ class Iperf(Contestant):
                 stderr=log,
                 preexec_fn=die_with_parent,
             )
-        deadline = time.monotonic() + 5.0
-        # A connection would be taken for a client: ask the kernel instead.
-        while f":{self._port:04X} 00000000:0000 0A" not in Path("/proc/net/tcp").read_text():
-            if self._server.poll() is not None or time.monotonic() > deadline:
-                self.kill()
-                raise ChildFailed("the iperf3 server does not listen")
-            time.sleep(0.02)
+        try:
+            wait_for_listener(self._server, self._port, 5.0)
+        except ChildFailed:
+            self.kill()
+            raise
 
 
 def contestants(environments: Path, pool_bytes: int, scratch: Path) -> list[Contestant]:

@@ -80,6 +80,10 @@ class Outcome:
     def owner_cpu_s_per_gb(self) -> float:
         return statistics.median(1e9 * s.owner_cpu_s / s.cpu_bytes for s in self.samples)
 
+    @property
+    def others_cpu_s_per_gb(self) -> float:
+        return statistics.median(1e9 * s.others_cpu_s / s.cpu_bytes for s in self.samples)
+
 
 @dataclass
 class Run:

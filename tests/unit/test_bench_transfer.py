@@ -102,5 +102,15 @@ def test_the_report_shows_failures_with_their_reason() -> None:
     assert "| mooncake tcp | 2048 x 64 KiB, 2 streams | refused |" in text
 
 
+def test_a_case_that_a_system_skips_has_a_dash_and_a_reason() -> None:
+    run = run_of({TCP: 3.1, "iperf3": 2.0})
+    other = case_of(MIB, 128 * MIB)
+    run.cases = (*run.cases, other)
+    run.outcomes[other, TCP] = run.outcomes[SIXTY_FOUR, TCP]
+    text = report.render(run, plot="")
+    assert "| iperf3 | **2** (2 to 2) | - |" in text
+    assert "A dash is a case that a system does not run." in text
+
+
 def test_the_full_profile_has_all_of_the_quick_one() -> None:
     assert set(quick().cases) <= set(full().cases)

@@ -20,6 +20,7 @@ from transfer.settings import TransferSettings
 from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan, SpanArray, WorkerRecord
 
 TRANSPORT_VARIABLE = "BENCH_BATON_TRANSPORT"
+DEVICE_VARIABLE = "RDMA_DEVICE"
 _OWNER = PeerId("owner", 0)
 _INCARNATION = "bench"
 _LAYOUT_HASH = "bench"
@@ -40,6 +41,7 @@ def _engine(peer: PeerId, records: list[WorkerRecord], streams: int) -> Transfer
             transports=(os.environ[TRANSPORT_VARIABLE],),
             streams_per_peer=streams,
             read_deadline_s=_DEADLINE_S,
+            rdma_device=os.environ.get(DEVICE_VARIABLE, ""),
         ),
     )
 
