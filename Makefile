@@ -8,11 +8,12 @@
 #                make setup TORCH_INDEX=...
 #   CONFIG, PORT what `make serve` runs, and its HTTP port if not the configuration's
 #   PYTEST_ARGS  more arguments for pytest
-#   RDMA_DEVICE  an RDMA device of this machine for test-rdma; without one it makes a virtual machine
+#   RDMA_DEVICE  an RDMA device of this machine for test-rdma and bench-rdma; without one they make
+#                a virtual machine
 #   FUZZ_ARGS    options of libFuzzer for `make fuzz`; by default it ends after an hour
 #   SOAK_MINUTES how long `make soak` lasts; 30
-#   BENCH_ARGS   arguments for `make bench-transfer`: --quick is the bars' cases only, 3 minutes;
-#                --help lists them
+#   BENCH_ARGS   arguments for the bench targets: --rounds of each; for bench-transfer --quick, the
+#                bars' cases only, 2 minutes; --help lists them
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -35,10 +36,11 @@ STAMP := $(VENV)/.baton-setup
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 CODE := serve_app deployments transfer tests requirements bench
 
-.PHONY: help setup serve test chaos soak fuzz test-rdma bench-transfer check format model lock clean
+.PHONY: help setup serve test chaos soak fuzz test-rdma rdma-ready bench-transfer \
+  bench-rdma bench-interference check format model lock clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: $(STAMP) ## Make the virtual environment and install the pinned dependencies
 
@@ -88,13 +90,27 @@ $(FUZZ)/atheris.ok: Makefile | $(STAMP)
 RDMA_PACKAGES := qemu-system-x86 busybox-static kmod iproute2 ibverbs-providers ibverbs-utils \
   python3-pyverbs perftest
 
-test-rdma: $(STAMP) ## Test RDMA on this machine's device, or in a virtual machine with soft-RoCE
+# The beginning of a command that needs a device; the argument is RDMA_VM_LINK, should it be virtual.
+on_rdma = $(if $(RDMA_DEVICE),RDMA_DEVICE=$(RDMA_DEVICE),RDMA_VM_LINK=$(1) tests/rdma/run-in-vm.sh)
+
+rdma-ready: $(STAMP)
 	@dpkg -s $(RDMA_PACKAGES) >/dev/null 2>&1 || { $(SUDO) apt-get update -q && \
 	  $(SUDO) apt-get install -q -y --no-install-recommends $(RDMA_PACKAGES); }
 	@$(BIN)/python -m compileall -q transfer tests bench  # there it would take long
-	@$(if $(RDMA_DEVICE),RDMA_DEVICE=$(RDMA_DEVICE),RDMA_VM_LINK=two tests/rdma/run-in-vm.sh) \
+
+test-rdma: rdma-ready ## Test RDMA on this machine's device, or in a virtual machine with soft-RoCE
+	@$(call on_rdma,two) \
 	  $(BIN)/python -m pytest -p no:cacheprovider tests/rdma tests/conformance/transfer -k rdma \
 	  $(PYTEST_ARGS)
+
+# What is written in the virtual machine is gone with it: the report is written out here.
+bench-rdma: rdma-ready ## Measure RDMA beside perftest, on a device as test-rdma (3 minutes; see BENCH_ARGS)
+	@$(call on_rdma,one) $(BIN)/python -m bench.rdma.measure $(BENCH_ARGS) \
+	  | $(BIN)/python -m bench.rdma.report --out docs/benchmarks/rdma.md
+
+bench-interference: $(STAMP) ## Measure what reading costs a model in the same process (1 minute; see BENCH_ARGS)
+	PYTHONPATH=$(CURDIR) $(BIN)/python -m bench.interference --out docs/benchmarks/interference.md \
+	  $(BENCH_ARGS)
 
 # Peers of the transfer benchmark, each in an environment of its own.
 BENCH := .bench
@@ -102,7 +118,7 @@ MOONCAKE := mooncake-transfer-engine-non-cuda==0.3.13.post1
 NIXL := nixl==1.3.2 nixl-cu12==1.3.2
 PLOT := matplotlib==3.11.2
 
-bench-transfer: $(STAMP) $(BENCH)/mooncake.ok $(BENCH)/nixl.ok $(BENCH)/plot.ok ## Measure the transfer engine beside its peers (10 minutes; see BENCH_ARGS)
+bench-transfer: $(STAMP) $(BENCH)/mooncake.ok $(BENCH)/nixl.ok $(BENCH)/plot.ok ## Measure the transfer engine beside its peers (7 minutes; see BENCH_ARGS)
 	@command -v iperf3 >/dev/null \
 	  || { $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
 	       apt-get install -q -y iperf3; }

@@ -2,39 +2,59 @@
 
 A loop of matrix products on one thread, while 1 GB of 64 KiB blocks comes in from another process:
 read by the transfer engine in the loop's own process, and, for comparison, by one in a third
-process, which takes the same processors but not this interpreter's lock::
-
-    python -m bench.interference
+process, which takes the same processors but not this interpreter's lock. ``make
+bench-interference`` writes the report, in Markdown.
 """
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
-import os
-import platform
 import statistics
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from bench.transfer.host import Machine, load
+from bench.transfer.tables import load as load_text
+from bench.transfer.tables import table
 from transfer.discovery.static import StaticDiscovery
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handoff import Offer
 from transfer.settings import TransferSettings
 from transfer.spans import block_spans
-from transfer.types import Credentials, PeerId, ReadPlan, WorkerRecord
+from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan, WorkerRecord
 
 BLOCK_BYTES = 64 << 10
 BLOCKS = 2048
 READS = 8
-ROUNDS = 7
 ALONE_S = 1.0
 SIZE = 256
 OWNER = PeerId("owner", 0)
+SCHEMES = ("tcp", "shm")
+HERE, ELSEWHERE = "in the same process", "in another process"
+
+
+@dataclass
+class Slowdown:
+    """Of products while a reader reads; one entry per round.
+
+    Attributes:
+        reader: where it is.
+        factors: how many times as long a product took as alone, just before.
+        gb_per_s: what the reader got meanwhile.
+    """
+
+    scheme: str
+    reader: str
+    factors: list[float] = field(default_factory=list)
+    gb_per_s: list[float] = field(default_factory=list)
 
 
 def engine(
@@ -88,13 +108,17 @@ class Reader:
             block_spans(base, BLOCK_BYTES, BLOCK_BYTES, ids)
             for base, ids in ((self._pool.ctypes.data, range(BLOCKS)), (self._base, self._order))
         )
+        plan = ReadPlan(local=local, remote=remote)
+
+        def always(_: PeerInfo) -> ReadPlan:
+            return plan
+
         handles = []
         for _ in range(READS):
             handoff_id = uuid.uuid4().hex
             self._pipe.send(handoff_id)
             proof = Credentials(handoff_id, "owner", self._pipe.recv(), "token", "reader")
-            plan = ReadPlan(local=local, remote=remote)
-            handles.append(self._engine.submit_read(OWNER, proof, lambda _, plan=plan: plan, 60.0))
+            handles.append(self._engine.submit_read(OWNER, proof, always, 60.0))
 
         def over() -> bool:
             for handle in handles:
@@ -138,8 +162,8 @@ def alone() -> float:
     return products(lambda: time.monotonic() >= until)[0]
 
 
-def measure(scheme: str) -> None:
-    """Prints one row for the reader in this process and one for that in another."""
+def measure(scheme: str, rounds: int) -> list[Slowdown]:
+    """With the reader in this process and in another one, by turns."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     owner = context.Process(target=own, args=(scheme, theirs), daemon=True)
@@ -154,42 +178,82 @@ def measure(scheme: str) -> None:
     there.start()
     here = Reader(scheme, ours)
     there_ours.recv()
-    slower: dict[str, list[float]] = {"in the same process": [], "in another process": []}
-    rates: dict[str, list[float]] = {name: [] for name in slower}
-    for _ in range(ROUNDS):
-        base = alone()
-        each, spent = products(here.start())
-        slower["in the same process"].append(each / base)
-        rates["in the same process"].append(READS * BLOCKS * BLOCK_BYTES / spent / 1e9)
-        base = alone()
+
+    def start_elsewhere() -> Callable[[], bool]:
         there_ours.send("go")
         there_ours.recv()
-        each, spent = products(there_ours.poll)
-        there_ours.recv()
-        slower["in another process"].append(each / base)
-        rates["in another process"].append(READS * BLOCKS * BLOCK_BYTES / spent / 1e9)
-    for name, factors in slower.items():
-        print(
-            f"| {scheme} | {name} | {statistics.median(factors):.2f} | "
-            f"{min(factors):.2f} to {max(factors):.2f} | {statistics.median(rates[name]):.2f} |"
-        )
+        return there_ours.poll
+
+    begin = {HERE: here.start, ELSEWHERE: start_elsewhere}
+    slower = [Slowdown(scheme, reader) for reader in begin]
+    for number in range(rounds):
+        # Every round begins with the other one.
+        for one in slower if number % 2 == 0 else slower[::-1]:
+            base = alone()
+            each, spent = products(begin[one.reader]())
+            if one.reader == ELSEWHERE:
+                there_ours.recv()
+            one.factors.append(each / base)
+            one.gb_per_s.append(READS * BLOCKS * BLOCK_BYTES / spent / 1e9)
     here.close()
     there_ours.send("")
     for process in (there, owner, other_owner):
         process.join()
+    return slower
+
+
+def render(
+    slower: Sequence[Slowdown],
+    machine: Machine,
+    load_before: tuple[float, float, float],
+    load_after: tuple[float, float, float],
+) -> str:
+    """The report in Markdown."""
+    rows = [
+        [
+            one.scheme,
+            one.reader,
+            f"**{statistics.median(one.factors):.2f}**",
+            f"{min(one.factors):.2f} to {max(one.factors):.2f}",
+            f"{statistics.median(one.gb_per_s):.2f}",
+        ]
+        for one in slower
+    ]
+    size = f"{READS * BLOCKS * BLOCK_BYTES / 1e9:.2f} GB"
+    parts = [
+        "# What reading costs a model in the same process",
+        (
+            f"`make bench-interference`, medians of {len(slower[0].factors)} interleaved rounds. "
+            f"{machine.processor}, {machine.cores} cores, Linux {machine.kernel}, Python "
+            f"{machine.python}, torch {torch.__version__}. Load of the machine: "
+            f"{load_text(load_before)} before, {load_text(load_after)} after."
+        ),
+        (
+            f"One thread multiplies matrices of {SIZE} x {SIZE}, first alone for {ALONE_S:g} s, "
+            f"then while {size} in blocks of {BLOCK_BYTES >> 10} KiB comes from another process. "
+            "The engine that reads is in the process of the products, or, for comparison, in a "
+            "third one, which takes the same processors and memory but not this interpreter's lock."
+        ),
+        table(["transport", "reader", "a product takes times as long", "range", "GB/s"], rows),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.interference", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="Markdown file")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds must be 1 or more")
     torch.set_num_threads(1)
-    load = " ".join(f"{value:.2f}" for value in os.getloadavg())
-    print(
-        f"{platform.machine()}, {os.cpu_count()} processors, load before {load}; medians of "
-        f"{ROUNDS} rounds\n"
-    )
-    print("| transport | reader | a product takes times as long | range | GB/s |")
-    print("| --- | --- | --- | --- | --- |")
-    for scheme in ("tcp", "shm"):
-        measure(scheme)
+    before = load()
+    slower = [one for scheme in SCHEMES for one in measure(scheme, options.rounds)]
+    report = render(slower, Machine.here(), before, load())
+    print(report)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(report)
 
 
 if __name__ == "__main__":

@@ -67,10 +67,11 @@ def run(rounds: int, folder: Path) -> str:
         idle = idle_shares(app.process.pid, IDLE_S)
         with plain:
             plain.wait()
-            psutil.Process(plain.process.pid).cpu_affinity([os.cpu_count() - 1])
+            last_cpu = (os.cpu_count() or 1) - 1
+            psutil.Process(plain.process.pid).cpu_affinity([last_cpu])
             for child in psutil.Process(plain.process.pid).children(recursive=True):
                 for thread in child.threads():
-                    os.sched_setaffinity(thread.id, [os.cpu_count() - 1])
+                    os.sched_setaffinity(thread.id, [last_cpu])
             servers = {"baton": app.port, "plain": plain.port}
             names = {"baton": MODEL, "plain": "tiny"}
             for server, port in servers.items():
