@@ -100,6 +100,15 @@ def test_a_way_that_is_lost_is_left_once() -> None:
         found.lose(second, unavailable("too"))
 
 
+def test_the_last_way_may_be_lost_again_and_again() -> None:
+    found = routes([], Way("shm"), Way("tcp"))
+    found.lose(found.channel, unavailable("memory is gone"))
+    for number in range(3):
+        with pytest.raises(TransportUnavailable) as raised:
+            found.lose(found.channel, unavailable(f"read {number}"))
+        assert raised.value.message == f"no way to read from it: memory is gone; read {number}"
+
+
 def test_no_way_at_all() -> None:
     with pytest.raises(TransportUnavailable, match="other host"):
         routes([], Way("shm", "other host"))

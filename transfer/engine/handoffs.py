@@ -34,6 +34,14 @@ REMEMBERED_ENDS = 4096
 MAX_ONE_SIDED_READS = 1024
 """One-sided reads that one hand-off admits, those that were broken off and begun anew included."""
 
+MAX_SHARE = 256
+"""Ranks of one reader's engine that read from one owner. Their shares are added up exactly, which
+takes the more time the more different ones there are."""
+
+MAX_NAMES_PER_READER = 1024
+"""Names that read or release one hand-off, for each reader it is offered to: all ranks', and those
+of requests that were tried again elsewhere."""
+
 
 class HandoffTable:
     """All hand-offs of one owner. Thread-safe.
@@ -204,6 +212,7 @@ class HandoffTable:
                 raise self._is_over(handoff, Phase.CONFIRM)
             if read_id and handoff.one_sided.get(read_id) != credentials.reader:
                 raise _refused("that read never began", credentials.handoff_id, Phase.CONFIRM)
+            self._check_name(handoff, credentials, Phase.CONFIRM)
             self._count_off(handoff, credentials, used=used, read_id=read_id)
 
     def renew(self, credentials: Credentials) -> None:
@@ -330,6 +339,7 @@ class HandoffTable:
             raise HandoffNotReady(
                 "its bytes are not there yet", phase=Phase.READ, handoff_id=credentials.handoff_id
             )
+        self._check_name(handoff, credentials, Phase.READ)
         handoff.reading[credentials.reader] = caller
         handoff.state = HandoffState.READING
         self._extend(handoff)
@@ -358,6 +368,12 @@ class HandoffTable:
             raise _refused("wrong token", credentials.handoff_id, phase)
         if credentials.fence != handoff.offer.fence:
             raise _refused("wrong fence", credentials.handoff_id, phase)
+        if not 0 < credentials.share <= MAX_SHARE:
+            raise _refused(
+                f"a share of {credentials.share} is not from 1 to {MAX_SHARE}",
+                credentials.handoff_id,
+                phase,
+            )
         return handoff
 
     def _admitted(self, credentials: Credentials, phase: Phase) -> Handoff:
@@ -365,6 +381,15 @@ class HandoffTable:
         if not handoff.live:
             raise self._is_over(handoff, phase)
         return handoff
+
+    @staticmethod
+    def _check_name(handoff: Handoff, credentials: Credentials, phase: Phase) -> None:
+        """See that there are not too many readers, if this one is new."""
+        if credentials.reader in handoff.reading or credentials.reader in handoff.released:
+            return
+        names = len(handoff.reading) + len(handoff.released)
+        if names >= handoff.offer.readers * MAX_NAMES_PER_READER:
+            raise _refused("too many names of readers", credentials.handoff_id, phase)
 
     def _extend(self, handoff: Handoff) -> None:
         handoff.deadline_s = max(handoff.deadline_s, self._clock() + handoff.offer.ttl_s)

@@ -296,9 +296,9 @@ class _Read:
         handle = self._handle
         with self._links.use(self._credentials.incarnation, handle.deadline) as link:
             plan = self._plan = self._plan or self._checked_plan(link.info)
-            if self._is_small(plan) and self._fetched(link, plan):
-                return
             if not self._all_read:
+                if self._is_small(plan) and self._fetched(link, plan):
+                    return
                 self._read(link, plan)
             handle.advance(TransferState.CONFIRMING)
             faults.reach("reader.confirming", self._handle.owner.engine_id)

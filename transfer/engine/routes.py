@@ -37,7 +37,8 @@ class DataRoutes:
         self._control = control
         self._announce = announce
         self._lock = threading.Lock()
-        self._reasons: list[str] = []
+        # Why routes do not do, one reason each: the last one is kept, and every read may lose it.
+        self._reasons: dict[tuple[Transport, str], str] = {}
         self._closed = False
         self._channel = self._open_next()
 
@@ -61,7 +62,7 @@ class DataRoutes:
         with self._lock:
             if channel is not self._channel:
                 return
-            self._reasons.append(error.message)
+            self._reasons[self._route] = error.message
             self._channel = self._open_next()
             channel.close()
             if self._closed:
@@ -75,12 +76,13 @@ class DataRoutes:
 
     def _open_next(self) -> DataChannel:
         while self._left:
-            transport, address = self._left.popleft()
+            route = transport, address = self._left.popleft()
             try:
                 channel = transport.open_data(address, self._caller, self._control)
             except TransportUnavailable as error:
-                self._reasons.append(error.message)
+                self._reasons[route] = error.message
                 continue
+            self._route = route
             self._announce(f"{transport.scheme}: {self._why()}")
             return channel
         raise TransportUnavailable(
@@ -91,7 +93,7 @@ class DataRoutes:
 
     def _why(self) -> str:
         if self._reasons:
-            return "; ".join(self._reasons)
+            return "; ".join(self._reasons.values())
         if len(self._schemes) == 1:
             return "the only one that both ends allow"
         return f"the best of {', '.join(self._schemes)}"

@@ -27,20 +27,23 @@ from tests.support.transfer_engines import (
 from transfer.addressing import parse_address
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.engine.handoff import HandoffState
+from transfer.engine.owner import Owner
 from transfer.errors import (
     DeadlineExceeded,
     FatalError,
     HandoffRefused,
     PeerUnreachable,
+    Phase,
     ProtocolError,
     RegistrationError,
     TransferCancelled,
+    TransportUnavailable,
 )
 from transfer.settings import MAX_FETCH_BYTES
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import MAX_FETCH_ROWS, Caller
 from transfer.transports.tcp_wire import MessageType
-from transfer.types import PeerId, PeerInfo, ReadPlan, SpanArray
+from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan, SpanArray
 
 FETCH_BYTES = 16 << 10
 
@@ -186,6 +189,34 @@ def test_closing_waits_for_reads_of_other_threads(case: TransferCase) -> None:
         assert not pair.local.bytes.any()
         with pytest.raises(TransferCancelled):
             pair.reader.read(pair.owner_id, pair.offer(), _planned(blocks(pair, 0)), 1.0)
+
+
+def test_what_the_owner_cannot_copy_is_confirmed_twice_if_the_first_answer_is_lost(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_copied(*_: object) -> bytes:
+        raise TransportUnavailable("memory of a device", phase=Phase.READ)
+
+    released: list[str] = []
+    release = Owner.release
+
+    with StallingProxy(pair.owner.addresses[0], limit_bytes=0) as proxy:
+
+        def release_and_cut(self: Owner, proof: Credentials, *, used: bool, read_id: str) -> None:
+            release(self, proof, used=used, read_id=read_id)
+            released.append(read_id)
+            if len(released) == 1:
+                proxy.cut()
+
+        proxy.resume()
+        monkeypatch.setattr(Owner, "_copied", not_copied)
+        monkeypatch.setattr(Owner, "release", release_and_cut)
+        pair.directory.move(pair.owner_id, proxy.address)
+        handle = pair.read(pair.offer(), blocks(pair, 3))
+        succeeds(handle)
+    assert pair.local.block(3) == pair.remote.block(3)
+    assert handle.bytes_moved == 4096
+    assert released == [released[0]] * 2
 
 
 def _planned(plan: ReadPlan) -> Callable[[PeerInfo], ReadPlan]:
