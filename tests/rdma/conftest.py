@@ -5,6 +5,8 @@ Nothing here may import torch or vLLM: that takes a minute in the emulated machi
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +15,8 @@ from tests.support.leaks import nothing_left
 from tests.support.rdma_ends import Ends
 from tests.support.transfer_cases import TransferCase, need_rdma_devices, rdma_case
 from tests.support.transfer_engines import Pair, engine_pair
+from transfer.settings import TransferSettings
+from transfer.transports.rdma.owner import RdmaAttachment
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +44,29 @@ def ends() -> Iterator[Ends]:
     """Queue pairs between two registered buffers, without engines."""
     with Ends() as made:
         yield made
+
+
+@pytest.fixture
+def attachments(monkeypatch: pytest.MonkeyPatch) -> list[RdmaAttachment]:
+    """What owners keep for readers, in the order in which it was made."""
+    made: list[RdmaAttachment] = []
+    make = RdmaAttachment.__init__
+
+    def remember(self: RdmaAttachment, *args: object) -> None:
+        make(self, *args)  # type: ignore[arg-type]
+        made.append(self)
+
+    monkeypatch.setattr(RdmaAttachment, "__init__", remember)
+    return made
+
+
+@pytest.fixture
+def either(caplog: pytest.LogCaptureFixture) -> Iterator[Pair]:
+    """A pair that may also use TCP, and says so in ``caplog``."""
+    caplog.set_level(logging.INFO, "transfer")
+    with engine_pair(
+        settings=TransferSettings(
+            transports=("rdma", "tcp"), rdma_device=os.environ.get("RDMA_DEVICE", ""), fetch_bytes=0
+        )
+    ) as pair:
+        yield pair

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
@@ -34,32 +30,6 @@ from transfer.spans import block_spans
 from transfer.transports.rdma.owner import RdmaAttachment
 from transfer.transports.rdma.verbs import OpenDevice, Registration, VerbsError
 from transfer.types import ReadPlan
-
-DEVICE = os.environ.get("RDMA_DEVICE", "")
-
-
-@pytest.fixture
-def attachments(monkeypatch: pytest.MonkeyPatch) -> list[RdmaAttachment]:
-    """What owners keep for readers, in the order in which it was made."""
-    made: list[RdmaAttachment] = []
-    make = RdmaAttachment.__init__
-
-    def remember(self: RdmaAttachment, *args: object) -> None:
-        make(self, *args)  # type: ignore[arg-type]
-        made.append(self)
-
-    monkeypatch.setattr(RdmaAttachment, "__init__", remember)
-    return made
-
-
-@pytest.fixture
-def either(caplog: pytest.LogCaptureFixture) -> Iterator[Pair]:
-    """A pair that may also use TCP, and says so in ``caplog``."""
-    caplog.set_level(logging.INFO, "transfer")
-    with engine_pair(
-        settings=TransferSettings(transports=("rdma", "tcp"), rdma_device=DEVICE, fetch_bytes=0)
-    ) as pair:
-        yield pair
 
 
 def routes_said(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 from tests.support.transfer_cases import need_rdma_devices
 from tests.support.transfer_engines import Buffer, Directory, Pair, make_engine, succeeds
 from transfer.settings import TransferSettings
+from transfer.transports.rdma.device import Rail, close_rails, open_rails
 from transfer.transports.rdma.owner import RdmaAttachment
 from transfer.transports.rdma.verbs import device_names
 
@@ -20,6 +21,41 @@ def devices() -> list[str]:
     """Two devices that reach each other."""
     need_rdma_devices(2)
     return device_names()[:2]
+
+
+def make_next_numbers_equal(devices: list[str]) -> None:
+    """Each device numbers its queue pairs by itself, one after the other."""
+    rails = open_rails(",".join(devices), -1)
+
+    def number(rail: Rail) -> int:
+        completions = rail.device.completion_queue(1, events=False)
+        pair = rail.device.queue_pair(completions, 1)
+        pair.close()
+        completions.close()
+        return pair.number
+
+    found = {number(rail): rail for rail in rails}
+    behind = found[min(found)]
+    while len(found) > 1 and number(behind) < max(found):
+        pass
+    close_rails(rails)
+
+
+def test_owners_keep_the_queue_pairs_of_both(
+    devices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_next_numbers_equal(devices)
+    kept: list[int] = []
+    exchange = RdmaAttachment.exchange
+
+    def count(self: RdmaAttachment, request: bytes) -> bytes:
+        answer = exchange(self, request)
+        kept.append(len(self._ends))
+        return answer
+
+    monkeypatch.setattr(RdmaAttachment, "exchange", count)
+    read_over(",".join(devices), ",".join(devices))
+    assert kept == [2]
 
 
 def requests_served(device: str) -> int:

@@ -56,7 +56,8 @@ class Ends:
         lane = Lane(self.rails[0], 0)
         self.lanes.append(lane)
         answer = self.attachment.exchange(encode_request([lane.describe(0)], ()))
-        lane.connect(decode_answer(answer, 1)[0])
+        lane.pair_with(decode_answer(answer, 1)[0])
+        lane.connect()
         return lane
 
     def plan(self, blocks: range = range(NUM_BLOCKS)) -> ReadPlan:

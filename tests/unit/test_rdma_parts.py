@@ -165,7 +165,15 @@ def test_ends_round_trip() -> None:
         decode_answer(encode_answer(ends), 1)
 
 
-@pytest.mark.parametrize("wrong", [{"number": 1 << 24}, {"mtu": 0}, {"mtu": 6}, {"reads": 0}])
+def test_pairs_of_two_devices_have_two_names() -> None:
+    names = {replace(END, rail=rail, number=17).name for rail in range(3)}
+    assert len(names) == 3
+    assert decode_request(encode_request([], sorted(names))) == ([], sorted(names))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rail": 256}, {"number": 1 << 24}, {"mtu": 0}, {"mtu": 6}, {"reads": 0}]
+)
 def test_ends_out_of_range_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ProtocolError, match="range"):
         decode_request(encode_request([replace(END, **wrong)], ()))  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 Pure: bytes in, values or ``ProtocolError`` out. A request names the pairs of the reader, in order,
 with the number of the owner's device that each should lead to, and the owner's pairs that are given
-up; the answer has the owner's pairs in the same order. Little-endian.
+up, by name; the answer has the owner's pairs in the same order. Little-endian.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ class End:
     reads: int
     gid: bytes
 
+    @property
+    def name(self) -> int:
+        """32 bits that tell a pair from its owner's others: each device counts its own."""
+        return self.rail << 24 | self.number
+
 
 def encode_request(ends: Sequence[End], given_up: Sequence[int]) -> bytes:
     return b"".join(
@@ -54,7 +59,7 @@ def encode_request(ends: Sequence[End], given_up: Sequence[int]) -> bytes:
 
 
 def decode_request(data: bytes | bytearray) -> tuple[list[End], list[int]]:
-    """Ends, and numbers of the owner's pairs that are given up."""
+    """Ends, and names of the owner's pairs that are given up."""
     if len(data) < _HEAD.size:
         raise _malformed(f"{len(data)} bytes")
     version, count, given_up = _HEAD.unpack_from(data)
@@ -89,7 +94,9 @@ def _encode_end(end: End) -> bytes:
 
 def _decode_end(data: bytes | bytearray, at: int) -> End:
     rail, ethernet, number, psn, lid, mtu, reads, gid = _END.unpack_from(data, at)
-    if ethernet > 1 or number >= 1 << 24 or psn >= 1 << 24 or not 1 <= mtu <= 5 or not reads:
+    if rail >= MAX_PAIRS or number >= 1 << 24 or psn >= 1 << 24:
+        raise _malformed("numbers out of range")
+    if ethernet > 1 or not 1 <= mtu <= 5 or not reads:
         raise _malformed("numbers out of range")
     return End(rail, ethernet == 1, number, psn, lid, mtu, reads, gid)
 

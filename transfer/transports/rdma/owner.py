@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from transfer.errors import Phase, TransportUnavailable
 from transfer.transports.base import Attachment, Caller, Listener
@@ -64,12 +65,20 @@ class RdmaAttachment(Attachment):
                 raise TransportUnavailable(
                     f"the reader has its {len(self._ends)} queue pairs", phase=Phase.CONNECT
                 )
+            before = set(self._ends)
+            connected = False
             try:
-                return encode_answer([self._connect(peer) for peer in wanted])
+                answer = encode_answer([self._connect(peer) for peer in wanted])
+                connected = True
+                return answer
             except VerbsError as error:
                 raise TransportUnavailable(
                     f"the owner cannot connect a queue pair: {error}", phase=Phase.CONNECT
                 ) from error
+            finally:
+                if not connected:  # the reader never learns their numbers
+                    for number in self._ends.keys() - before:
+                        self._drop(number)
 
     def keys(self, spans: SpanArray) -> bytes:
         """Remote keys of the regions that ``spans`` lie in."""
@@ -83,10 +92,12 @@ class RdmaAttachment(Attachment):
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            for number in list(self._ends):
-                self._drop(number)
-            for completions in self._completions.values():
-                completions.close()
+            with ExitStack() as closing:
+                # Called from the last to the first, each whether or not another one fails.
+                for completions in self._completions.values():
+                    closing.callback(completions.close)
+                for number in list(self._ends):
+                    closing.callback(self._drop, number)
             self._completions = {}
 
     def _connect(self, peer: End) -> End:
@@ -104,9 +115,10 @@ class RdmaAttachment(Attachment):
             self._completions[number] = completions
         reads = max(1, min(MAX_READS, rail.device.limits.reads_served))
         end = LocalEnd(rail, completions, 1, reads)
-        self._ends[end.pair.number] = end
+        told = end.describe(number)
+        self._ends[told.name] = end
         end.connect(peer)
-        return end.describe(number)
+        return told
 
     def _drop(self, number: int) -> None:
         end = self._ends.pop(number, None)

@@ -168,11 +168,15 @@ class Lane:
         """What the owner must know."""
         return self._end.describe(far_rail)
 
-    def connect(self, peer: End) -> None:
-        """Bring it up; raises ``VerbsError``."""
-        self._end.connect(peer)
+    def pair_with(self, peer: End) -> None:
+        """The owner made ``peer`` for it."""
+        self._peer = peer
         self.far_rail = peer.rail
-        self.far_number = peer.number
+        self.far_number = peer.name
+
+    def connect(self) -> None:
+        """Bring it up, paired; raises ``VerbsError``."""
+        self._end.connect(self._peer)
 
     @property
     def idle(self) -> bool:

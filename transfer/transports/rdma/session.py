@@ -20,7 +20,7 @@ from transfer.transports.base import Interrupt, ReadSession
 from transfer.transports.rdma.completion import error_of
 from transfer.transports.rdma.keys import KeyMap, cut_at_keys
 from transfer.transports.rdma.queue_pair import BATCH_ROWS, Lane, Work
-from transfer.transports.rdma.verbs import VerbsError
+from transfer.transports.rdma.verbs import VerbsError, unavailable
 from transfer.types import Credentials, ReadPlan
 
 if TYPE_CHECKING:
@@ -68,22 +68,23 @@ class RdmaReadSession(ReadSession):
 
     def run(self, interrupt: Interrupt) -> None:
         through = False
-        try:
-            with interrupt.watched_by(self._wake):
-                self._drive(interrupt)
-            through = True
-        finally:
-            if not through:
-                self._give_up_lanes()
+        with unavailable(Phase.READ, self._channel.peer):
+            try:
+                with interrupt.watched_by(self._wake):
+                    self._drive(interrupt)
+                through = True
+            finally:
+                if not through:
+                    self._give_up_lanes()
         interrupt.check()
 
     def close(self) -> None:
-        lanes, self._lanes = self._lanes, []
-        if lanes:
-            self._channel.give_back(lanes)
         if self._wake_fd >= 0:
             os.close(self._wake_fd)
             self._wake_fd = -1
+        lanes, self._lanes = self._lanes, []
+        if lanes:
+            self._channel.give_back(lanes)
 
     def _wake(self) -> None:
         os.eventfd_write(self._wake_fd, 1)
@@ -155,9 +156,9 @@ class RdmaReadSession(ReadSession):
         if not isinstance(error, RetryableError):
             raise error
         for lane in [lane for lane in self._lanes if lane.broken]:
-            self._lanes.remove(lane)
             self._waiting.extendleft(reversed(lane.close()))
             self._channel.discard([lane])
+            self._lanes.remove(lane)
         if self._lanes:
             return
         if self._hung_up():

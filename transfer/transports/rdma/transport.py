@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 import uuid
+from contextlib import ExitStack
 
 from transfer.errors import (
     Phase,
@@ -30,8 +32,10 @@ from transfer.transports.rdma.memory import RegisteredMemory
 from transfer.transports.rdma.owner import RdmaListener
 from transfer.transports.rdma.queue_pair import Lane
 from transfer.transports.rdma.session import RdmaReadSession
-from transfer.transports.rdma.verbs import VerbsError
+from transfer.transports.rdma.verbs import VerbsError, unavailable
 from transfer.types import Credentials, DmaBuf, ReadPlan, SpanArray
+
+logger = logging.getLogger(__name__)
 
 
 class RdmaTransport(Transport):
@@ -80,7 +84,8 @@ class RdmaTransport(Transport):
             )
         data = RdmaData(rails, self._memory, control, self._settings)
         # Better to learn now that there is no way than in the first read.
-        data.give_back(data.take_lanes(self._settings.connect_timeout_s))
+        with unavailable(Phase.CONNECT, data.peer):
+            data.give_back(data.take_lanes(self._settings.connect_timeout_s))
         return data
 
     def _close(self) -> None:
@@ -128,39 +133,48 @@ class RdmaData(DataChannel):
                 peer=self.peer,
             )
         keys, fresh = self._begin(credentials, coverage(plan.remote), read_id, timeout_s)
-        lanes = self.take_lanes(deadline - time.monotonic())
-        return RdmaReadSession(self, credentials, read_id, plan, keys, lanes, keys_are_fresh=fresh)
+        with unavailable(Phase.CONNECT, self.peer):
+            lanes = self.take_lanes(deadline - time.monotonic())
+            session = None
+            try:
+                session = RdmaReadSession(
+                    self, credentials, read_id, plan, keys, lanes, keys_are_fresh=fresh
+                )
+                return session
+            finally:
+                if session is None:
+                    self.discard(lanes)
 
     def take_lanes(self, timeout_s: float) -> list[Lane]:
         """Queue pairs for one read, idle ones or new ones.
 
         Raises:
-            TransportUnavailable: they cannot be connected.
+            OSError: there are no more, or they cannot be connected.
+            TransportUnavailable: the owner cannot connect them.
             PeerUnreachable: the owner is gone.
             DeadlineExceeded: it does not answer.
         """
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-            given_up, self._given_up = self._given_up, []
         lanes: list[Lane] = []
         connected = False
         try:
             for number in range(self._lanes_per_read):
                 own_rail = number % len(self._rails)
                 lanes.append(Lane(self._rails[own_rail], own_rail))
+            with self._lock:
+                given_up, self._given_up = self._given_up, []
             request = encode_request(
                 [lane.describe(number) for number, lane in enumerate(lanes)], given_up
             )
             answer = self.control.exchange(RdmaTransport.scheme, request, timeout_s)
             for lane, end in zip(lanes, decode_answer(answer, len(lanes)), strict=True):
-                lane.connect(end)
+                lane.pair_with(end)
+            for lane in lanes:
+                lane.connect()
             connected = True
             return lanes
-        except VerbsError as error:
-            raise TransportUnavailable(
-                f"rdma does not work: {error}", phase=Phase.CONNECT, peer=self.peer
-            ) from error
         finally:
             if not connected:
                 self.discard(lanes)
@@ -169,25 +183,31 @@ class RdmaData(DataChannel):
         """As :meth:`take_lanes`, after a failure that idle ones may share."""
         with self._lock:
             idle, self._idle = self._idle, []
-        for lanes in idle:
-            self.discard(lanes)
+        self.discard([lane for lanes in idle for lane in lanes])
         return self.take_lanes(timeout_s)
 
     def give_back(self, lanes: list[Lane]) -> None:
         """Lanes without anything under way are free for the next read."""
         with self._lock:
-            kept = not self._closed and not any(lane.broken for lane in lanes)
+            # With fewer lanes later reads would be slower.
+            whole = len(lanes) == self._lanes_per_read
+            kept = whole and not self._closed and not any(lane.broken for lane in lanes)
             if kept:
                 self._idle.append(lanes)
         if not kept:
-            self.discard(lanes)
+            self._discard_idle(lanes)
 
     def discard(self, lanes: list[Lane]) -> None:
-        """Close lanes, and have the owner close its ends when it is next asked for some."""
-        for lane in lanes:
-            lane.close()
+        """Close lanes, and have the owner close its ends when it is next asked for some.
+
+        Raises:
+            VerbsError: one could not be closed; the others are.
+        """
         with self._lock:
             self._given_up += [lane.far_number for lane in lanes if lane.far_number]
+        with ExitStack() as closing:
+            for lane in lanes:
+                closing.callback(lane.close)
 
     def forget_keys(self) -> None:
         """The owner's keys changed."""
@@ -198,8 +218,13 @@ class RdmaData(DataChannel):
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for lanes in idle:
+        self._discard_idle([lane for lanes in idle for lane in lanes])
+
+    def _discard_idle(self, lanes: list[Lane]) -> None:
+        try:
             self.discard(lanes)
+        except VerbsError as error:  # nothing is under way: no read's affair
+            logger.warning("queue pairs to %s stay open: %s", self.peer, error)
 
     def _begin(
         self, credentials: Credentials, spans: SpanArray, read_id: str, timeout_s: float

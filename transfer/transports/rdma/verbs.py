@@ -130,6 +130,17 @@ class Binding:
             raise VerbsError(code if code > 0 else 0, f"{what}: {error}") from error
 
 
+@contextmanager
+def unavailable(phase: Phase, peer: str) -> Iterator[None]:
+    """Turn what devices and the kernel refuse into :class:`TransportUnavailable`."""
+    try:
+        yield
+    except OSError as error:
+        raise TransportUnavailable(
+            f"rdma does not work: {error}", phase=phase, peer=peer
+        ) from error
+
+
 def device_names() -> list[str]:
     """RDMA devices of this machine, without asking pyverbs, which may not be there."""
     try:
