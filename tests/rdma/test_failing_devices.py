@@ -27,6 +27,21 @@ def broken(*_: object) -> None:
     raise VerbsError(errno.EIO, "the device failed")
 
 
+def fail_first_close(patch: pytest.MonkeyPatch) -> list[int]:
+    """Have the first queue pair that is closed stay open; the numbers of all that are."""
+    closed: list[int] = []
+    close = QueuePair.close
+
+    def close_but_first(pair: QueuePair) -> None:
+        closed.append(pair.number)
+        if len(closed) == 1:
+            broken()
+        close(pair)
+
+    patch.setattr(QueuePair, "close", close_but_first)
+    return closed
+
+
 @pytest.mark.parametrize("call", ["poll", "rearm"])
 def test_a_device_that_fails_half_way_is_left_for_tcp(
     either: Pair, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -43,16 +58,7 @@ def test_all_queue_pairs_are_closed_though_one_cannot_be(
     either: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     succeeds(either.read(either.offer()))
-    closed: list[int] = []
-    close = QueuePair.close
-
-    def fail_first(self: QueuePair) -> None:
-        closed.append(self.number)
-        if len(closed) == 1:
-            broken()
-        close(self)
-
-    monkeypatch.setattr(QueuePair, "close", fail_first)
+    closed = fail_first_close(monkeypatch)
     monkeypatch.setattr(CompletionQueue, "poll", broken)
     succeeds(either.read(either.offer()))
     assert either.local_is_remote()
@@ -147,17 +153,8 @@ def test_an_owner_closes_all_its_queue_pairs_though_one_cannot_be(
     lanes = [ends.lane, ends.new_lane(), ends.new_lane()]
     numbers = set(ends.attachment._ends)
     assert len(numbers) == len(lanes)
-    closed: list[int] = []
-    close = QueuePair.close
-
-    def fail_first(self: QueuePair) -> None:
-        closed.append(self.number)
-        if len(closed) == 1:
-            broken()
-        close(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(QueuePair, "close", fail_first)
+        closed = fail_first_close(patch)
         with pytest.raises(VerbsError):
             ends.attachment.close()
     assert set(closed) == numbers

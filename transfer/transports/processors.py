@@ -16,10 +16,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# socket(7): the processor that handled the last packet, within a host the one that sent it.
-_SO_INCOMING_CPU = 49
-
-
 # Where fewer are moved, the way to another processor is too long.
 _WORTH_BYTES = 2 << 20
 
@@ -40,6 +36,7 @@ def apart(number: int, streams: int, size_bytes: int) -> Iterator[None]:
 @contextmanager
 def beside_peer(sock: socket.socket, streams: int, size_bytes: int) -> Iterator[None]:
     """As :func:`apart`, where the other end of a connection within the host ran last.
+
     Without effect where the system does not say where that is.
     """
     allowed = _scarce(streams, size_bytes)
@@ -56,10 +53,11 @@ def _scarce(streams: int, size_bytes: int) -> list[int]:
 
 
 def _last_seen(sock: socket.socket) -> int:
-    # Not every system that runs Linux programs has this option. A connection that is gone shows
-    # when it is used.
+    """Where the last packet was handled: within a host, the processor that it was sent from."""
+    # Not every system that runs Linux programs has this option, socket(7). A connection that is
+    # gone shows when it is used.
     with suppress(OSError):
-        return sock.getsockopt(socket.SOL_SOCKET, _SO_INCOMING_CPU)
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
     return -1
 
 

@@ -176,8 +176,7 @@ class TcpReadSession(ReadSession):
         self._lock = threading.Lock()
         self._moved = 0
         self._error: TransferError | None = None
-        # Some stream is not between two answers, or shut down.
-        self._broken = False
+        self._out_of_step = False
         self._whole = True
 
     @property
@@ -190,7 +189,7 @@ class TcpReadSession(ReadSession):
             self._drive_all()
         interrupt.check()
         if self._error is not None:
-            self._whole = not self._broken
+            self._whole = not self._out_of_step
             raise self._error
         if self._moved != self._total_bytes:
             raise FatalError(
@@ -246,7 +245,7 @@ class TcpReadSession(ReadSession):
         except HandoffNotReady as error:
             self._note(error)
         except TransferError as error:
-            self._broken = True
+            self._out_of_step = True
             self._note(error)
             self._shut_down()
 
