@@ -41,6 +41,7 @@ from deployments.generation import GenerationRequest, Method, Sent
 from deployments.handoff import Coordinator, RouterEvent
 from deployments.handoff_state import RetryPolicy
 from deployments.replica import ReplicaCaller
+from serve_app.edge import refusal
 from serve_app.error_body import error_body
 from serve_app.guard import Guard
 from serve_app.http_errors import add_error_handlers, error_response
@@ -135,8 +136,8 @@ class Ingress(OpenAiIngress):
         return "ok"
 
     async def _generate(self, method: Method, body: Body, request: Request) -> Response:
-        if refusal := self._refusal(body):
-            return refusal
+        if refused := self._refusal(body, request):
+            return refused
         body.request_id = request.state.request_id
         reason = bypass_reason(body)
         chunks = self._coordinator.run(
@@ -157,7 +158,7 @@ class Ingress(OpenAiIngress):
             return JSONResponse(first.model_dump())
         return StreamingResponse(as_events(_closing(first, chunks)), media_type="text/event-stream")
 
-    def _refusal(self, body: Body) -> JSONResponse | None:
+    def _refusal(self, body: Body, request: Request) -> JSONResponse | None:
         """Faults that need no engine to be seen."""
         if body.model is not None and body.model not in self._model_cards:
             known = ", ".join(self._model_cards)
@@ -166,12 +167,8 @@ class Ingress(OpenAiIngress):
                 f"model: there is no model {body.model!r} here, only {known}",
                 param="model",
             )
-        if body.kv_transfer_params is not None:
-            return error_response(
-                400,
-                "kv_transfer_params: only Baton itself may set it",
-                param="kv_transfer_params",
-            )
+        if fault := refusal({**vars(body), **(body.model_extra or {})}, request.headers):
+            return error_response(400, fault.message, param=fault.param)
         if isinstance(body, ChatCompletionRequest) and not body.messages:
             return error_response(400, "messages: at least one message is needed", param="messages")
         if (

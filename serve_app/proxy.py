@@ -22,6 +22,7 @@ from deployments.http_body import PATHS, HttpAnswer, JsonBody
 from deployments.http_caller import HttpCaller
 from deployments.http_servers import HttpServers, Role
 from deployments.ticket_notices import TicketNotices
+from serve_app.edge import refusal
 from serve_app.error_body import error_body
 from serve_app.router import bypass_reason
 from serve_app.sse import as_events
@@ -179,8 +180,8 @@ async def _fields(request: web.Request) -> dict[str, Any]:
         raise _bad_request(f"the body is not valid JSON: {error}", "body") from error
     if not isinstance(fields, dict):
         raise _bad_request("the body is not a JSON object", "body")
-    if fields.get("kv_transfer_params") is not None:
-        raise _bad_request("kv_transfer_params: only Baton itself may set it", "kv_transfer_params")
+    if fault := refusal(fields, request.headers):
+        raise _bad_request(fault.message, fault.param)
     return fields
 
 

@@ -27,7 +27,7 @@ from transfer.connector.slot_queue import SlotQueue
 from transfer.connector.slots import SlotPool
 from transfer.connector.stats import Outcome, worse
 from transfer.connector.ticket import Ticket, tickets_from_params
-from transfer.connector.ticket_writer import TicketWriter, prompt_hash_of
+from transfer.connector.ticket_writer import TicketWriter, prompt_hash_of, transfer_params
 from transfer.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class BatonScheduler:
         tickets: writes those of this engine.
         producer: offers prompts.
         consumer: reads them.
-        clock: Unix time in seconds.
+        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class BatonScheduler:
         *,
         producer: bool,
         consumer: bool,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._tickets = tickets
         self._block_size = tickets.block_size
@@ -127,8 +127,8 @@ class BatonScheduler:
 
     def on_new_request(self, request: Request) -> None:
         """Reads the request's ticket, if it brought one."""
-        params = request.kv_transfer_params
-        if not self._consumer or not params or not params.get("do_remote_prefill"):
+        params = transfer_params(request)
+        if not self._consumer or not params.get("do_remote_prefill"):
             return
         try:
             tickets = tickets_from_params(params)
@@ -307,8 +307,7 @@ class BatonScheduler:
 
     def _is_wanted(self, request: Request) -> bool:
         """Whether the request's prompt is to be offered."""
-        params = request.kv_transfer_params
-        return self._producer and bool(params) and bool(params.get("do_remote_decode"))
+        return self._producer and bool(transfer_params(request).get("do_remote_decode"))
 
     def _offered(self, request: Request, block_ids: list[int]) -> Ticket | None:
         """The ticket of a finished request's prompt, if it is to be offered and can be."""

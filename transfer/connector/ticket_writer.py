@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from transfer.connector.metadata import WorkerHandshake
 from transfer.connector.ticket import MAX_READERS, Ticket, prompt_hash
@@ -55,7 +55,7 @@ class TicketWriter:
         Args:
             block_ids: where readers find them, as the owner's layout counts.
         """
-        readers = (request.kv_transfer_params or {}).get("readers", 1)
+        readers = transfer_params(request).get("readers", 1)
         if type(readers) is not int or not 1 <= readers <= MAX_READERS:
             readers = 1
         self._fence += 1
@@ -76,6 +76,16 @@ class TicketWriter:
             readers=readers,
             expires_at_s=self._clock() + self.ttl_s,
         )
+
+
+def transfer_params(request: Request) -> Mapping[str, Any]:
+    """A request's ``kv_transfer_params``; empty where it has none, or something else by that name.
+
+    vLLM takes them out of ``SamplingParams.extra_args``, where a client of a stock server can put
+    anything. What this raised would end the engine.
+    """
+    params = request.kv_transfer_params
+    return params if isinstance(params, Mapping) else {}
 
 
 def prompt_hash_of(request: Request) -> str:
