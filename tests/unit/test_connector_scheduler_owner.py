@@ -89,6 +89,19 @@ def test_only_blocks_of_the_prompt_are_offered(length: int) -> None:
     assert ticket.block_ids == tuple(range(blocks_for(length)))
 
 
+def test_a_long_request_id_leaves_a_ticket_that_can_be_read() -> None:
+    _, params = finish(
+        make_scheduler("producer"),
+        tokens(40),
+        block_ids=[5, 3, 8],
+        request_id="x" * 5000,
+        num_computed_tokens=40,
+    )
+
+    assert params is not None
+    assert Ticket.from_params(params).request_id == "x" * 512
+
+
 def test_tokens_that_were_not_computed_are_not_offered() -> None:
     scheduler = make_scheduler("producer")
     _, params = finish(scheduler, tokens(40), num_computed_tokens=BLOCK)

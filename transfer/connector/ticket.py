@@ -20,6 +20,7 @@ MAX_BLOCKS = 1 << 20
 MAX_TICKETS = 1024
 MAX_READERS = 1024
 MAX_SECONDS = 1 << 50
+MAX_TEXT_CHARS = 512
 
 _HEX32 = re.compile(r"[0-9a-f]{32}\Z")
 _HEX64 = re.compile(r"[0-9a-f]{64}\Z")
@@ -58,7 +59,7 @@ class Ticket:
         incarnation: uuid of the owner's start.
         fence: number never reused within that incarnation.
         token: secret, 32 hex digits: whoever shows it may read these blocks.
-        request_id: the request as the owner calls it, for logs.
+        request_id: the request as the owner calls it, cut to what a ticket holds; for logs.
         block_ids: the owner's blocks, in token order; the last may be partly filled.
         num_tokens: prompt tokens whose KV the blocks hold.
         block_size: tokens per block at the owner.
@@ -186,8 +187,8 @@ class _Fields:
 
     def text(self, name: str) -> str:
         value = self._get(name)
-        if not isinstance(value, str) or not 0 < len(value) <= 512:
-            raise _bad(f"{name} must be a text of 1 to 512 characters")
+        if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT_CHARS:
+            raise _bad(f"{name} must be a text of 1 to {MAX_TEXT_CHARS} characters")
         return value
 
     def hex(self, name: str, pattern: re.Pattern[str]) -> str:

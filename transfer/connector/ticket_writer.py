@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transfer.connector.metadata import WorkerHandshake
-from transfer.connector.ticket import MAX_READERS, Ticket, prompt_hash
+from transfer.connector.ticket import MAX_READERS, MAX_TEXT_CHARS, Ticket, prompt_hash
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -65,7 +65,7 @@ class TicketWriter:
             incarnation=handshake.incarnation,
             fence=self._fence,
             token=secrets.token_hex(16),
-            request_id=request.request_id,
+            request_id=request.request_id[:MAX_TEXT_CHARS],
             block_ids=tuple(block_ids),
             num_tokens=num_tokens,
             block_size=self.block_size,
