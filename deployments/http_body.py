@@ -60,7 +60,6 @@ def prefill_bodies(method: Method, fields: Mapping[str, Any]) -> list[dict[str, 
 
     vLLM's answer has one ticket, however many prompts the request has.
     """
-    n = fields.get("n")
     kept = {key: value for key, value in fields.items() if key not in _ONLY_FOR_DECODE}
     kept |= {
         "stream": False,
@@ -68,12 +67,22 @@ def prefill_bodies(method: Method, fields: Mapping[str, Any]) -> list[dict[str, 
         "kv_transfer_params": {
             "do_remote_decode": True,
             "do_remote_prefill": False,
-            "readers": n if type(n) is int and n > 0 else 1,
+            "readers": _samples(fields),
         },
     }
     if method == "chat":
         return [{**kept, "max_completion_tokens": 1}]
     return [{**kept, "prompt": prompt} for prompt in _prompts(fields.get("prompt"))]
+
+
+def answers(fields: Mapping[str, Any]) -> int:
+    """How many choices the answer to a request has."""
+    return len(_prompts(fields.get("prompt"))) * _samples(fields)
+
+
+def _samples(fields: Mapping[str, Any]) -> int:
+    n = fields.get("n")
+    return n if type(n) is int and n > 0 else 1
 
 
 def _prompts(prompt: Any) -> list[Any]:

@@ -14,8 +14,9 @@ import aiohttp
 from deployments.background import Background
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.generation import GenerationRequest, Output, PrefillAnswer
-from deployments.http_body import PATHS, HttpAnswer, prefill_bodies
+from deployments.http_body import PATHS, HttpAnswer, answers, prefill_bodies
 from deployments.http_servers import HttpServers, Role
+from deployments.stream_end import LAST_EVENT, StreamEnd
 from deployments.ticket_notices import TicketNotices
 from transfer.errors import TransferError
 
@@ -29,7 +30,6 @@ HEALTH_TIMEOUT_S = 2.0
 _PASSED_ON = ("content-type", "retry-after", "www-authenticate")
 _UNAVAILABLE = (502, 503, 504)
 _EVENT_END = b"\n\n"
-_LAST_EVENT = "data: [DONE]\n\n"
 
 
 class HttpCaller:
@@ -95,8 +95,12 @@ class HttpCaller:
                         yield Output(answer, url, refused=answer.status != 200)
                         return
                     ended = False
+                    end = StreamEnd(answers(body.fields))
                     async for events in _events(response.content):
-                        ended = events.endswith(_LAST_EVENT)
+                        end.take(events)
+                        ended = events.endswith(LAST_EVENT)
+                        if ended and not end.sound:
+                            raise ReplicaLost("decode", url, "its stream ended without a reason")
                         yield Output(events, url)
                     if not ended:
                         raise ReplicaLost("decode", url, "its stream broke off")

@@ -298,14 +298,14 @@ def test_broken_prefill_servers_cost_time_and_nothing_else(broken: Step) -> None
 @pytest.mark.parametrize("stream", [False, True])
 @BROKEN
 def test_broken_decode_server_is_replaced(broken: Step, stream: bool) -> None:
-    good = streams(EVENTS[0].encode(), DONE.encode()) if stream else says(choices=[])
+    good = streams(*(part.encode() for part in (*EVENTS, DONE))) if stream else says(choices=[])
 
     async def main() -> None:
         async with setup([ticket()], [broken, good]) as it:
             for _ in range(8):  # whichever is picked first
                 status, text, _ = await it.ask(stream=stream)
                 assert status == 200
-                assert text == (EVENTS[0] + DONE if stream else '{"choices": []}')
+                assert text == ("".join((*EVENTS, DONE)) if stream else '{"choices": []}')
             assert it.decode[0].bodies
 
     run(main())
@@ -328,6 +328,32 @@ def test_never_an_empty_200(broken: Step, stream: bool) -> None:
 def test_a_stream_that_breaks_off_ends_with_an_error(cut: bool) -> None:
     async def main() -> None:
         async with setup([ticket()], [streams(EVENTS[0].encode(), cut=cut)]) as it:
+            status, text, _ = await it.ask(stream=True)
+            assert status == 200
+            first, last, done, rest = text.split("\n\n")
+            assert first + "\n\n" == EVENTS[0]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
+            assert (done + "\n\n", rest) == (DONE, "")
+
+    run(main())
+
+
+def test_a_stream_that_is_only_done_was_never_answered() -> None:
+    good = streams(*(part.encode() for part in (*EVENTS, DONE)))
+
+    async def main() -> None:
+        async with setup([ticket()], [streams(DONE.encode()), good]) as it:
+            for _ in range(8):  # whichever is picked first
+                status, text, _ = await it.ask(stream=True)
+                assert (status, text) == (200, "".join((*EVENTS, DONE)))
+            assert it.decode[0].bodies
+
+    run(main())
+
+
+def test_a_stream_that_ends_without_a_reason_ends_with_an_error() -> None:
+    async def main() -> None:
+        async with setup([ticket()], [streams(EVENTS[0].encode(), DONE.encode())]) as it:
             status, text, _ = await it.ask(stream=True)
             assert status == 200
             first, last, done, rest = text.split("\n\n")

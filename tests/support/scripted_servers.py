@@ -10,7 +10,11 @@ from typing import Any
 from aiohttp import web
 
 TICKET = {"handoff_id": "h1", "remote_engine_id": "p", "readers": 1}
-EVENTS = ['data: {"choices": [{"text": "é"}]}\n\n', 'data: {"choices": []}\n\n']
+EVENTS = [
+    'data: {"choices": [{"text": "é"}]}\n\n',
+    'data: {"choices": [{"text": "", "finish_reason": "stop"}]}\n\n',
+    'data: {"choices": []}\n\n',
+]
 DONE = "data: [DONE]\n\n"
 Step = Callable[["Server", web.Request], Awaitable[web.StreamResponse]]
 
