@@ -20,6 +20,7 @@ from tests.support.fault_points import FaultPoints
 from tests.support.link_relays import WorkerRelays
 from tests.support.load import Ended, Load, Question, ask
 from tests.support.reference import reference_texts
+from tests.support.world import World
 
 MODEL = "tiny"
 REPLICAS = 2
@@ -49,6 +50,7 @@ class ChaosApp:
     app: BatonApp
     etcd: EtcdCluster
     relays: WorkerRelays
+    world: World
     points: FaultPoints
     processes: AppProcesses
     questions: list[Question]
@@ -129,6 +131,7 @@ def chaos_app(model: Path, folder: Path) -> Iterator[ChaosApp]:
     """Start it, ask every question once, and end it."""
     prompts = [random.Random(length).choices(range(3, 200), k=length) for length in _LENGTHS]
     points = FaultPoints(folder / "faults")
+    world = World(folder / "world")
     with ExitStack() as stack:
         etcd = stack.enter_context(EtcdCluster())
         config = write_config(
@@ -160,16 +163,20 @@ def chaos_app(model: Path, folder: Path) -> Iterator[ChaosApp]:
             max_model_len=_MAX_MODEL_LEN,
             folder=folder,
         )
-        relays = stack.enter_context(WorkerRelays(etcd.endpoints, "chaos"))
+        relays = stack.enter_context(WorkerRelays(world, etcd.endpoints, "chaos"))
         # Ray makes its workers nice, and so anything else on the machine stops them for seconds.
-        environment = {"BATON_FAULTS": str(points.folder), "RAY_worker_niceness": "0"}
+        environment = {
+            **world.environment,
+            "BATON_FAULTS": str(points.folder),
+            "RAY_worker_niceness": "0",
+        }
         app = stack.enter_context(BatonApp(config, folder / "up.log", environment))
         questions = [
             Question(tuple(prompt), _MAX_TOKENS, text)
             for prompt, text in zip(prompts, texts, strict=True)
         ]
         processes = AppProcesses(app.process.pid)
-        running = ChaosApp(app, etcd, relays, points, processes, questions, {})
+        running = ChaosApp(app, etcd, relays, world, points, processes, questions, {})
         running.wait_complete()
         running.questions = [_with_usage(running, question) for question in questions]
         _use_everything(running)

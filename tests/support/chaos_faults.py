@@ -19,6 +19,12 @@ from tests.support.chaos_links import (
     links_damage,
     new_replica_without_etcd,
 )
+from tests.support.chaos_neighbours import (
+    clock_set_back,
+    metrics_flood,
+    silent_strangers,
+    slow_bodies,
+)
 from tests.support.chaos_processes import (
     engine_of_held,
     hang_at,
@@ -101,6 +107,10 @@ FAULTS = [
     Fault("etcd compacted under watches", "at any time", etcd_compacted),
     Fault("a worker's lease lost and regained", "at any time", lease_lost, quick=True),
     Fault("etcd away, prefill replica killed", "at any time", new_replica_without_etcd),
+    Fault("wall clocks set back an hour", "at any time", clock_set_back),
+    Fault("64 clients that send half a body", "at any time", slow_bodies),
+    Fault("flood of metrics scrapes", "at any time", metrics_flood),
+    Fault("silent strangers at owners", "at any time", silent_strangers),
 ]
 
 ALONE = [

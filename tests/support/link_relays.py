@@ -1,7 +1,7 @@
 """Stands between decode and prefill workers: cuts, swallows or slows what passes, etcd unaffected.
 
-:class:`WorkerRelays` writes a relay's address into every prefill worker's record in etcd, so that
-whole applications can be partitioned on one machine without touching its network.
+:class:`WorkerRelays` has all processes of an application connect to a relay instead of a prefill
+worker, so that it can be partitioned on one machine without touching its network or its etcd.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from enum import Enum
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from tests.support.world import World
 from transfer.addressing import parse_address
 from transfer.discovery.etcd_client import EtcdConnector, EtcdUnavailable, KeyValue
 from transfer.discovery.record import workers_prefix
@@ -189,12 +190,14 @@ class WorkerRelays(Relays):
     """A relay before every prefill worker of an application, by its record in etcd.
 
     Args:
+        world: in which the application's processes run.
         endpoints: of the application's etcd.
         cluster: as in its configuration.
     """
 
-    def __init__(self, endpoints: Sequence[str], cluster: str) -> None:
+    def __init__(self, world: World, endpoints: Sequence[str], cluster: str) -> None:
         super().__init__()
+        self._world = world
         self._prefix = workers_prefix(cluster)
         self._connector = EtcdConnector(
             EtcdSettings(endpoints=tuple(endpoints), cluster=cluster), 1.0
@@ -222,26 +225,15 @@ class WorkerRelays(Relays):
             try:
                 client = self._connector.client()
                 for item in client.list_prefix(self._prefix).items:
-                    self._redirect(client, item)
+                    self._redirect(item)
                 self._connector.succeeded()
             except EtcdUnavailable:
                 self._connector.failed()
         self._connector.close()
 
-    def _redirect(self, client: Any, item: KeyValue) -> None:
+    def _redirect(self, item: KeyValue) -> None:
         document = json.loads(item.value or b"{}")
         (address,) = document.get("addresses") or [""]
-        if document.get("role") != "kv_producer" or address in self._instead.values():
-            return
-        document["addresses"] = [self.instead_of(address)]
-        rpc = client._rpc
-        compare = rpc.Compare(
-            key=item.key.encode(),
-            target=rpc.Compare.MOD,
-            result=rpc.Compare.EQUAL,
-            mod_revision=item.mod_revision,
-        )
-        put = rpc.PutRequest(
-            key=item.key.encode(), value=json.dumps(document).encode(), ignore_lease=True
-        )
-        client._transact(compare, rpc.RequestOp(request_put=put))
+        if document.get("role") == "kv_producer" and address not in self._relays:
+            target, relay = parse_address(address), parse_address(self.instead_of(address))
+            self._world.connect_by(f"{target.host}:{target.port}", f"{relay.host}:{relay.port}")
