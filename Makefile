@@ -2,10 +2,8 @@
 #
 # Variables:
 #   PYTHON       the interpreter that the virtual environment is made from (3.11)
-#   TORCH_INDEX  address of an extra package index for pip. The CPU set pins torch's CPU build
-#                ("+cpu"), which the general index does not carry: unless your pip is already
-#                configured with a local wheel of it, name PyTorch's CPU wheel index here, once:
-#                make setup TORCH_INDEX=...
+#   TORCH_INDEX  package index that torch's CPU build comes from where pip's own settings have none;
+#                PyTorch's own unless set
 #   CONFIG, PORT what `make serve` runs, and its HTTP port if not the configuration's
 #   PYTEST_ARGS  more arguments for pytest
 #   RDMA_DEVICE  an RDMA device of this machine for test-rdma and bench-rdma; without one they make
@@ -52,11 +50,8 @@ $(BIN)/python:
 	  || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y python3-venv; }
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): requirements/cpu.lock pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.lock \
-	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-	  || { echo "If torch's CPU build was not found: see TORCH_INDEX at the top of the Makefile" >&2; \
-	       exit 1; }
+$(STAMP): requirements/cpu.lock requirements/install.py pyproject.toml | $(BIN)/python
+	$(BIN)/python requirements/install.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
 

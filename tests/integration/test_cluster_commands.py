@@ -255,7 +255,7 @@ def _install(home: Path, config: dict[str, Any]) -> None:
     (folder / ".venv").symlink_to(VENV)
     # Older than the environment, so that `make setup` finds nothing to do.
     (folder / "requirements").mkdir()
-    for name in ("requirements/cpu.lock", "pyproject.toml"):
+    for name in ("requirements/cpu.lock", "requirements/install.py", "pyproject.toml"):
         (folder / name).touch()
         os.utime(folder / name, (0, 0))
     # The head's autoscaler gets a cluster without workers: this test stands in for its SSH.
