@@ -16,6 +16,7 @@ import pyetcd
 import pytest
 
 from tests.support.etcd_server import EtcdServer
+from tests.support.link_relays import Link, Relays
 from tests.support.records import worker_record
 from transfer.discovery import Discovery, PeerEvent, PeerEventKind, make_discovery
 from transfer.discovery.etcd_client import EtcdClient, Listing
@@ -363,6 +364,31 @@ def test_compaction_under_a_broken_watch_tells_the_difference(
         eventually(lambda: heard.of(B) == [JOINED, LEFT])
         assert heard.of(A) == [JOINED, UPDATED]
         assert heard.of(C) == [JOINED]
+
+
+def test_a_deletion_that_etcd_compacted_away_during_an_outage_is_noticed(session: Session) -> None:
+    with EtcdServer() as server, Relays() as relays, admin(server) as client:
+        relay = relays.instead_of(f"tcp://{server.endpoint}").removeprefix("tcp://")
+        leaving, staying = session(server), session(server)
+        staying.publish(B)
+        leaving.publish(A)
+        watcher = session(server, endpoints=[relay])
+        assert watcher.wait_for(A.peer, 5) == A
+        assert watcher.wait_for(B.peer, 5) == B
+        heard = Heard(watcher)
+        relays.set(Link.REFUSED)
+        eventually(lambda: not watcher.healthy)
+        leaving.close()
+        deleted = client.get_response(record_key("default", A.peer)).header.revision
+        client.compact(deleted, physical=True)
+        relays.set(Link.OPEN)
+        eventually(lambda: watcher.healthy)
+        # Removals are held back for one lease after an outage.
+        assert eventually(lambda: watcher.peers() == (B,)) < TTL_S + 0.5
+        eventually(lambda: heard.of(A) == [JOINED, LEFT])
+        assert heard.of(B) == [JOINED]
+        staying.publish(C)
+        assert watcher.wait_for(C.peer, 5) == C
 
 
 def test_the_next_endpoint_is_used(etcd: EtcdServer, session: Session) -> None:

@@ -66,7 +66,9 @@ class EtcdDiscovery(Discovery):
         self._interval_s = settings.lease_ttl_s / 3
         call_timeout_s = min(CALL_TIMEOUT_S, settings.lease_ttl_s / 2)
         self._view = PeerView()
-        self._mirror = PrefixMirror(self._view, hold_s=float(settings.lease_ttl_s))
+        self._mirror = PrefixMirror(
+            self._view, hold_s=float(settings.lease_ttl_s), replay_s=self._interval_s
+        )
 
         self._changed = threading.Condition()
         self._own: dict[PeerId, _OwnRecord] = {}
@@ -237,8 +239,8 @@ class EtcdDiscovery(Discovery):
             self._forget_lease()
             return
         self._succeeded(self._lease_loop)
-        self._mirror.settle(monotonic())
-        self._wake.wait(max(0.0, self._due_s - monotonic()))
+        due_s = min(self._due_s, self._mirror.settle(monotonic()))
+        self._wake.wait(max(0.0, due_s - monotonic()))
 
     def _keep_lease(self, client: EtcdClient) -> None:
         now_s = monotonic()

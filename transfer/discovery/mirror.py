@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 
 from transfer.discovery.etcd_client import KeyValue, Listing
@@ -21,13 +22,20 @@ class PrefixMirror:
     a lease, all leases may be found expired at its return although the workers are alive and
     about to register again; without the hold everybody would lose everybody for a moment.
 
+    A watch that resumes has ``replay_s`` to tell what happened since the last one; then the listing
+    made before it counts, whatever the watch told. It may owe us something for ever: up to 3.5.15,
+    etcd drops a deletion at the very revision of a compaction and still lets a watch start there
+    (etcd-io/etcd#18089). Asking it for progress would not tell: some releases answer before they
+    have sent the changes (etcd-io/etcd#15220), others never (etcd-io/etcd#17507).
+
     The watch thread calls :meth:`begin`, :meth:`apply` and :meth:`forget`; others may be called
     from any thread.
     """
 
-    def __init__(self, view: PeerView, hold_s: float) -> None:
+    def __init__(self, view: PeerView, hold_s: float, replay_s: float) -> None:
         self._view = view
         self._hold_s = hold_s
+        self._replay_s = replay_s
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
         self._held: set[PeerId] = set()
@@ -35,6 +43,7 @@ class PrefixMirror:
         self._listed = False
         self._revision = 0
         self._expected: Listing | None = None
+        self._replayed_at_s = 0.0
 
     @property
     def revision(self) -> int:
@@ -63,6 +72,7 @@ class PrefixMirror:
                 # Checked against the listing once the changes are in: a history that was
                 # replaced can look like a continuation.
                 self._expected = listing
+                self._replayed_at_s = now_s + self._replay_s
             else:
                 self._install(listing, now_s)
             self._listed = True
@@ -103,13 +113,19 @@ class PrefixMirror:
         with self._lock:
             self._settled_at_s = now_s + self._hold_s
 
-    def settle(self, now_s: float) -> None:
-        """Tell the removals that were held back long enough. To be called now and then."""
+    def settle(self, now_s: float) -> float:
+        """Do what had to wait until now; returns when to call again, if not sooner."""
         with self._lock:
+            if self._expected is not None and now_s >= self._replayed_at_s:
+                self._install(self._expected, now_s)
             if self._held and now_s >= self._settled_at_s:
                 for peer in self._held:
                     self._view.discard(peer)
                 self._held.clear()
+            return min(
+                math.inf if self._expected is None else self._replayed_at_s,
+                self._settled_at_s if self._held else math.inf,
+            )
 
     def _continues(self, listing: Listing) -> bool:
         if not self._revision or listing.revision < self._revision:
