@@ -27,11 +27,34 @@ class Clock:
         return self.now_s
 
 
+def fingerprint_in_name(adapter: Any) -> str | None:
+    """Stands in for the one made of an adapter's files: ``pirate@weights`` has ``weights``."""
+    return str(adapter.lora_name).partition("@")[2] or None
+
+
+def adapter(name: str) -> Any:
+    """Stands in for vLLM's LoRARequest."""
+    return SimpleNamespace(lora_name=name)
+
+
+def medium(identifier: str, first_token: int = 3, num_tokens: int = 5) -> Any:
+    """Stands in for vLLM's MultiModalFeatureSpec."""
+    position = SimpleNamespace(offset=first_token, length=num_tokens)
+    return SimpleNamespace(identifier=identifier, mm_position=position)
+
+
 def make_early_scheduler(role: str = "both", clock: Clock | None = None) -> BatonScheduler:
     """One of engine ``engine-a``, whose workers are not up yet."""
     clock = clock or Clock()
     return BatonScheduler(
-        TicketWriter(engine_id="engine-a", tp_size=2, block_size=BLOCK, ttl_s=TTL_S, clock=clock),
+        TicketWriter(
+            engine_id="engine-a",
+            tp_size=2,
+            block_size=BLOCK,
+            ttl_s=TTL_S,
+            adapter_fingerprint=fingerprint_in_name,
+            clock=clock,
+        ),
         producer=role in ("producer", "both"),
         consumer=role in ("consumer", "both"),
         clock=clock,
@@ -58,6 +81,7 @@ def make_request(token_ids: list[int], params: dict[str, Any] | None = None, **f
             "num_prompt_tokens": len(token_ids),
             "num_computed_tokens": len(token_ids),
             "mm_features": [],
+            "prompt_embeds": None,
             "lora_request": None,
             "cache_salt": None,
             "skip_reading_prefix_cache": False,

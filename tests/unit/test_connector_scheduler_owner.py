@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,15 +15,17 @@ from tests.support.scheduler_requests import (
     OFFER,
     TTL_S,
     Clock,
+    adapter,
     blocks_for,
     finish,
     make_early_scheduler,
     make_request,
     make_scheduler,
+    medium,
     schedule,
     tokens,
 )
-from transfer.connector.ticket import MAX_READERS, Ticket, prompt_hash
+from transfer.connector.ticket import MAX_READERS, Medium, Ticket, prompt_hash
 
 
 @pytest.mark.parametrize(
@@ -42,8 +43,8 @@ def test_finished_prefill_is_offered(status: RequestStatus) -> None:
         request_id="prefill-x",
         num_computed_tokens=40,
         cache_salt="mine",
-        lora_request=SimpleNamespace(lora_name="pirate"),
-        mm_features=[SimpleNamespace(identifier="cat")],
+        lora_request=adapter("pirate@hoist"),
+        mm_features=[medium("cat", 3, 5)],
     )
 
     assert pinned
@@ -62,7 +63,7 @@ def test_finished_prefill_is_offered(status: RequestStatus) -> None:
         tp_size=2,
         readers=1,
         prompt_hash=prompt_hash(
-            tokens(40), mm_identifiers=["cat"], lora_name="pirate", cache_salt="mine"
+            tokens(40), media=[Medium("cat", 3, 5)], adapter="hoist", cache_salt="mine"
         ),
         expires_at_s=clock.now_s + TTL_S,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,18 +15,20 @@ from tests.support.scheduler_requests import (
     NOTHING,
     TTL_S,
     Clock,
+    adapter,
     blocks_for,
     decode_request,
     make_blocks,
     make_request,
     make_scheduler,
     make_ticket,
+    medium,
     schedule,
     tokens,
 )
 from transfer.connector.metadata import Holding, Verdict, WorkerReport
 from transfer.connector.stats import Outcome
-from transfer.connector.ticket import prompt_hash
+from transfer.connector.ticket import Medium, prompt_hash
 
 REFUSED = Verdict(Outcome.REFUSED, recomputed_tokens=39)
 
@@ -263,8 +264,10 @@ def test_engine_that_only_prefills_reads_no_tickets() -> None:
         {"token_ids": tokens(39)},
         {"token_ids": tokens(41)},
         {"token_ids": tokens(40), "cache_salt": "mine"},
-        {"token_ids": tokens(40), "lora_request": SimpleNamespace(lora_name="pirate")},
-        {"token_ids": tokens(40), "mm_features": [SimpleNamespace(identifier="cat")]},
+        {"token_ids": tokens(40), "lora_request": adapter("pirate@hoist")},
+        {"token_ids": tokens(40), "lora_request": adapter("pirate")},
+        {"token_ids": tokens(40), "mm_features": [medium("cat")]},
+        {"token_ids": tokens(40), "prompt_embeds": object()},
     ],
 )
 def test_ticket_of_another_prompt_is_refused_and_forfeited(prompt: dict[str, Any]) -> None:
@@ -285,14 +288,17 @@ def test_ticket_of_another_prompt_is_refused_and_forfeited(prompt: dict[str, Any
 def test_ticket_of_the_same_prompt_with_salt_adapter_and_images_is_taken() -> None:
     scheduler = make_scheduler("consumer")
     digest = prompt_hash(
-        tokens(40), mm_identifiers=["cat", "dog"], lora_name="pirate", cache_salt="mine"
+        tokens(40),
+        media=[Medium("cat", 3, 5), Medium("dog", 9, 5)],
+        adapter="hoist",
+        cache_salt="mine",
     )
     request = decode_request(
         tokens(40),
         make_ticket(tokens(40), prompt_hash=digest),
         cache_salt="mine",
-        lora_request=SimpleNamespace(lora_name="pirate"),
-        mm_features=[SimpleNamespace(identifier="cat"), SimpleNamespace(identifier="dog")],
+        lora_request=adapter("buccaneer@hoist"),
+        mm_features=[medium("cat", 3), medium("dog", 9)],
     )
     scheduler.on_new_request(request)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transfer.connector.ticket import (
     MAX_READERS,
     MAX_TICKETS,
+    Medium,
     Ticket,
     prompt_hash,
     tickets_from_params,
@@ -299,10 +300,11 @@ def test_good_ticket_with_changes_reads_back_or_is_refused(
 
 # ---- prompt hash ---------------------------------------------------------------------------------
 
+CAT, DOG = Medium("cat", 0, 1), Medium("dog", 1, 2)
 PROMPT: dict[str, Any] = {
     "token_ids": [1, 2, 3],
-    "mm_identifiers": ["cat", "dog"],
-    "lora_name": "pirate",
+    "media": [CAT, DOG],
+    "adapter": "pirate",
     "cache_salt": "blue",
 }
 # Every pair of these differs, many only in where one part ends and the next begins.
@@ -316,26 +318,30 @@ PROMPTS: list[dict[str, Any]] = [
     {**PROMPT, "token_ids": [0, 1, 2, 3]},
     {**PROMPT, "token_ids": [1, 2 + (1 << 32), 3]},
     {**PROMPT, "token_ids": [1, 2, -3]},
-    {**PROMPT, "mm_identifiers": []},
-    {**PROMPT, "mm_identifiers": ["cat"]},
-    {**PROMPT, "mm_identifiers": ["dog", "cat"]},
-    {**PROMPT, "mm_identifiers": ["catdog"]},
-    {**PROMPT, "mm_identifiers": ["catd", "og"]},
-    {**PROMPT, "mm_identifiers": ["cat", "dog", ""]},
-    {**PROMPT, "mm_identifiers": ["cat", "dog", "\0lora", "pirate"]},
-    {**PROMPT, "lora_name": ""},
-    {**PROMPT, "lora_name": "pirat"},
-    {**PROMPT, "lora_name": "Pirate"},
-    {**PROMPT, "lora_name": "pirate\0salt", "cache_salt": ""},
+    {**PROMPT, "media": []},
+    {**PROMPT, "media": [CAT]},
+    {**PROMPT, "media": [DOG, CAT]},
+    {**PROMPT, "media": [CAT, DOG._replace(first_token=2)]},
+    {**PROMPT, "media": [CAT, DOG._replace(num_tokens=1)]},
+    {**PROMPT, "media": [CAT._replace(num_tokens=0), DOG._replace(first_token=0)]},
+    {**PROMPT, "media": [Medium("catdog", 0, 1)]},
+    {**PROMPT, "media": [CAT._replace(identifier="catd"), DOG._replace(identifier="og")]},
+    {**PROMPT, "media": [CAT, DOG, Medium("", 2, 3)]},
+    {**PROMPT, "media": [CAT, DOG, Medium("pirate", 2, 3)]},
+    {**PROMPT, "token_ids": [1, 2, 3, 2, 0, 1], "media": []},
+    {**PROMPT, "adapter": ""},
+    {**PROMPT, "adapter": "pirat"},
+    {**PROMPT, "adapter": "Pirate"},
+    {**PROMPT, "adapter": "pirate\0blue", "cache_salt": ""},
     {**PROMPT, "cache_salt": ""},
     {**PROMPT, "cache_salt": "blue "},
-    {**PROMPT, "lora_name": "blue", "cache_salt": "pirate"},
-    {**PROMPT, "lora_name": "pirateblue", "cache_salt": ""},
-    {**PROMPT, "mm_identifiers": ["cat", "dog", "\0lora", "pirate", "\0salt", "blue"]},
+    {**PROMPT, "adapter": "blue", "cache_salt": "pirate"},
+    {**PROMPT, "adapter": "pirateblue", "cache_salt": ""},
+    {**PROMPT, "media": [CAT, DOG, Medium("pirate", 2, 3), Medium("blue", 3, 4)]},
     {
         "token_ids": [1, 2, 3],
-        "mm_identifiers": ["cat", "dog", "\0lora", "pirate", "\0salt", "blue"],
-        "lora_name": "",
+        "media": [CAT, DOG, Medium("pirate", 2, 3), Medium("blue", 3, 4)],
+        "adapter": "",
         "cache_salt": "",
     },
 ]
@@ -348,8 +354,12 @@ def test_prompt_hash_tells_all_of_these_apart() -> None:
 prompts = st.fixed_dictionaries(
     {
         "token_ids": st.lists(st.integers(0, 3) | st.integers(-(1 << 63), (1 << 63) - 1)),
-        "mm_identifiers": st.lists(st.sampled_from(["", "a", "aa", "\0lora", "\0salt"])),
-        "lora_name": st.sampled_from(["", "a", "aa", "\0salt"]),
+        "media": st.lists(
+            st.builds(
+                Medium, st.sampled_from(["", "a", "aa", "\0"]), st.integers(0, 3), st.integers(0, 3)
+            )
+        ),
+        "adapter": st.sampled_from(["", "a", "aa", "\0salt"]),
         "cache_salt": st.sampled_from(["", "a", "aa", "\0lora"]),
     }
 )
@@ -371,7 +381,7 @@ def test_prompt_hash_fits_the_ticket(prompt: dict[str, Any]) -> None:
 
 def test_prompt_hash_does_not_change_between_versions() -> None:
     # Prefill and decode compute it apart, perhaps in different releases during an upgrade.
-    digest = "d4663b38e523ea7fa38783a0f54f336b6e8c32681f6c3933556d2c49de0112fb"
+    digest = "9af000d5895922375447cdcae50987f707488bb5b8793ebedb32599a6770795b"
 
     assert prompt_hash(**PROMPT) == digest
     assert prompt_hash(**{**PROMPT, "token_ids": (1, 2, 3)}) == digest

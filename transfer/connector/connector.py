@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from transfer.connector.adapters import AdapterFingerprints
 from transfer.connector.limits import refuse_unsupported
 from transfer.connector.logs import log_with_vllm
 from transfer.connector.metadata import BatonMetadata, WorkerHandshake, WorkerReport
@@ -69,6 +70,7 @@ class BatonConnector(KVConnectorBase_V1):
                 tp_size=vllm_config.parallel_config.tensor_parallel_size,
                 block_size=vllm_config.cache_config.block_size,
                 ttl_s=settings.transfer.ticket_ttl_s,
+                adapter_fingerprint=AdapterFingerprints(vllm_config.lora_config),
             )
             self._scheduler = BatonScheduler(
                 tickets,

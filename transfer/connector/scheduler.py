@@ -27,7 +27,7 @@ from transfer.connector.slot_queue import SlotQueue
 from transfer.connector.slots import SlotPool
 from transfer.connector.stats import Outcome, worse
 from transfer.connector.ticket import Ticket, tickets_from_params
-from transfer.connector.ticket_writer import TicketWriter, prompt_hash_of, transfer_params
+from transfer.connector.ticket_writer import TicketWriter, transfer_params
 from transfer.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ class BatonScheduler:
             # The engine's way to say that it will not run the request that brought them.
             self._pending.forfeits += everything
             return None
-        wanted = prompt_hash_of(request)
+        wanted = self._tickets.prompt_hash_of(request)
         for ticket in tickets:
             if (ticket.prompt_hash, ticket.num_tokens) == (
                 wanted,
@@ -326,6 +326,8 @@ class BatonScheduler:
             if len(shown) < len(own):
                 return None
         ticket = self._tickets.write(request, num_tokens, shown, self._handshake)
+        if ticket is None:
+            return None
         self._pending.offers.append(NewOffer(request.request_id, ticket, self._ttl_s, own))
         return ticket
 

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from transfer.errors import Phase, ProtocolError
 from transfer.params import TICKET_VERSION
@@ -26,11 +26,25 @@ _HEX32 = re.compile(r"[0-9a-f]{32}\Z")
 _HEX64 = re.compile(r"[0-9a-f]{64}\Z")
 
 
+class Medium(NamedTuple):
+    """An image, video or sound in a prompt.
+
+    Attributes:
+        identifier: names its content.
+        first_token: where its place holders begin.
+        num_tokens: how many there are.
+    """
+
+    identifier: str
+    first_token: int
+    num_tokens: int
+
+
 def prompt_hash(
     token_ids: Sequence[int],
     *,
-    mm_identifiers: Iterable[str] = (),
-    lora_name: str = "",
+    media: Sequence[Medium] = (),
+    adapter: str = "",
     cache_salt: str = "",
 ) -> str:
     """Names what a KV cache was computed from; 64 hex digits (BLAKE2b-256).
@@ -38,15 +52,22 @@ def prompt_hash(
     Equal token ids are not enough: images hide behind equal placeholder ids, an adapter changes
     every layer, and a cache salt asks for separation. Decode compares this with its own prompt, so
     that a ticket that was attached to the wrong request is refused instead of answered wrongly.
+
+    Args:
+        adapter: fingerprint of the LoRA adapter's weights; empty: none.
     """
-    digest = hashlib.blake2b(digest_size=32, person=b"baton-prompt-1")
-    digest.update(len(token_ids).to_bytes(8, "little"))
-    digest.update(b"".join(token.to_bytes(8, "little", signed=True) for token in token_ids))
-    for part in (*mm_identifiers, "\0lora", lora_name, "\0salt", cache_salt):
+    digest = hashlib.blake2b(digest_size=32, person=b"baton-prompt-2")
+    digest.update(_words([len(token_ids), *token_ids, len(media)]))
+    digest.update(_words([number for medium in media for number in medium[1:]]))
+    for part in (*(medium.identifier for medium in media), adapter, cache_salt):
         raw = part.encode("utf-8", "surrogatepass")
-        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(_words([len(raw)]))
         digest.update(raw)
     return digest.hexdigest()
+
+
+def _words(numbers: Iterable[int]) -> bytes:
+    return b"".join(number.to_bytes(8, "little", signed=True) for number in numbers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transfer.connector.metadata import WorkerHandshake
-from transfer.connector.ticket import MAX_READERS, MAX_TEXT_CHARS, Ticket, prompt_hash
+from transfer.connector.ticket import (
+    MAX_READERS,
+    MAX_TEXT_CHARS,
+    Medium,
+    Ticket,
+    prompt_hash,
+)
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
 
@@ -20,6 +27,7 @@ class TicketWriter:
 
     Args:
         engine_id: of this engine, fresh for every replica.
+        adapter_fingerprint: names a LoRA adapter by its weights; None if it cannot.
         clock: Unix time in seconds.
 
     Attributes:
@@ -34,12 +42,14 @@ class TicketWriter:
         tp_size: int,
         block_size: int,
         ttl_s: float,
+        adapter_fingerprint: Callable[[LoRARequest], str | None],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.block_size = block_size
         self.ttl_s = ttl_s
         self._engine_id = engine_id
         self._tp_size = tp_size
+        self._adapter_fingerprint = adapter_fingerprint
         self._clock = clock
         self._fence = 0
 
@@ -49,12 +59,15 @@ class TicketWriter:
         num_tokens: int,
         block_ids: Sequence[int],
         handshake: WorkerHandshake,
-    ) -> Ticket:
-        """The ticket for the first tokens of a request's prompt.
+    ) -> Ticket | None:
+        """The ticket for the first tokens of a request's prompt; None if nothing names it.
 
         Args:
             block_ids: where readers find them, as the owner's layout counts.
         """
+        named = self.prompt_hash_of(request)
+        if named is None:
+            return None
         readers = transfer_params(request).get("readers", 1)
         if type(readers) is not int or not 1 <= readers <= MAX_READERS:
             readers = 1
@@ -72,9 +85,32 @@ class TicketWriter:
             kv_axes=handshake.kv_axes,
             tp_size=self._tp_size,
             layout_hash=handshake.layout_hash,
-            prompt_hash=prompt_hash_of(request),
+            prompt_hash=named,
             readers=readers,
             expires_at_s=self._clock() + self.ttl_s,
+        )
+
+    def prompt_hash_of(self, request: Request) -> str | None:
+        """Names what the KV cache of a request's prompt is computed from.
+
+        None if that cannot be told: of a prompt given as embeddings, and of an adapter whose
+        weights are not known.
+        """
+        if request.prompt_embeds is not None:
+            return None
+        adapter: str | None = ""
+        if request.lora_request is not None:
+            adapter = self._adapter_fingerprint(request.lora_request)
+        if adapter is None:
+            return None
+        return prompt_hash(
+            request.prompt_token_ids or [],
+            media=[
+                Medium(feature.identifier, feature.mm_position.offset, feature.mm_position.length)
+                for feature in request.mm_features
+            ],
+            adapter=adapter,
+            cache_salt=request.cache_salt or "",
         )
 
 
@@ -86,13 +122,3 @@ def transfer_params(request: Request) -> Mapping[str, Any]:
     """
     params = request.kv_transfer_params
     return params if isinstance(params, Mapping) else {}
-
-
-def prompt_hash_of(request: Request) -> str:
-    """Names what the KV cache of a request's prompt is computed from."""
-    return prompt_hash(
-        request.prompt_token_ids or [],
-        mm_identifiers=[feature.identifier for feature in request.mm_features],
-        lora_name=request.lora_request.lora_name if request.lora_request is not None else "",
-        cache_salt=request.cache_salt or "",
-    )

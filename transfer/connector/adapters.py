@@ -1,0 +1,151 @@
+"""Which LoRA adapter a prompt is computed with, told by its weights: names say nothing of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+if TYPE_CHECKING:
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.request import LoRARequest
+
+logger = logging.getLogger(__name__)
+
+MAX_ADAPTERS: Final = 1024
+"""How many are remembered; those that were used least recently are read again."""
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+"""In the order in which vLLM looks for them."""
+_READ_BYTES: Final = 1 << 20
+
+_Files = tuple[tuple[str, int, int, int], ...]
+"""Path, inode, size and time of change of the files that an adapter consists of."""
+
+
+@dataclass(slots=True)
+class _Adapter:
+    files: _Files
+    fingerprint: str | None
+    changed: bool = False
+
+
+class AdapterFingerprints:
+    """Fingerprints of the adapters of one engine. Not thread-safe; reads files.
+
+    An adapter is read whole when it is first asked for, some 0.1 s for 100 MB, and looked at again
+    whenever it is asked for. What an engine has loaded cannot be told any more when its files
+    change, unless vLLM was asked to load it in place.
+
+    Args:
+        config: how the engine loads adapters; None: not at all.
+    """
+
+    def __init__(self, config: LoRAConfig | None) -> None:
+        self._loading = _loading(config)
+        self._known: OrderedDict[tuple[int, str, str], _Adapter] = OrderedDict()
+
+    def __call__(self, request: LoRARequest) -> str | None:
+        """32 hex digits, equal for equal weights that are loaded alike, wherever they lie.
+
+        None if that cannot be told; the log says why, once for each adapter.
+        """
+        key = (request.lora_int_id, request.lora_name, request.lora_path)
+        files = _files(request)
+        known = self._known.get(key)
+        if known is None or (request.load_inplace and known.files != files):
+            known = self._known[key] = self._read(request, files)
+        self._known.move_to_end(key)
+        if len(self._known) > MAX_ADAPTERS:
+            self._known.popitem(last=False)
+        if known.files == files:
+            return known.fingerprint
+        if not known.changed:
+            _not_handed_over(request, "its files have changed since it was loaded")
+        known.changed = True
+        return None
+
+    def _read(self, request: LoRARequest, files: _Files) -> _Adapter:
+        if not files:
+            _not_handed_over(request, f"{request.lora_path} has no {_CONFIG} with weights here")
+            return _Adapter(files, None)
+        digest = hashlib.blake2b(self._loading, digest_size=16, person=b"baton-adapter-1")
+        digest.update(bytes([request.is_3d_lora_weight]))
+        try:
+            for path, *_ in files:
+                _add(digest, Path(path))
+        except (OSError, ValueError) as error:
+            _not_handed_over(request, f"it cannot be read: {error}")
+            return _Adapter(files, None)
+        return _Adapter(files, digest.hexdigest())
+
+
+def _loading(config: LoRAConfig | None) -> bytes:
+    """What else decides what an adapter does to a model."""
+    if config is None:
+        return b""
+    factors = {
+        "dtype": str(config.lora_dtype),
+        "target_modules": sorted(config.target_modules or ()),
+        "tower_connector": config.enable_tower_connector_lora,
+        "mixed_moe_format": config.enable_mixed_moe_lora_format,
+        "moe_shared": config.enable_moe_shared_loras,
+    }
+    return json.dumps(factors, sort_keys=True).encode()
+
+
+def _files(request: LoRARequest) -> _Files:
+    """The adapter's files as they are now; none if it is not there as files."""
+    folder = None if request.tensorizer_config_dict else _folder(request.lora_path)
+    if folder is None:
+        return ()
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        return ()
+    found = []
+    for path in (folder / _CONFIG, weights):
+        try:
+            status = path.stat()
+        except OSError:
+            return ()
+        found.append((str(path), status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)
+
+
+def _folder(path: str) -> Path | None:
+    folder = Path(os.path.expanduser(path))
+    if folder.is_dir():
+        return folder
+    try:
+        # vLLM takes it for a repository then, and has fetched it.
+        return Path(snapshot_download(path, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _add(digest: Any, path: Path) -> None:
+    if path.name == _CONFIG:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} is not a JSON object")
+        # The base model has a fingerprint of its own, and may lie elsewhere.
+        config.pop("base_model_name_or_path", None)
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        return
+    digest.update(path.suffix.encode())
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+
+
+def _not_handed_over(request: LoRARequest, why: str) -> None:
+    logger.warning("prompts with adapter %s are not handed over: %s", request.lora_name, why)
