@@ -9,7 +9,6 @@ from transfer.addressing import SCHEMES_BEST_FIRST, is_host, is_http_url
 from transfer.errors import ConfigurationError, Phase
 
 MAX_SLICE_BYTES = 1 << 30
-MAX_FETCH_BYTES = 1 << 20
 AUTO = "auto"
 MIN_SECONDS = 0.001
 MAX_SECONDS = 86400.0
@@ -32,8 +31,6 @@ class TransferSettings:
         streams_per_peer: data streams that one read may use at once.
         max_reads_per_peer: reads from one peer that run at once; more wait in a queue.
         slice_bytes: most bytes asked for by one request.
-        fetch_bytes: reads of at most so many bytes take one round trip on the control connection
-            and no transport; 0 for none.
         max_inflight_bytes: bytes of all reads that may be on their way at once; a read bigger
             than that runs alone.
         ticket_ttl_s: how long an offer lives without renewal.
@@ -69,7 +66,6 @@ class TransferSettings:
     streams_per_peer: int = 2
     max_reads_per_peer: int = 4
     slice_bytes: int = 32 << 20
-    fetch_bytes: int = 16 << 10
     max_inflight_bytes: int = 1 << 30
     ticket_ttl_s: float = 30.0
     connect_timeout_s: float = 2.0
@@ -96,7 +92,6 @@ class TransferSettings:
         _check_whole("streams_per_peer", self.streams_per_peer, 1, 64)
         _check_whole("max_reads_per_peer", self.max_reads_per_peer, 1, 256)
         _check_whole("slice_bytes", self.slice_bytes, 4096, MAX_SLICE_BYTES)
-        _check_whole("fetch_bytes", self.fetch_bytes, 0, MAX_FETCH_BYTES)
         _check_whole("max_inflight_bytes", self.max_inflight_bytes, 4096, 1 << 50)
         if not isinstance(self.rdma_device, str):
             raise _wrong("rdma_device", self.rdma_device, "names of devices with commas between")

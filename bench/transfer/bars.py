@@ -11,7 +11,6 @@ from bench.transfer.cases import (
     BAR_TOTAL,
     KIB,
     MANY,
-    ONE,
     Case,
     case_of,
     human_bytes,
@@ -60,7 +59,7 @@ def judge(run: Run) -> list[Bar]:
         if block >= 64 * KIB:
             bars.append(faster(run, case, SHM, MEMCPY, 0.6))
     for system in (TCP, SHM):
-        bars += [_many(run, system), _quicker(run, system)]
+        bars.append(_many(run, system))
     return [bar for bar in bars if bar is not None]
 
 
@@ -101,22 +100,6 @@ def _many(run: Run, system: str) -> Bar | None:
     ratio = many.gb_per_s / few.gb_per_s
     reached = f"{ratio:.2f} ({many.gb_per_s:.2f} to {few.gb_per_s:.2f} GB/s)"
     return Bar(what, wanted, reached, _verdict(ratio >= 0.5))
-
-
-def _quicker(run: Run, system: str) -> Bar | None:
-    ours = run.outcome(ONE, system)
-    peer, theirs = _first_that_works(run, ONE, MOONCAKE)
-    if ours is None or theirs is None:
-        return None
-    what = f"{system}, latency of one {human_bytes(ONE.block_bytes)} read, p50"
-    wanted = f"under {peer}"
-    if not ours.works:
-        return Bar(what, wanted, f"failed: {ours.failure}", Verdict.FAIL)
-    if not theirs.works:
-        return Bar(what, wanted, f"{peer} failed", Verdict.NO_FIGURE)
-    mine, other = ours.latency_s(50), theirs.latency_s(50)
-    reached = f"{mine / other:.2f} x ({1e6 * mine:.0f} to {1e6 * other:.0f} us)"
-    return Bar(what, wanted, reached, _verdict(mine < other))
 
 
 def _first_that_works(run: Run, case: Case, peers: Sequence[str]) -> tuple[str, Outcome | None]:

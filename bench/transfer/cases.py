@@ -65,7 +65,6 @@ def case_of(block_bytes: int, total_bytes: int, streams: int = STREAMS) -> Case:
 BAR_BLOCKS = (12 * KIB, 64 * KIB, MIB)
 BAR_TOTAL = 128 * MIB
 MANY = Case(4 * KIB, 100_000, warm_up=0, reads=1)
-ONE = case_of(4 * KIB, 4 * KIB)
 
 BLOCK_SWEEP = (4 * KIB, 12 * KIB, 64 * KIB, 256 * KIB, MIB)
 TOTAL_SWEEP = (MIB, 16 * MIB, 128 * MIB, GIB)
@@ -91,13 +90,12 @@ class Profile:
 def quick(rounds: int = 7) -> Profile:
     """Only what the bars are about."""
     bars = tuple(case_of(block, BAR_TOTAL) for block in BAR_BLOCKS)
-    return Profile("quick", (ONE, *bars, MANY), rounds)
+    return Profile("quick", (*bars, MANY), rounds)
 
 
 def full(rounds: int = 9) -> Profile:
     """The bars' cases, and sweeps over block size, total size and streams."""
     cases = [
-        ONE,
         *(case_of(block, BAR_TOTAL) for block in BLOCK_SWEEP),
         MANY,
         *(case_of(TOTAL_SWEEP_BLOCK, total) for total in TOTAL_SWEEP),
@@ -108,7 +106,7 @@ def full(rounds: int = 9) -> Profile:
 
 def smoke() -> Profile:
     """Tiny, to see that everything works."""
-    cases = (ONE, case_of(12 * KIB, 2 * MIB), case_of(64 * KIB, 2 * MIB), case_of(MIB, 4 * MIB))
+    cases = (case_of(12 * KIB, 2 * MIB), case_of(64 * KIB, 2 * MIB), case_of(MIB, 4 * MIB))
     return Profile("smoke", cases, 2)
 
 

@@ -10,7 +10,6 @@ from bench.transfer.cases import (
     BAR_TOTAL,
     BLOCK_SWEEP,
     MANY,
-    ONE,
     STREAM_SWEEP,
     STREAMS,
     TOTAL_SWEEP,
@@ -163,12 +162,9 @@ def _sweeps(run: Run) -> list[_Sweep]:
             {str(number): case_of(TOTAL_SWEEP_BLOCK, BAR_TOTAL, number) for number in STREAM_SWEEP},
         ),
         sweep(
-            "The extremes",
+            "Many small blocks",
             "case",
-            {
-                f"one block of {human_bytes(ONE.block_bytes)}": ONE,
-                f"{MANY.count:,} blocks of {human_bytes(MANY.block_bytes)}": MANY,
-            },
+            {f"{MANY.count:,} blocks of {human_bytes(MANY.block_bytes)}": MANY},
         ),
     ]
     in_sweeps = {case for one in sweeps for case in one.cases}

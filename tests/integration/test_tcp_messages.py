@@ -41,11 +41,8 @@ def in_two(other: socket.socket, data: bytes, at: int) -> threading.Timer:
     return later
 
 
-@pytest.mark.parametrize("soon", [False, True])
 @pytest.mark.parametrize("body_bytes", [0, 5, LIKELY_BYTES, LIKELY_BYTES + 1, 5000])
-def test_several_messages_at_once(
-    ends: tuple[socket.socket, TcpStream], body_bytes: int, soon: bool
-) -> None:
+def test_several_messages_at_once(ends: tuple[socket.socket, TcpStream], body_bytes: int) -> None:
     other, stream = ends
     bodies = [bytes([number]) * body_bytes for number in range(20)]
     other.sendall(
@@ -55,7 +52,7 @@ def test_several_messages_at_once(
     )
     reader = MessageReader(stream, STALL_S, LIKELY_BYTES)
     for number, body in enumerate(bodies):
-        header, came = reader.next(soon=soon)
+        header, came = reader.next()
         assert (header.type, header.request_id, came) == (MessageType.RENEW, number, body)
     assert reader.empty
 
@@ -90,11 +87,10 @@ def test_a_message_that_stalls(
 def test_nothing_by_the_deadline(ends: tuple[socket.socket, TcpStream]) -> None:
     _, stream = ends
     reader = MessageReader(stream, stall_s=60.0)
-    for soon in (False, True):
-        started = time.monotonic()
-        with pytest.raises(TimeoutError):
-            reader.next(started + 0.05, soon=soon)
-        assert time.monotonic() - started >= 0.05
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        reader.next(started + 0.05)
+    assert time.monotonic() - started >= 0.05
 
 
 def test_a_message_that_trickles_is_over_by_the_deadline(
@@ -126,12 +122,11 @@ def test_the_first_bytes_of_something_else_can_be_looked_at(
     assert reader.first_bytes.startswith(b"GET /")
 
 
-@pytest.mark.parametrize("soon", [False, True])
-def test_an_end_is_an_error(ends: tuple[socket.socket, TcpStream], soon: bool) -> None:
+def test_an_end_is_an_error(ends: tuple[socket.socket, TcpStream]) -> None:
     other, stream = ends
     other.shutdown(socket.SHUT_WR)
     with pytest.raises(ConnectionResetError):
-        MessageReader(stream, STALL_S).next(soon=soon)
+        MessageReader(stream, STALL_S).next()
 
 
 def test_sending_ends_at_its_deadline(ends: tuple[socket.socket, TcpStream]) -> None:

@@ -34,7 +34,7 @@ PROOF = Credentials("f" * 32, "owner-1", 1, "token", "reader")
 
 
 def tcp(**tuning: object) -> TransferSettings:
-    return TransferSettings(transports=("tcp",), fetch_bytes=0, **tuning)  # type: ignore[arg-type]
+    return TransferSettings(transports=("tcp",), **tuning)  # type: ignore[arg-type]
 
 
 @pytest.fixture

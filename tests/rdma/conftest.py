@@ -66,7 +66,7 @@ def either(caplog: pytest.LogCaptureFixture) -> Iterator[Pair]:
     caplog.set_level(logging.INFO, "transfer")
     with engine_pair(
         settings=TransferSettings(
-            transports=("rdma", "tcp"), rdma_device=os.environ.get("RDMA_DEVICE", ""), fetch_bytes=0
+            transports=("rdma", "tcp"), rdma_device=os.environ.get("RDMA_DEVICE", "")
         )
     ) as pair:
         yield pair

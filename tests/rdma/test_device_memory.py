@@ -66,8 +66,8 @@ def device_buffer(devices: dict[int, Buffer], fill: int | None = None) -> Device
 def pair(
     request: pytest.FixtureRequest, devices: dict[int, Buffer], case: TransferCase
 ) -> Iterator[Pair]:
-    """An owner and a reader, one or both with memory of a device, which asks for small reads."""
-    where, settings = request.param, case.settings(fetch_bytes=16 << 10)
+    """An owner and a reader, one or both with memory of a device."""
+    where, settings = request.param, case.settings()
     remote: Buffer = Buffer(NUM_BLOCKS)
     local: Buffer = Buffer(NUM_BLOCKS, fill=0)
     if where in ("owner", "both"):
@@ -91,13 +91,6 @@ def test_blocks_of_devices_are_read(pair: Pair) -> None:
     for block in range(NUM_BLOCKS):
         wanted = pair.remote.block(block) if block % 2 == 0 else bytes(pair.local.block_bytes)
         assert pair.local.block(block) == wanted
-
-
-def test_a_small_read_goes_by_the_devices_too(pair: Pair) -> None:
-    plan = ReadPlan(pair.local.spans([3]), pair.remote.spans([5]))
-    succeeds(pair.read(pair.offer(), plan))
-    assert pair.local.block(3) == pair.remote.block(5)
-    assert pair.local.block(4) == bytes(pair.local.block_bytes)
 
 
 def test_part_of_a_dma_buf_beside_host_memory(

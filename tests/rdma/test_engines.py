@@ -169,7 +169,7 @@ def test_devices_that_are_not_there(setting: dict[str, object], why: str) -> Non
     engine = make_engine(
         Directory(),
         "lost",
-        settings=TransferSettings(transports=("rdma", "tcp"), fetch_bytes=0, **setting),  # type: ignore[arg-type]
+        settings=TransferSettings(transports=("rdma", "tcp"), **setting),  # type: ignore[arg-type]
     )
     with pytest.raises(ConfigurationError, match=why):
         engine.start()

@@ -70,7 +70,7 @@ def read_over(owner_devices: str, reader_devices: str) -> None:
     directory = Directory()
     remote, local = Buffer(NUM_BLOCKS, BLOCK_BYTES), Buffer(NUM_BLOCKS, BLOCK_BYTES, fill=0)
     tuning = [
-        TransferSettings(transports=("rdma",), rdma_device=devices, fetch_bytes=0)
+        TransferSettings(transports=("rdma",), rdma_device=devices)
         for devices in (owner_devices, reader_devices)
     ]
     owner = make_engine(directory, "owner", settings=tuning[0])

@@ -32,8 +32,8 @@ class TransferCase:
     forced: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self, **tuning: Any) -> TransferSettings:
-        """Settings of an engine that uses this transport only, for small reads too."""
-        return TransferSettings(**{"fetch_bytes": 0, **self.forced, **tuning})
+        """Settings of an engine that uses this transport only."""
+        return TransferSettings(**{**self.forced, **tuning})
 
     @property
     def one_sided(self) -> bool:

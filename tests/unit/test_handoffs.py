@@ -188,8 +188,6 @@ def test_readers_wait_for_an_offer_that_is_not_ready(table: HandoffTable) -> Non
         begin(table)
     with pytest.raises(HandoffNotReady):
         table.begin_one_sided_read(READER, credentials(), GRANT, "1")
-    with pytest.raises(HandoffNotReady):
-        table.fetch(READER, credentials(), GRANT, lambda *_: pytest.fail("read too early"))
     with pytest.raises(HandoffRefused, match="wrong token"):
         begin(table, credentials(token="guess"))
 

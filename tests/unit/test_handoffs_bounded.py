@@ -27,8 +27,6 @@ def test_names_of_readers_are_bounded(table: HandoffTable, monkeypatch: pytest.M
         begin(table, one_more)
     with pytest.raises(HandoffRefused, match="too many names"):
         table.begin_one_sided_read(READER, one_more, GRANT, "id")
-    with pytest.raises(HandoffRefused, match="too many names"):
-        table.fetch(READER, one_more, GRANT, lambda *_: pytest.fail("read in vain"))
     for used in (True, False):
         with pytest.raises(HandoffRefused, match="too many names"):
             table.release(one_more, used=used)

@@ -293,32 +293,6 @@ class TransferEngine:
         handle.when_final(lambda _: self._ended.set())
         return handle
 
-    def read(
-        self,
-        owner: PeerId,
-        credentials: Credentials,
-        planner: Planner,
-        deadline_s: float,
-    ) -> TransferHandle:
-        """As :meth:`submit_read` and then waiting, but on the calling thread.
-
-        For those who have nothing else to do meanwhile: a small read is over sooner than two
-        threads hand over to each other. Does not count among ``max_reads_per_peer``.
-
-        Returns:
-            A handle whose state is final.
-
-        Raises:
-            TransferCancelled: the engine does not run.
-        """
-        handle = TransferHandle(owner, credentials.handoff_id, deadline_s)
-        with self._lock:
-            reader = self._reader(owner)
-            if not reader.admit(handle, credentials):
-                raise self._closed_error()
-        reader.run(handle, credentials, planner, self._stop_when_due)
-        return handle
-
     def submit_release(self, owner: PeerId, credentials: Credentials, used: bool) -> None:
         """Tell the owner that this reader is done (``used``) or will not read (not ``used``).
 
@@ -335,17 +309,6 @@ class TransferEngine:
             lambda link, timeout_s: link.control.release(
                 credentials, used=used, read_id="", timeout_s=timeout_s
             ),
-        )
-
-    def submit_abort(
-        self, owner: PeerId, credentials: Credentials, reason: str = "aborted by a reader"
-    ) -> None:
-        """Tell the owner to end the hand-off for all its readers; as :meth:`submit_release`."""
-        self._notify(
-            owner,
-            credentials,
-            "abort",
-            lambda link, timeout_s: link.control.abort(credentials, reason, timeout_s),
         )
 
     def submit_renew(self, owner: PeerId, credentials: Sequence[Credentials]) -> None:

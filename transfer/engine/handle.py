@@ -64,9 +64,7 @@ class TransferHandle:
         self.interrupt = Interrupt()
         """For the engine."""
         self._lock = threading.Lock()
-        # Held until the state is final. An Event costs a small read ten times as much.
-        self._unfinished = threading.Lock()
-        self._unfinished.acquire()
+        self._final = threading.Event()
         self._state = TransferState.QUEUED
         self._error: TransferError | None = None
         self._cancelled = False
@@ -123,10 +121,7 @@ class TransferHandle:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block until the state is final; False if it is not within ``timeout_s``."""
-        final = self._unfinished.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s))
-        if final:
-            self._unfinished.release()
-        return final
+        return self._final.wait(timeout_s)
 
     # For the engine.
 
@@ -174,11 +169,6 @@ class TransferHandle:
                 self._bytes_before += self._session.bytes_moved
             self._session = session
 
-    def add_bytes(self, count: int) -> None:
-        """Count bytes that came without a session."""
-        with self._lock:
-            self._bytes_before += count
-
     def finish(self, error: TransferError | None) -> None:
         """The engine is through with it; an error from :meth:`stop` wins over ``error``."""
         with self._lock:
@@ -207,7 +197,7 @@ class TransferHandle:
         return True
 
     def _announce(self) -> None:
-        self._unfinished.release()
+        self._final.set()
         callbacks, self._on_final = self._on_final, []
         for callback in callbacks:
             callback(self)

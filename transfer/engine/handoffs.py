@@ -145,30 +145,6 @@ class HandoffTable:
                 raise _refused("begun too often", credentials.handoff_id)
             reads[read_id] = credentials.reader
 
-    def fetch(
-        self,
-        caller: Caller,
-        credentials: Credentials,
-        spans: SpanArray,
-        copy: Callable[[Credentials, SpanArray], bytes],
-    ) -> bytes:
-        """Admit one read of ``spans``, make it by ``copy`` and count the reader off.
-
-        All in one step: the hand-off cannot end before it is over.
-
-        Args:
-            copy: gives the bytes of admitted spans; what it raises leaves the reader counted in.
-
-        Raises:
-            HandoffRefused: credentials, state or spans do not allow it.
-        """
-        self._check_before_read(credentials, spans)
-        with self._lock:
-            handoff = self._begun(caller, credentials, spans)
-            copied = copy(credentials, spans)
-            self._count_off(handoff, credentials, used=True, read_id="")
-            return copied
-
     def end_read(self, permit: Permit) -> None:
         """The spans of ``permit`` are not touched any more. Idempotent."""
         with self._lock:

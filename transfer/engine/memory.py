@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from types import TracebackType
 from typing import Protocol, Self
@@ -14,19 +13,6 @@ from transfer.spans import coverage, empty_spans, lies_within
 from transfer.types import DmaBuf, SpanArray
 
 _ADDRESS_LIMIT = 1 << 63
-
-
-def copy_out(spans: SpanArray) -> bytes:
-    """The bytes of a few ``spans`` of mapped memory, in order."""
-    return b"".join(ctypes.string_at(*span) for span in spans.tolist())
-
-
-def copy_in(spans: SpanArray, data: bytes | bytearray) -> None:
-    """Write ``data``, as many bytes as a few ``spans`` of mapped memory have, in order."""
-    at = 0
-    for address, length in spans.tolist():
-        ctypes.memmove(address, bytes(data[at : at + length]), length)
-        at += length
 
 
 class MemoryRegion:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from transfer.engine.handoff import Permit
 from transfer.engine.handoffs import HandoffTable
-from transfer.engine.memory import MemoryTable, copy_out
+from transfer.engine.memory import MemoryTable
 from transfer.errors import HandoffRefused, Phase, RegistrationError, TransportUnavailable
 from transfer.transports.base import Caller, ReadPermit
 from transfer.types import Credentials, PeerInfo, SpanArray
@@ -47,9 +47,6 @@ class Owner:
         if isinstance(permit, Permit):
             self._table.end_read(permit)
 
-    def fetch(self, caller: Caller, credentials: Credentials, spans: SpanArray) -> bytes:
-        return self._table.fetch(caller, credentials, spans, self._copied)
-
     def begin_one_sided_read(
         self, caller: Caller, credentials: Credentials, spans: SpanArray, read_id: str
     ) -> None:
@@ -64,10 +61,6 @@ class Owner:
 
     def abort_by_reader(self, credentials: Credentials, reason: str) -> None:
         self._table.abort_by_reader(credentials, reason)
-
-    def _copied(self, credentials: Credentials, spans: SpanArray) -> bytes:
-        self._check_sendable(credentials, spans)
-        return copy_out(spans)
 
     def _check_sendable(self, credentials: Credentials, spans: SpanArray) -> None:
         """See that a processor of this host can read them."""

@@ -12,7 +12,7 @@ from transfer import faults
 from transfer.engine.budget import ByteBudget
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.engine.links import Link, PeerLinks
-from transfer.engine.memory import MemoryTable, copy_in
+from transfer.engine.memory import MemoryTable
 from transfer.engine.workers import Workers
 from transfer.errors import (
     DeadlineExceeded,
@@ -28,7 +28,7 @@ from transfer.errors import (
 )
 from transfer.settings import TransferSettings
 from transfer.spans import check_spans, merge_adjacent, overlaps_itself, total_bytes
-from transfer.transports.base import MAX_FETCH_ROWS, DataChannel
+from transfer.transports.base import DataChannel
 from transfer.types import Credentials, PeerId, PeerInfo, Planner, ReadPlan
 
 logger = logging.getLogger(__name__)
@@ -76,11 +76,7 @@ class PeerReader:
         self._links = links
         self._memory = memory
         self._budget = budget
-        self._fetch_bytes = settings.fetch_bytes
         self._lock = threading.Lock()
-        # Threads of others that read; closing waits for them too.
-        self._guests = 0
-        self._guest_left = threading.Condition(self._lock)
         # Each with the owner's incarnation that it reads from.
         self._handles: dict[TransferHandle, str] = {}
         self._reads = Workers(f"baton-reads-{owner}", settings.max_reads_per_peer)
@@ -93,7 +89,7 @@ class PeerReader:
     @property
     def quiet(self) -> bool:
         """Whether it has nothing to do."""
-        return self._reads.quiet and self._notices.quiet and not self._guests
+        return self._reads.quiet and self._notices.quiet
 
     def submit(self, handle: TransferHandle, credentials: Credentials, planner: Planner) -> bool:
         """Begin a read soon; False when closed."""
@@ -101,41 +97,10 @@ class PeerReader:
             self._handles[handle] = credentials.incarnation
         handle.when_final(self._forget)
         try:
-            return self._reads.submit(lambda: self._read(handle, credentials, planner, _nothing))
+            return self._reads.submit(lambda: self._read(handle, credentials, planner))
         except RuntimeError as error:
             handle.finish(TransportUnavailable(str(error), phase=Phase.CONNECT))
             return True
-
-    def admit(self, handle: TransferHandle, credentials: Credentials) -> bool:
-        """Expect :meth:`run` with the same arguments; False when closed."""
-        with self._lock:
-            if self._closing.is_set():
-                return False
-            self._handles[handle] = credentials.incarnation
-            self._guests += 1
-            return True
-
-    def run(
-        self,
-        handle: TransferHandle,
-        credentials: Credentials,
-        planner: Planner,
-        watch: Callable[[TransferHandle], None],
-    ) -> None:
-        """After :meth:`admit`: read on the calling thread; the handle is final on return.
-
-        Args:
-            watch: stops the handle when it is due. Called before bytes move by a transport; until
-                then nothing waits that does not look at the deadline itself.
-        """
-        try:
-            self._read(handle, credentials, planner, watch)
-        finally:
-            with self._lock:
-                del self._handles[handle]
-                self._guests -= 1
-                if self._closing.is_set():
-                    self._guest_left.notify_all()
 
     def notify(self, notice: Notice) -> bool:
         """Send a notice soon, again and again until it arrives or expires; False when closed."""
@@ -148,7 +113,7 @@ class PeerReader:
     @property
     def alive(self) -> bool:
         """Whether threads use it."""
-        return self._reads.alive or self._notices.alive or self._guests > 0
+        return self._reads.alive or self._notices.alive
 
     def fail_starts_but(self, alive: str, error: Callable[[], TransferError]) -> None:
         """Stop every read from, and cut every connection to, other starts of the owner than
@@ -175,9 +140,6 @@ class PeerReader:
         cutter.join()
         self._links.close()
         self._reads.join()
-        with self._guest_left:
-            while self._guests:
-                self._guest_left.wait()
 
     def _forget(self, handle: TransferHandle) -> None:
         with self._lock:
@@ -190,25 +152,10 @@ class PeerReader:
             if not alive or incarnation != alive:
                 handle.stop(error())
 
-    def _read(
-        self,
-        handle: TransferHandle,
-        credentials: Credentials,
-        planner: Planner,
-        watch: Callable[[TransferHandle], None],
-    ) -> None:
+    def _read(self, handle: TransferHandle, credentials: Credentials, planner: Planner) -> None:
         unforeseen = True
         try:
-            _Read(
-                handle,
-                credentials,
-                planner,
-                self._links,
-                self._memory,
-                self._budget,
-                self._fetch_bytes,
-                watch,
-            ).run()
+            _Read(handle, credentials, planner, self._links, self._memory, self._budget).run()
             unforeseen = False
             handle.finish(None)
         except TransferError as error:
@@ -255,8 +202,6 @@ class _Read:
         links: PeerLinks,
         memory: MemoryTable,
         budget: ByteBudget,
-        fetch_bytes: int,
-        watch: Callable[[TransferHandle], None],
     ) -> None:
         self._handle = handle
         self._credentials = credentials
@@ -264,8 +209,6 @@ class _Read:
         self._links = links
         self._memory = memory
         self._budget = budget
-        self._fetch_bytes = fetch_bytes
-        self._watch = watch
         self._plan: ReadPlan | None = None
         self._all_read = False
         self._read_id = ""
@@ -297,8 +240,6 @@ class _Read:
         with self._links.use(self._credentials.incarnation, handle.deadline) as link:
             plan = self._plan = self._plan or self._checked_plan(link.info)
             if not self._all_read:
-                if self._is_small(plan) and self._fetched(link, plan):
-                    return
                 self._read(link, plan)
             handle.advance(TransferState.CONFIRMING)
             faults.reach("reader.confirming", self._handle.owner.engine_id)
@@ -307,33 +248,7 @@ class _Read:
             )
             faults.reach("reader.confirmed", self._handle.owner.engine_id)
 
-    def _is_small(self, plan: ReadPlan) -> bool:
-        rows = plan.local.shape[0]
-        return (
-            0 < rows <= MAX_FETCH_ROWS
-            and total_bytes(plan.local) <= self._fetch_bytes
-            and not self._memory.touches_devices(plan.local)
-        )
-
-    def _fetched(self, link: Link, plan: ReadPlan) -> bool:
-        """Whether the owner answered a small read; if not it has to go by a transport."""
-        handle = self._handle
-        handle.advance(TransferState.CONFIRMING)
-        faults.reach("reader.confirming", handle.owner.engine_id)
-        try:
-            data = link.control.fetch(self._credentials, plan.remote, self._left_s())
-        except TransportUnavailable:
-            handle.advance(TransferState.CONNECTING)
-            return False
-        faults.reach("reader.confirmed", handle.owner.engine_id)
-        # Until here a read that is stopped is final at once: nothing was written.
-        handle.advance(TransferState.READING)
-        copy_in(plan.local, data)
-        handle.add_bytes(len(data))
-        return True
-
     def _read(self, link: Link, plan: ReadPlan) -> None:
-        self._watch(self._handle)
         while not self._all_read:
             channel = link.routes.channel
             try:
@@ -381,7 +296,3 @@ class _Read:
         if left_s <= 0:
             raise DeadlineExceeded("no time left", phase=Phase.READ)
         return left_s
-
-
-def _nothing(_: TransferHandle) -> None:
-    """It is watched already."""

@@ -19,9 +19,6 @@ from typing import Protocol, Self
 from transfer.errors import Phase, TransferError, TransportUnavailable
 from transfer.types import Credentials, DmaBuf, PeerId, PeerInfo, ReadPlan, SpanArray
 
-MAX_FETCH_ROWS = 1024
-"""Spans that :meth:`ControlChannel.fetch` takes."""
-
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
@@ -82,13 +79,6 @@ class OwnerService(Protocol):
 
     def end_read(self, permit: ReadPermit) -> None:
         """The spans of ``permit`` are not touched any more."""
-        ...
-
-    def fetch(self, caller: Caller, credentials: Credentials, spans: SpanArray) -> bytes:
-        """The bytes of ``spans``, in order, with the reader counted off.
-
-        Returning means that the blocks were pinned until the bytes were copied.
-        """
         ...
 
     def begin_one_sided_read(
@@ -246,16 +236,6 @@ class ControlChannel(ABC):
     @abstractmethod
     def exchange(self, scheme: str, request: bytes, timeout_s: float) -> bytes:
         """Set up what transport ``scheme`` needs; see :meth:`Attachment.exchange`."""
-
-    @abstractmethod
-    def fetch(
-        self, credentials: Credentials, spans: SpanArray, timeout_s: float
-    ) -> bytes | bytearray:
-        """A small read and its release at once; see :meth:`OwnerService.fetch`.
-
-        Args:
-            spans: at most ``MAX_FETCH_ROWS`` rows and ``MAX_FETCH_BYTES`` bytes.
-        """
 
     @abstractmethod
     def begin_read(

@@ -70,7 +70,7 @@ class TcpTransport(ControlTransport):
 
     def open_control(self, address: str, caller: Caller, timeout_s: float) -> TcpControl:
         stream, info = self._dialer.connect(address, caller, timeout_s)
-        return TcpControl(stream, info, self._settings.fetch_bytes)
+        return TcpControl(stream, info)
 
     def open_data(self, address: str, caller: Caller, control: ControlChannel) -> TcpData:
         return TcpData(address, caller, control.info, self._settings, self._dialer)

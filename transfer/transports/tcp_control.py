@@ -7,8 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from transfer.errors import DeadlineExceeded, FatalError, Phase
-from transfer.spans import total_bytes
+from transfer.errors import DeadlineExceeded, Phase
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import ControlChannel
 from transfer.transports.tcp_dialer import unexpected
@@ -21,10 +20,10 @@ from transfer.types import Credentials, PeerInfo, SpanArray
 class TcpControl(ControlChannel):
     """See :class:`~transfer.transports.base.ControlChannel`."""
 
-    def __init__(self, stream: TcpStream, info: PeerInfo, fetch_bytes: int) -> None:
+    def __init__(self, stream: TcpStream, info: PeerInfo) -> None:
         self.info = info
         self._stream = stream
-        self._answers = MessageReader(stream, stall_s=0, likely_bytes=fetch_bytes)
+        self._answers = MessageReader(stream, stall_s=0)
         self._peer = str(info.peer)
         self._turn = threading.Lock()
         self._request_ids = itertools.count(1)
@@ -47,20 +46,6 @@ class TcpControl(ControlChannel):
             MessageType.ATTACH, body, MessageType.ATTACHED, timeout_s, Phase.CONNECT
         )
         return bytes(answer)
-
-    def fetch(
-        self, credentials: Credentials, spans: SpanArray, timeout_s: float
-    ) -> bytes | bytearray:
-        body = wire.encode_read(credentials, spans)
-        fetched = self._call(
-            MessageType.FETCH, body, MessageType.FETCHED, timeout_s, Phase.READ, credentials
-        )
-        wanted = total_bytes(spans)
-        if len(fetched) != wanted:
-            raise FatalError(
-                f"{len(fetched)} of {wanted} bytes came", phase=Phase.READ, peer=self._peer
-            )
-        return fetched
 
     def begin_read(
         self,
@@ -145,7 +130,7 @@ class TcpControl(ControlChannel):
             raise ConnectionAbortedError("the connection was shut down")
         request_id = next(self._request_ids)
         self._stream.send(wire.message(request, request_id, body), deadline)
-        header, answer = self._answers.next(deadline, soon=request is MessageType.FETCH)
+        header, answer = self._answers.next(deadline)
         if header.request_id != request_id:
             raise unexpected(header, self._peer)
         return header, answer

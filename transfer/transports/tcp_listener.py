@@ -24,14 +24,14 @@ from transfer.errors import (
     TransferError,
     TransportUnavailable,
 )
-from transfer.settings import AUTO, MAX_FETCH_BYTES, MAX_SLICE_BYTES, TransferSettings
+from transfer.settings import AUTO, MAX_SLICE_BYTES, TransferSettings
 from transfer.spans import total_bytes
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Attachment, Caller, Listener, OwnerService
 from transfer.transports.socket_options import SocketOptions
 from transfer.transports.span_cursor import SpanCursor
 from transfer.transports.tcp_messages import MessageReader
-from transfer.transports.tcp_stream import AWAKE_S, TcpStream
+from transfer.transports.tcp_stream import TcpStream
 from transfer.transports.tcp_wire import Header, MessageType
 from transfer.transports.tls import TlsContexts
 from transfer.transports.tls_stream import TlsStream
@@ -197,7 +197,6 @@ class _Conversation:
         # Of our own reads: the peers of one deployment have the same settings.
         self._streams = settings.streams_per_peer
         self._serves_reads = settings.transports == AUTO or "tcp" in settings.transports
-        self._serves_fetches = settings.fetch_bytes > 0
         self._requests = MessageReader(stream, settings.stall_timeout_s)
 
     def run(self) -> None:
@@ -224,11 +223,8 @@ class _Conversation:
         caller = wire.decode_hello(body)
         welcome = wire.encode_welcome(self._service.info())
         self._stream.send(wire.message(MessageType.WELCOME, header.request_id, welcome))
-        # A reader that comes back as soon as it is answered is waited for awake.
-        soon, answered_at = False, 0.0
         while True:
-            header, body = self._requests.next(soon=soon)
-            soon = header.type is MessageType.FETCH and time.monotonic() - answered_at < AWAKE_S
+            header, body = self._requests.next()
             try:
                 self._answer(caller, header, body)
             except TransferError as error:
@@ -239,7 +235,6 @@ class _Conversation:
                 expected = isinstance(error, HandoffNotReady | TransportUnavailable)
                 level = logging.DEBUG if expected else logging.INFO
                 logger.log(level, "refused %s of %s: %s", header.type.name, caller.peer, error)
-            answered_at = time.monotonic()
 
     def _first_message(self) -> tuple[Header, bytes | bytearray]:
         try:
@@ -257,10 +252,6 @@ class _Conversation:
             case MessageType.READ if self._serves_reads:
                 self._read(caller, header.request_id, body)
                 return
-            case MessageType.FETCH if self._serves_fetches:
-                credentials, spans = wire.decode_read(body)
-                fetched = self._fetch(caller, credentials, spans)
-                answer = wire.message(MessageType.FETCHED, header.request_id, fetched)
             case MessageType.BEGIN:
                 answer = self._begin(caller, header.request_id, body)
             case MessageType.ATTACH:
@@ -278,7 +269,7 @@ class _Conversation:
                 credentials, reason = wire.decode_abort(body)
                 self._service.abort_by_reader(credentials, reason)
                 answer = wire.message(MessageType.OK, header.request_id)
-            case MessageType.READ | MessageType.FETCH:
+            case MessageType.READ:
                 raise TransportUnavailable(
                     "the owner's settings forbid it to be read this way", phase=Phase.READ
                 )
@@ -311,14 +302,6 @@ class _Conversation:
                 )
             attachment = self._attachments[scheme] = listener.attach(caller)
         return attachment
-
-    def _fetch(self, caller: Caller, credentials: Credentials, spans: SpanArray) -> bytes:
-        size = total_bytes(spans)
-        if size > MAX_FETCH_BYTES:
-            raise ProtocolError(
-                f"FETCH of {size} bytes, at most {MAX_FETCH_BYTES} go at once", phase=Phase.READ
-            )
-        return self._service.fetch(caller, credentials, spans)
 
     def _read(self, caller: Caller, request_id: int, body: bytes | bytearray) -> None:
         credentials, spans = wire.decode_read(body)

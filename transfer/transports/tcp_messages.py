@@ -41,22 +41,19 @@ class MessageReader:
         """What it holds, not taken yet or refused."""
         return bytes(self._buffer[self._begin : self._end])
 
-    def next(
-        self, deadline: float | None = None, *, soon: bool = False
-    ) -> tuple[Header, bytes | bytearray]:
+    def next(self, deadline: float | None = None) -> tuple[Header, bytes | bytearray]:
         """Header and body of the next message, not of DATA.
 
         Args:
             deadline: monotonic time when it must be whole. Without it, the first byte is waited for
                 for ever, and the rest as long as it may stall.
-            soon: it is about to come; waits awake.
 
         Raises:
             OSError: the stream broke, ended or stalled.
             ProtocolError: something else came.
         """
         if self._end - self._begin < _HEADER_BYTES:
-            self._take_in_header(deadline, soon)
+            self._take_in_header(deadline)
         begin = self._begin + _HEADER_BYTES
         header = wire.decode_header(self._buffer[self._begin : begin])
         end = begin + header.body_bytes
@@ -65,12 +62,10 @@ class MessageReader:
         self._begin = end
         return header, bytes(self._buffer[begin:end])
 
-    def _take_in_header(self, deadline: float | None, soon: bool) -> None:
+    def _take_in_header(self, deadline: float | None) -> None:
         begun = self.first_bytes
         self._buffer[: len(begun)] = begun
         self._begin, self._end = 0, len(begun)
-        if soon and not begun:
-            self._end = self._stream.receive_soon(self._buffer, deadline)
         while self._end < _HEADER_BYTES:
             if self._end and deadline is None:
                 deadline = time.monotonic() + self._stall_s

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import select
 import socket
@@ -10,27 +9,19 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 from transfer.errors import DeadlineExceeded, PeerUnreachable, Phase, TlsRefused, TransferError
 from transfer.transports import processors
 from transfer.transports.socket_options import SocketOptions, is_within_host
 from transfer.transports.span_cursor import SpanCursor
 
-AWAKE_S = 100e-6
-"""How long :meth:`TcpStream.receive_soon` stays awake: what a small read takes at one end."""
-
 # A plain integer: to combine the flags of ``socket`` costs more than a call with them.
 _DONT_WAIT = int(socket.MSG_DONTWAIT)
 
 _LINGER_S = 0.5
 _LINGER_BYTES = 64 << 10
-
-
-# Unlike that of ``os`` it gives up the interpreter's lock.
-_sched_yield = ctypes.CDLL(None).sched_yield
 
 
 class TcpStream:
@@ -130,24 +121,6 @@ class TcpStream:
             raise _ended()
         return count
 
-    def receive_soon(self, view: memoryview, deadline: float | None = None) -> int:
-        """As :meth:`receive_some`, at first awake: sooner than to be woken when it is due soon.
-
-        Between looks it lets every other thread have the processor and the interpreter.
-        """
-        receive, until = self._socket.recv_into, time.monotonic() + AWAKE_S
-        while True:
-            try:
-                count = receive(view, 0, _DONT_WAIT)
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    return self.receive_some(view, deadline)
-                _sched_yield()
-                continue
-            if not count:
-                raise _ended()
-            return count
-
     def receive_into(self, view: memoryview, deadline: float | None = None) -> None:
         """Fill ``view`` as :meth:`receive_some` does, all of it."""
         filled = 0
@@ -218,30 +191,13 @@ class TcpStream:
             raise TimeoutError(errno.ETIMEDOUT, "nothing came or went")
 
 
-class translated:  # noqa: N801  # reads as a verb where it is used
-    """Turns operating system errors of a stream, raised within the block, into ours.
-
-    No generator: small reads pass here often.
-    """
-
-    __slots__ = ("_handoff_id", "_peer", "_phase")
-
-    def __init__(self, phase: Phase, peer: str, handoff_id: str = "") -> None:
-        self._phase = phase
-        self._peer = peer
-        self._handoff_id = handoff_id
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if isinstance(exc, OSError):
-            raise _ours(exc, self._phase, self._peer, self._handoff_id) from exc
+@contextmanager
+def translated(phase: Phase, peer: str, handoff_id: str = "") -> Iterator[None]:
+    """Turns operating system errors of a stream, raised within the block, into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise _ours(error, phase, peer, handoff_id) from error
 
 
 def _ours(error: OSError, phase: Phase, peer: str, handoff_id: str) -> TransferError:

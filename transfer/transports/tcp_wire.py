@@ -17,9 +17,6 @@ Text is a 16-bit length and UTF-8. Credentials are the fence in 64 bits, the sha
 text: handoff_id, incarnation, token and reader with NUL between. Rows of spans are raw: address and
 length, 64 bits each.
 
-FETCH is a small read in one round trip: FETCHED has the bytes of the spans, copied while they were
-pinned, and says that the reader was counted off as a RELEASE would have done.
-
 A READ is answered by DATA, whose body is the bytes of the spans in the order of the request, or
 by ERROR. Answers come in the order of the requests. BEGIN asks leave to read the same spans by
 another transport, in which the owner takes no part; its read id comes back in RELEASE. A BEGIN
@@ -47,8 +44,8 @@ from transfer.errors import (
     TransferError,
     TransportUnavailable,
 )
-from transfer.settings import MAX_FETCH_BYTES, MAX_SLICE_BYTES
-from transfer.transports.base import MAX_FETCH_ROWS, Caller
+from transfer.settings import MAX_SLICE_BYTES
+from transfer.transports.base import Caller
 from transfer.types import Credentials, PeerId, PeerInfo, SpanArray
 
 MAGIC = b"BATN"
@@ -86,8 +83,6 @@ class MessageType(IntEnum):
     KEYS = 12
     ATTACH = 13
     ATTACHED = 14
-    FETCH = 15
-    FETCHED = 16
 
 
 _TYPES = {int(type_): type_ for type_ in MessageType}
@@ -98,8 +93,6 @@ _MAX_BODY_BYTES = dict.fromkeys(MessageType, _CONTROL_BODY_BYTES) | {
     MessageType.READ: MAX_READ_ROWS * _ROW_BYTES + 4096,
     MessageType.BEGIN: MAX_READ_ROWS * _ROW_BYTES + 4096,
     MessageType.DATA: MAX_SLICE_BYTES,
-    MessageType.FETCH: MAX_FETCH_ROWS * _ROW_BYTES + 4096,
-    MessageType.FETCHED: MAX_FETCH_BYTES,
     MessageType.RELEASE: 4096,
     MessageType.ABORT: 4096,
     MessageType.OK: 0,
@@ -214,7 +207,7 @@ def encode_credentials(credentials: Credentials) -> bytes:
 
 
 def encode_read(credentials: Credentials, spans: SpanArray) -> bytes:
-    """Body of a READ or a FETCH."""
+    """Body of a READ."""
     return encode_credentials(credentials) + spans.tobytes()
 
 

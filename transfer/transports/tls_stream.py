@@ -118,9 +118,6 @@ class TlsStream(TcpStream):
         self._wait_at_most(None, deadline)
         return super().receive_some(view)
 
-    def receive_soon(self, view: memoryview, deadline: float | None = None) -> int:
-        return self.receive_some(view, deadline)
-
     def receive_spans(self, cursor: SpanCursor, moved: Callable[[int], None]) -> None:
         bounce = self._buffer()
         for piece, size in cursor.pieces(_BOUNCE_BYTES):

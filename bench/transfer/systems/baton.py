@@ -110,7 +110,8 @@ class Reader(ReaderEnd):
     def read(self) -> None:
         self._reads += 1
         proof = Credentials(**{**self._offer, "reader": f"reader-{self._reads}"})
-        handle = self._current.read(_OWNER, proof, self._planned, _DEADLINE_S)
+        handle = self._current.submit_read(_OWNER, proof, self._planned, _DEADLINE_S)
+        handle.wait()
         if handle.state is not TransferState.DONE:
             raise RuntimeError(f"{handle.state.value}: {handle.error}")
 

@@ -12,6 +12,7 @@ import pytest
 from tests.support.stalling_proxy import StallingProxy
 from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import (
+    SLOWNESS,
     Directory,
     Pair,
     engine_pair,
@@ -24,6 +25,7 @@ from tests.support.transfer_engines import (
 )
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.engine.handoff import HandoffState, Offer
+from transfer.engine.owner import Owner
 from transfer.errors import (
     ConfigurationError,
     DeadlineExceeded,
@@ -33,7 +35,9 @@ from transfer.errors import (
     Phase,
     TransferCancelled,
 )
-from transfer.types import PeerId, PeerInfo, ReadPlan
+from transfer.transports.base import Caller
+from transfer.transports.tcp import TcpTransport
+from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
 
 STALL_AT_BYTES = 3 << 20
 
@@ -134,7 +138,13 @@ def test_an_offer_expires_without_anybody_asking(pair: Pair) -> None:
 
 def test_a_reader_aborts(pair: Pair) -> None:
     proof = pair.offer(readers=2)
-    pair.reader.submit_abort(pair.owner_id, proof, "client gone")
+    control = TcpTransport(pair.settings).open_control(
+        pair.owner.addresses[0], Caller(PeerId("proxy", 0), "p-1"), 2.0 * SLOWNESS
+    )
+    try:
+        control.abort(proof, "client gone", 2.0 * SLOWNESS)
+    finally:
+        control.close()
     (ended,) = take_ended(pair.owner)
     assert (ended.state, ended.reason) == (HandoffState.ABORTED, "client gone")
 
@@ -272,6 +282,28 @@ def test_a_broken_connection_is_tried_once_more(big_pair: Pair, stalled: Stallin
     stalled.cut()
     succeeds(handle)
     assert big_pair.local_is_remote()
+
+
+def test_a_read_is_confirmed_again_if_the_first_answer_is_lost(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[str] = []
+    release = Owner.release
+
+    with StallingProxy(pair.owner.addresses[0], limit_bytes=0) as proxy:
+
+        def release_and_cut(self: Owner, proof: Credentials, *, used: bool, read_id: str) -> None:
+            release(self, proof, used=used, read_id=read_id)
+            released.append(read_id)
+            if len(released) == 1:
+                proxy.cut()
+
+        proxy.resume()
+        monkeypatch.setattr(Owner, "release", release_and_cut)
+        pair.directory.move(pair.owner_id, proxy.address)
+        succeeds(pair.read(pair.offer()))
+    assert pair.local_is_remote()
+    assert released == [released[0]] * 2
 
 
 def test_a_connection_that_broke_while_idle_is_replaced(

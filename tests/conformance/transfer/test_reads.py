@@ -339,7 +339,7 @@ def test_an_owner_is_read_by_no_other_transport_than_its_own() -> None:
     if why := why_no_process_memory():
         pytest.skip(why)
     with engine_pair(settings=TransferCase("shm", {"transports": ["shm"]}).settings()) as pair:
-        other = pair.engine("other", settings=TransferSettings(transports=("tcp",), fetch_bytes=0))
+        other = pair.engine("other", settings=TransferSettings(transports=("tcp",)))
         other.register(pair.local.address, pair.local.bytes.nbytes)
         with other:
             handle = pair.with_reader(other, pair.local).read(pair.offer())
