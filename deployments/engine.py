@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse as VLLMErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
-from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from deployments.generation import GenerationRequest
+from deployments.request_faults import refusal, refusing
 from deployments.resumption import resuming, with_sent
 from transfer import faults
 
@@ -60,6 +60,25 @@ class BatonEngine(VLLMEngine):
         client.generate = resuming(client.generate, client.get_tokenizer)
         return client
 
+    def chat(self, *args: Any) -> AsyncGenerator[Any, None]:
+        """As Ray's engine; refuses what a plain vLLM server refuses. So do those that follow."""
+        return refusing(super().chat(*args))
+
+    def completions(self, *args: Any) -> AsyncGenerator[Any, None]:
+        return refusing(super().completions(*args))
+
+    def tokenize(self, *args: Any) -> AsyncGenerator[Any, None]:
+        return refusing(super().tokenize(*args))
+
+    def detokenize(self, *args: Any) -> AsyncGenerator[Any, None]:
+        return refusing(super().detokenize(*args))
+
+    def embeddings(self, *args: Any) -> AsyncGenerator[Any, None]:
+        return refusing(super().embeddings(*args))
+
+    def score(self, *args: Any) -> AsyncGenerator[Any, None]:
+        return refusing(super().score(*args))
+
     async def prefill(self, request: GenerationRequest) -> Prefilled:
         """Computes the KV of a request's prompts and pins it for a decode engine.
 
@@ -84,8 +103,10 @@ class BatonEngine(VLLMEngine):
             inputs = rendered[1] if chat else rendered
             self._check_sampling(serving, body, inputs)
             lora_request = serving._maybe_get_adapters(body)
-        except (ValueError, VLLMClientError) as error:
-            return Prefilled(error=self._make_error_response(serving, error))
+        except Exception as error:
+            if (refused := refusal(error)) is None:
+                raise
+            return Prefilled(error=refused)
         raw_request = RawRequestInfo.to_starlette_request_optional(request.http)
         readers = body.n or 1
         runs = [
@@ -103,9 +124,11 @@ class BatonEngine(VLLMEngine):
         try:
             tickets = await asyncio.gather(*runs)
             await faults.reach_async("prefill.answering")
-        except (ValueError, VLLMClientError) as error:
+        except Exception as error:
             await self._give_up(runs)
-            return Prefilled(error=self._make_error_response(serving, error))
+            if (refused := refusal(error)) is None:
+                raise
+            return Prefilled(error=refused)
         except BaseException:
             await self._give_up(runs)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,7 +15,9 @@ from starlette.responses import JSONResponse
 from vllm.exceptions import VLLMClientError, VLLMNotFoundError
 
 from deployments.errors import Overloaded, ServiceUnavailable
+from serve_app.edge import Fault
 from serve_app.error_body import ERROR_TYPES, error_body, usual_kind
+from serve_app.validation_faults import first_fault
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
@@ -33,15 +36,9 @@ def error_response(
     )
 
 
-def describe_faults(faults: list[Any]) -> tuple[str, str]:
-    """The field and the message of the first of pydantic's faults that has a field."""
-    fault = next((item for item in faults if _field(item)), faults[0] if faults else {})
-    field = _field(fault)
-    message = str(fault.get("msg", "the request is malformed")).removeprefix("Value error, ")
-    if fault.get("type") == "json_invalid":
-        where = fault.get("ctx", {}).get("error", "")
-        return "body", f"the body is not valid JSON: {where}".rstrip(": ")
-    return field or "body", f"{field}: {message}" if field else message
+def fault_response(fault: Fault) -> JSONResponse:
+    """The answer to a request that is wrong: 400, naming the field."""
+    return error_response(400, fault.message, param=fault.param)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -51,8 +48,7 @@ def add_error_handlers(app: FastAPI) -> None:
         faults = (
             error.errors() if isinstance(error, RequestValidationError | ValidationError) else []
         )
-        field, message = describe_faults(list(faults))
-        return error_response(400, message, param=field)
+        return fault_response(_fault(faults))
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, OpenAIHTTPException):
@@ -68,6 +64,9 @@ def add_error_handlers(app: FastAPI) -> None:
     async def http(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, HTTPException):
             raise error
+        if error.status_code == 400 and error.__cause__ is not None:
+            # FastAPI could not read the body, and keeps to itself why.
+            return fault_response(_not_json(error.__cause__))
         return error_response(
             error.status_code,
             str(error.detail),
@@ -97,12 +96,14 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
-def _field(fault: Any) -> str:
-    location = [str(part) for part in fault.get("loc", ())]
-    # FastAPI begins with where the field was; deeper down these are names of fields.
-    if location and location[0] in ("body", "query", "path"):
-        del location[0]
-    return ".".join(location)
+def _fault(faults: Sequence[Any]) -> Fault:
+    if faults and faults[0].get("type") == "json_invalid":
+        return _not_json(faults[0].get("ctx", {}).get("error", ""))
+    return first_fault(faults)
+
+
+def _not_json(why: Any) -> Fault:
+    return Fault("", f"the body is not valid JSON: {why}".rstrip(": "))
 
 
 def _kind(status: int, given: str | None) -> str:

@@ -21,10 +21,7 @@ from ray.llm._internal.serve.core.ingress.ingress import (
     make_fastapi_ingress,
 )
 from ray.llm._internal.serve.core.ingress.middleware import SetRequestIdMiddleware
-from ray.llm._internal.serve.core.ingress.utils import (
-    NON_STREAMING_RESPONSE_TYPES,
-    _sanitize_chat_completion_request,
-)
+from ray.llm._internal.serve.core.ingress.utils import NON_STREAMING_RESPONSE_TYPES
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.llm._internal.serve.observability.metrics.fast_api_metrics import (
     add_http_metrics_middleware,
@@ -41,10 +38,11 @@ from deployments.generation import GenerationRequest, Method, Sent
 from deployments.handoff import Coordinator, RouterEvent
 from deployments.handoff_state import RetryPolicy
 from deployments.replica import ReplicaCaller
-from serve_app.edge import refusal
+from serve_app import request_models
+from serve_app.edge import header_fault
 from serve_app.error_body import error_body
 from serve_app.guard import Guard
-from serve_app.http_errors import add_error_handlers, error_response
+from serve_app.http_errors import add_error_handlers, error_response, fault_response
 from serve_app.metrics import scrape
 from serve_app.router import bypass_reason
 from serve_app.sse import as_events
@@ -91,13 +89,33 @@ class Ingress(OpenAiIngress):
         self._max_prompts = max_prompts
         self._health_timeout_s = health_timeout_s
 
-    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+    async def completions(self, body: request_models.Completion, request: Request) -> Response:
         """OpenAI's completions."""
         return await self._generate("completions", body, request)
 
-    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+    async def chat(self, body: request_models.Chat, request: Request) -> Response:
         """OpenAI's chat completions."""
-        return await self._generate("chat", _sanitize_chat_completion_request(body), request)
+        return await self._generate("chat", body, request)
+
+    async def tokenize(self, body: request_models.Tokenize, request: Request) -> Response:
+        """The tokens of a text."""
+        response: Response = await super().tokenize(body, request)
+        return response
+
+    async def detokenize(self, body: request_models.Detokenize, request: Request) -> Response:
+        """The text of tokens."""
+        response: Response = await super().detokenize(body, request)
+        return response
+
+    async def embeddings(self, body: request_models.Embedding, request: Request) -> Response:
+        """OpenAI's embeddings."""
+        response: Response = await super().embeddings(body, request)
+        return response
+
+    async def score(self, body: request_models.Score, request: Request) -> Response:
+        """How well texts match."""
+        response: Response = await super().score(body, request)
+        return response
 
     async def health(self) -> Response:
         """200 only if a prefill and a decode replica can really serve, else 503 saying which."""
@@ -167,8 +185,8 @@ class Ingress(OpenAiIngress):
                 f"model: there is no model {body.model!r} here, only {known}",
                 param="model",
             )
-        if fault := refusal({**vars(body), **(body.model_extra or {})}, request.headers):
-            return error_response(400, fault.message, param=fault.param)
+        if fault := header_fault(request.headers):
+            return fault_response(fault)
         if isinstance(body, ChatCompletionRequest) and not body.messages:
             return error_response(400, "messages: at least one message is needed", param="messages")
         if (

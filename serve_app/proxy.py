@@ -22,7 +22,7 @@ from deployments.http_body import PATHS, HttpAnswer, JsonBody
 from deployments.http_caller import HttpCaller
 from deployments.http_servers import HttpServers, Role
 from deployments.ticket_notices import TicketNotices
-from serve_app.edge import refusal
+from serve_app.edge import Fault, body_fault, header_fault
 from serve_app.error_body import error_body
 from serve_app.router import bypass_reason
 from serve_app.sse import as_events
@@ -174,14 +174,17 @@ class Proxy:
 
 
 async def _fields(request: web.Request) -> dict[str, Any]:
+    content = await request.read()
+    if request.content_type != "application/json":
+        raise _bad_request(Fault("Content-Type", "the body must be sent as application/json"))
     try:
-        fields = json.loads(await request.read())
+        fields = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise _bad_request(f"the body is not valid JSON: {error}", "body") from error
+        raise _bad_request(Fault("", f"the body is not valid JSON: {error}")) from error
     if not isinstance(fields, dict):
-        raise _bad_request("the body is not a JSON object", "body")
-    if fault := refusal(fields, request.headers):
-        raise _bad_request(fault.message, fault.param)
+        raise _bad_request(Fault("", "the body is not a JSON object"))
+    if fault := body_fault(fields) or header_fault(request.headers):
+        raise _bad_request(fault)
     return fields
 
 
@@ -191,9 +194,10 @@ async def _with_first(first: Any, chunks: AsyncIterator[Any]) -> AsyncGenerator[
         yield chunk
 
 
-def _bad_request(message: str, param: str) -> web.HTTPBadRequest:
+def _bad_request(fault: Fault) -> web.HTTPBadRequest:
     return web.HTTPBadRequest(
-        text=json.dumps(error_body(400, message, param=param)), content_type="application/json"
+        text=json.dumps(error_body(400, fault.message, param=fault.param)),
+        content_type="application/json",
     )
 
 

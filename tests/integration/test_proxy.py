@@ -418,17 +418,26 @@ def test_a_client_that_leaves_in_mid_stream_ends_the_call() -> None:
     ("content", "status", "said"),
     [
         (b"{", 400, "the body is not valid JSON"),
+        (b"[" * 2000 + b"]" * 2000, 400, "the body is not valid JSON"),
         (b"[]", 400, "the body is not a JSON object"),
         (b'{"prompt": "x", "kv_transfer_params": {}}', 400, "kv_transfer_params: only Baton"),
+        (b'{"prompt": "\\ud800"}', 400, "prompt: the character 0 is half of a surrogate pair"),
+        (b'{"prompt": "x", "top_k": 1' + b"0" * 40 + b"}", 400, "top_k: it must be between"),
+        (b'{"prompt": "x", "temperature": NaN}', 400, "temperature: it must be a finite"),
         (b" " * (MAX_BODY_BYTES + 1), 413, "Maximum request body size"),
     ],
-    ids=["no JSON", "no object", "brings a ticket", "too long"],
+    ids=[
+        *("no JSON", "too deep", "no object", "brings a ticket", "no text", "beyond the wire"),
+        *("not finite", "too long"),
+    ],
 )
 def test_requests_that_cannot_be_meant(content: bytes, status: int, said: str) -> None:
+    headers = {"Content-Type": "application/json"}
+
     async def main() -> None:
         async with setup([ticket()], [says()]) as it:
             async with it.client.post(
-                f"{it.url}/v1/completions", data=io.BytesIO(content)
+                f"{it.url}/v1/completions", data=io.BytesIO(content), headers=headers
             ) as response:
                 assert response.status == status
                 error = (await response.json())["error"]

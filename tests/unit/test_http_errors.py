@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 
 from deployments.errors import ServiceUnavailable
 from serve_app.error_body import error_body
-from serve_app.http_errors import add_error_handlers, describe_faults
+from serve_app.http_errors import add_error_handlers
 
 PROBLEMS: dict[str, Exception] = {
     "openai": OpenAIHTTPException(status_code=404, message="no such model", type="not_found_error"),
@@ -264,24 +264,3 @@ def test_error_body_is_openais() -> None:
     }
     assert error_body(502, "x")["error"]["type"] == "server_error"
     assert error_body(400, "x", kind="own")["error"]["type"] == "own"
-
-
-@pytest.mark.parametrize(
-    ("faults", "described"),
-    [
-        ([], ("body", "the request is malformed")),
-        ([{"loc": (), "msg": "bad"}], ("body", "bad")),
-        ([{"loc": ("body",), "msg": "bad"}], ("body", "bad")),
-        ([{"loc": ("body", "n"), "msg": "bad"}], ("n", "n: bad")),
-        ([{"loc": ("body", "body", "path"), "msg": "bad"}], ("body.path", "body.path: bad")),
-        # A union gives a fault per member: one that names a field says most.
-        (
-            [{"loc": ("body",), "msg": "no object"}, {"loc": ("body", "n"), "msg": "bad"}],
-            ("n", "n: bad"),
-        ),
-    ],
-)
-def test_first_fault_with_a_field_is_described(
-    faults: list[Any], described: tuple[str, str]
-) -> None:
-    assert describe_faults(faults) == described

@@ -10,8 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from pydantic import BaseModel
 from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ChatCompletionRequest,
+    CompletionRequest,
     CompletionResponse,
     ErrorInfo,
     ErrorResponse,
@@ -24,6 +28,7 @@ from deployments.errors import NoReplica, ReplicaLost
 from deployments.generation import GenerationRequest, Output, PrefillAnswer
 from deployments.handoff_state import RetryPolicy
 from serve_app.ingress import Ingress, ingress_app
+from tests.support.malformed_requests import JUNK, bodies
 
 TICKET: dict[str, Any] = {"handoff_id": "h1", "version": 1}
 ONE, DONE = 'data: {"text": "one"}\n\n', "data: [DONE]\n\n"
@@ -34,6 +39,9 @@ ANSWER = CompletionResponse(
 )
 COMPLETION: dict[str, Any] = {"model": "demo", "prompt": "Once"}
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
+KV_PARAMS, CONTENT = "kv_transfer_params", "messages.0.content.0.text"
+SMELL: dict[str, Any] = {"role": "user", "content": [{"type": "smell"}]}
+MAX_BODY_BYTES = 16 << 10
 HANG = "hang"
 
 
@@ -104,7 +112,7 @@ class Endpoint:
 
         monkeypatch.setattr("serve_app.ingress.make_fastapi_ingress", remember)
         monkeypatch.setattr("serve_app.ingress.ReplicaCaller", lambda *args, **kwargs: self.caller)
-        ingress_app(max_body_bytes=2048, api_keys=api_keys)
+        ingress_app(max_body_bytes=MAX_BODY_BYTES, api_keys=api_keys)
         (self.app,) = apps
         handle: Any = SimpleNamespace()
         instance = Ingress(
@@ -169,6 +177,12 @@ def test_malformed_json_is_refused(endpoint: Endpoint, path: str) -> None:
         ("/v1/chat/completions", {"model": "demo"}, "messages"),
         ("/v1/chat/completions", {**CHAT, "n": "two"}, "n"),
         ("/v1/chat/completions", {**CHAT, "kv_transfer_params": TICKET}, "kv_transfer_params"),
+        ("/v1/chat/completions", {**CHAT, "messages": [SMELL]}, CONTENT),
+        ("/tokenize", {"model": "demo", "prompt": 5}, "prompt"),
+        ("/tokenize", {"model": "demo", "prompt": "x", "kv_transfer_params": {}}, KV_PARAMS),
+        ("/detokenize", {"model": "demo", "tokens": [10**12]}, "tokens.0"),
+        ("/v1/embeddings", {"model": "demo", "input": "x", "kv_transfer_params": {}}, KV_PARAMS),
+        ("/v1/score", {"model": "demo", "text_1": "a", "text_2": 10**30}, "text_2"),
     ],
 )
 def test_wrong_field_is_named(
@@ -200,8 +214,61 @@ def test_unknown_path_and_method_are_refused(endpoint: Endpoint) -> None:
     endpoint.refused(405, "GET", "/v1/completions")
 
 
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "param", "said"),
+    [
+        (b'{"prompt": "\xff"}', JSON, "body", "the body is not valid JSON"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", JSON, "body", "the body is not valid JSON"),
+        (b"[" * 5000 + b"]" * 5000, JSON, "body", "the body is not valid JSON"),
+        (b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", JSON, "a", "more than 100 lists"),
+        (b'{"prompt": "\\ud800"}', JSON, "prompt", "half of a surrogate pair"),
+        (b'{"temperature": NaN}', JSON, "temperature", "it must be a finite number"),
+        (b'{"prompt": "x"}', {"content-type": "text/plain"}, "Content-Type", "application/json"),
+        (b'{"prompt": "x"}', {}, "Content-Type", "application/json"),
+        (b'{"prompt": "x"}', {**JSON, "x-request-id": b"\xff"}, "x-request-id", "UTF-8"),
+        (b'{"prompt": "x"}', {**JSON, "x-vllm-priority": "9" * 40}, "x-vllm-priority", "between"),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    endpoint: Endpoint, content: bytes, headers: dict[str, Any], param: str, said: str
+) -> None:
+    error = endpoint.refused(400, "POST", "/v1/completions", content=content, headers=headers)
+
+    assert error["type"] == "invalid_request_error"
+    assert param in error["param"]
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "good"),
+    [
+        ("/v1/completions", CompletionRequest, COMPLETION),
+        ("/v1/chat/completions", ChatCompletionRequest, CHAT),
+    ],
+)
+def test_any_body_is_answered_or_refused(
+    endpoint: Endpoint, path: str, model: type[BaseModel], good: dict[str, Any]
+) -> None:
+    @given(bodies(model, good) | bodies(model, {}) | JUNK)
+    @settings(max_examples=100)
+    def check(body: Any) -> None:
+        endpoint.caller.chunks = [ANSWER]
+        response = endpoint.ask("POST", path, content=json.dumps(body), headers=JSON)
+        assert response.status_code in (200, 400, 404), body
+        if response.status_code != 200:
+            error = response.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"}
+            assert error["code"] == response.status_code
+            assert error["param"], body
+
+    check()
+
+
 def test_long_body_is_refused(endpoint: Endpoint) -> None:
-    body = {**COMPLETION, "prompt": "x" * 2048}
+    body = {**COMPLETION, "prompt": "x" * MAX_BODY_BYTES}
 
     assert endpoint.refused(413, "POST", "/v1/completions", json=body)["param"] == "body"
 

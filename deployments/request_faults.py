@@ -1,0 +1,37 @@
+"""Requests that turn out to be wrong only where they are rendered, and vLLM's answer to them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+
+def refusal(error: Exception) -> ErrorResponse | None:
+    """The refusal that a plain vLLM server answers with when its serving code raises ``error``.
+
+    None if the request is not at fault, as when the engine died.
+    """
+    answer = create_error_response(error).error
+    return ErrorResponse(error=ErrorInfo(**answer.model_dump())) if answer.code < 500 else None
+
+
+async def refusing(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """``outputs``; an exception before the first one that is the request's fault is its refusal.
+
+    Ray's engine does this for some types of exceptions, and vLLM's own server for more.
+    """
+    begun = False
+    async with aclosing(outputs):
+        try:
+            async for output in outputs:
+                begun = True
+                yield output
+        except Exception as error:
+            refused = None if begun else refusal(error)
+            if refused is None:
+                raise
+            yield refused
