@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.etcd_server import EtcdServer
+from tests.support.etcd_sessions import admin
 from tests.support.stock_servers import (
     PREFILL,
     Counters,
@@ -193,6 +194,28 @@ def test_an_unread_ticket_expires(pair: tuple[VllmServer, VllmServer]) -> None:
     wait_for(lambda: counters.pinned() == 3, 5.0)
     wait_for(lambda: counters.pinned() == 0, 20.0)
     assert counters.changes()["expired"] >= 1
+
+
+def test_an_owner_whose_record_was_overwritten_goes_on(
+    etcd: EtcdServer, pair: tuple[VllmServer, VllmServer]
+) -> None:
+    prefill, decode = pair
+    name = "baton:overwritten_records_total"
+    before = prefill.metric(name), decode.metric(name)
+    prompt = make_prompt(3 * BLOCK, salt=905)
+    ticket = prefill_ticket(prefill, prompt)
+    key = f"/baton/stock/workers/{ticket['remote_engine_id']}/0"
+    with admin(etcd) as client:
+        value, meta = client.get(key)
+        client.put(key, b"garbage")
+        wait_for(lambda: client.get(key)[0] == value, 5.0)
+        assert client.get(key)[1].lease_id == meta.lease_id
+    prompt = make_prompt(3 * BLOCK, salt=906)
+    counters = Counters(*pair)
+    decode.complete(prompt, kv_transfer_params=prefill_ticket(prefill, prompt))
+    wait_for(lambda: counters.changes().get("ok") == 1)
+    wait_for(lambda: prefill.metric(name) == before[0] + 1)
+    assert decode.metric(name) == before[1]
 
 
 def test_the_owner_dies_after_the_ticket(

@@ -3,90 +3,25 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
-import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pyetcd
 import pytest
 
 from tests.support.etcd_server import EtcdServer
+from tests.support.etcd_sessions import TTL_S, Heard, Session, admin, eventually
 from tests.support.link_relays import Link, Relays
 from tests.support.records import worker_record
-from transfer.discovery import Discovery, PeerEvent, PeerEventKind, make_discovery
+from transfer.discovery import PeerEventKind, make_discovery
 from transfer.discovery.etcd_client import EtcdClient, Listing
 from transfer.discovery.record import encode_record, record_key
 from transfer.errors import ConfigurationError, PeerUnknown, PeerUnreachable, TransferCancelled
-from transfer.types import PeerId, WorkerRecord
+from transfer.types import PeerId
 
-ROOT = Path(__file__).resolve().parents[2]
-TTL_S = 2
 JOINED, UPDATED, LEFT = PeerEventKind.JOINED, PeerEventKind.UPDATED, PeerEventKind.LEFT
 
 A, B, C = worker_record("a"), worker_record("b"), worker_record("c")
-
-
-class Heard:
-    """The events of one session, in order."""
-
-    def __init__(self, discovery: Discovery) -> None:
-        self.events: list[PeerEvent] = []
-        discovery.subscribe(self.events.append)
-
-    def of(self, record: WorkerRecord) -> list[PeerEventKind]:
-        return [event.kind for event in self.events if event.record.peer == record.peer]
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> float:
-    """Wait until it holds; returns the seconds it took."""
-    start_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start_s < timeout_s, "it did not happen in time"
-        time.sleep(0.02)
-    return time.monotonic() - start_s
-
-
-@pytest.fixture(scope="module")
-def shared_etcd() -> Iterator[EtcdServer]:
-    with EtcdServer() as server:
-        yield server
-
-
-@pytest.fixture
-def etcd(shared_etcd: EtcdServer) -> Iterator[EtcdServer]:
-    """The module's etcd, emptied and running again after each test."""
-    yield shared_etcd
-    shared_etcd.resume()
-    with admin(shared_etcd) as client:
-        client.delete_prefix("/baton/")
-
-
-def admin(server: EtcdServer, **arguments: Any) -> Any:
-    """A bare client, to do from outside what discovery would not do."""
-    host, port = server.endpoint.split(":")
-    return pyetcd.client(host=host, port=int(port), timeout=5, **arguments)
-
-
-@pytest.fixture
-def session() -> Iterator[Callable[..., Discovery]]:
-    opened: list[Discovery] = []
-
-    def make(server: EtcdServer, **more: Any) -> Discovery:
-        config = {"kind": "etcd", "endpoints": [server.endpoint], "lease_ttl_s": TTL_S, **more}
-        opened.append(make_discovery(config))
-        return opened[-1]
-
-    yield make
-    for discovery in opened:
-        discovery.close()
-
-
-Session = Callable[..., Discovery]
 
 
 def test_two_sessions_see_each_other_until_one_closes(etcd: EtcdServer, session: Session) -> None:
@@ -134,110 +69,6 @@ def test_withdrawing_takes_back_one_record(etcd: EtcdServer, session: Session) -
     eventually(lambda: two.peers() == (), 2.0)
     one.publish(A)
     assert two.wait_for(A.peer, 5) == A
-
-
-def test_a_restarted_worker_overwrites_its_record_and_is_not_taken_back(
-    etcd: EtcdServer, session: Session
-) -> None:
-    old, new, other = session(etcd), session(etcd), session(etcd)
-    heard = Heard(other)
-    again = worker_record("a", incarnation="second", port=7001)
-    old.publish(A)
-    other.wait_for(A.peer, 5)
-    with admin(etcd) as client:
-        _, meta = client.get(record_key("default", A.peer))
-        new.publish(again)
-        eventually(lambda: other.lookup(A.peer) == again)
-        assert not old.superseded
-        # The old one loses its lease and finds the place taken; later it ends.
-        client.revoke_lease(meta.lease_id)
-    time.sleep(TTL_S)
-    eventually(lambda: old.superseded)
-    assert not new.superseded
-    old.close()
-    time.sleep(0.3)
-    assert other.lookup(A.peer) == again
-    eventually(lambda: heard.of(A) == [JOINED, UPDATED])
-
-
-def test_a_killed_worker_is_gone_within_its_lease(etcd: EtcdServer, session: Session) -> None:
-    program = f"""
-        import time
-        from tests.support.records import worker_record
-        from transfer.discovery import make_discovery
-        d = make_discovery(
-            {{"kind": "etcd", "endpoints": ["{etcd.endpoint}"], "lease_ttl_s": {TTL_S}}})
-        d.publish(worker_record("a"))
-        d.ready(10)
-        print("ready", flush=True)
-        time.sleep(60)
-    """
-    observer = session(etcd)
-    observer.ready(5)
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, stdout=subprocess.PIPE
-    ) as worker:
-        try:
-            assert worker.stdout is not None
-            assert worker.stdout.readline() == b"ready\n"
-            observer.wait_for(A.peer, 5)
-            time.sleep(TTL_S + 0.5)
-            assert observer.lookup(A.peer) == A, "it was not kept alive"
-        finally:
-            worker.kill()
-    # etcd looks for expired leases twice a second.
-    assert eventually(lambda: observer.lookup(A.peer) is None) < TTL_S + 1.5
-
-
-def test_a_lost_lease_is_replaced_with_the_same_incarnation(
-    etcd: EtcdServer, session: Session
-) -> None:
-    one, two = session(etcd), session(etcd)
-    heard = Heard(two)
-    one.publish(A)
-    two.wait_for(A.peer, 5)
-    with admin(etcd) as client:
-        _, meta = client.get(record_key("default", A.peer))
-        client.revoke_lease(meta.lease_id)
-    eventually(lambda: heard.of(A) == [JOINED, LEFT, JOINED], TTL_S)
-    assert two.lookup(A.peer) == A
-    time.sleep(TTL_S + 1)
-    assert heard.of(A) == [JOINED, LEFT, JOINED], "the new lease was not kept alive"
-
-
-def test_a_deleted_record_is_written_again(etcd: EtcdServer, session: Session) -> None:
-    one, two = session(etcd), session(etcd)
-    heard = Heard(two)
-    one.publish(A)
-    two.wait_for(A.peer, 5)
-    with admin(etcd) as client:
-        client.delete(record_key("default", A.peer))
-    eventually(lambda: heard.of(A) == [JOINED, LEFT, JOINED], 1.0)
-
-
-def test_a_busy_interpreter_keeps_its_lease(etcd: EtcdServer, session: Session) -> None:
-    one = session(etcd)
-    one.publish(A)
-    one.ready(5)
-    stop = threading.Event()
-
-    def burn() -> None:
-        while not stop.is_set():
-            sum(range(2_000_000))  # one bytecode: the GIL is not given up within it
-
-    burner = threading.Thread(target=burn)
-    key = record_key("default", A.peer)
-    with admin(etcd) as client:
-        _, before = client.get(key)
-        burner.start()
-        try:
-            time.sleep(2 * TTL_S)
-        finally:
-            stop.set()
-            burner.join()
-        _, after = client.get(key)
-    assert after is not None
-    assert (after.lease_id, after.mod_revision) == (before.lease_id, before.mod_revision)
 
 
 def test_a_bad_record_is_skipped(

@@ -34,6 +34,7 @@ class Directory:
     """Discovery of a whole test: what one engine publishes, all see at once."""
 
     superseded = False
+    overwritten = 0
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

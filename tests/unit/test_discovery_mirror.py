@@ -194,16 +194,6 @@ def test_removals_are_held_back_after_a_disturbance(bench: Bench) -> None:
     assert bench.names == ""
 
 
-def test_an_own_key_is_missed_only_after_it_was_seen_or_overtaken(bench: Bench) -> None:
-    key = put("a", 8).key
-    bench.begin(7)
-    assert not bench.mirror.lacks(key, 8)
-    bench.apply(8, put("a", 8))
-    assert not bench.mirror.lacks(key, 8)
-    bench.apply(9, gone("a", 9))
-    assert bench.mirror.lacks(key, 8)
-
-
 @given(st.data())
 def test_any_interruption_leads_to_the_state_of_etcd(data: st.DataObject) -> None:
     """One etcd with a random history; the watch breaks at random points, at times compacted.

@@ -188,7 +188,7 @@ class BatonConnector(KVConnectorBase_V1):
     # ---- metrics -----------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        return None if self._worker is None else self._worker.stats.take()
+        return None if self._worker is None else self._worker.take_stats()
 
     @classmethod
     def build_kv_connector_stats(

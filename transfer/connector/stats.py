@@ -49,7 +49,7 @@ class TransferStats(KVConnectorStats):
     """
 
     data: dict[str, Any]
-    _SUMS: ClassVar[tuple[str, ...]] = ("bytes", "tokens", "recomputed_tokens")
+    _SUMS: ClassVar[tuple[str, ...]] = ("bytes", "tokens", "recomputed_tokens", "overwritten")
     _LISTS: ClassVar[tuple[str, ...]] = ("read_seconds", "handoff_seconds")
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
@@ -57,6 +57,7 @@ class TransferStats(KVConnectorStats):
         if not self.data:
             self.reset()
         self._totals: dict[str, int] = {}
+        self._overwritten = 0
 
     def reset(self) -> None:
         """Starts counting anew; the gauge keeps its value until it is set again."""
@@ -66,6 +67,7 @@ class TransferStats(KVConnectorStats):
             "bytes": 0,
             "tokens": 0,
             "recomputed_tokens": 0,
+            "overwritten": 0,
             "read_seconds": [],
             "handoff_seconds": [],
             "pinned_blocks": None,
@@ -91,6 +93,11 @@ class TransferStats(KVConnectorStats):
     def count_recomputed(self, tokens: int) -> None:
         """Prompt tokens that came with a ticket and must be computed here all the same."""
         self.data["recomputed_tokens"] += tokens
+
+    def count_overwritten(self, since_start: int) -> None:
+        """How often another's value was found in the place of this worker's record."""
+        self.data["overwritten"] += since_start - self._overwritten
+        self._overwritten = since_start
 
     def set_pinned_blocks(self, blocks: int) -> None:
         """Blocks pinned for readers now."""
@@ -182,6 +189,11 @@ class TransferPromMetrics(KVConnectorPromMetrics):
             "Prompt tokens that came with a ticket and were computed by decode all the same.",
             labelnames,
         )
+        self._overwritten = self._counter(
+            "baton:overwritten_records",
+            "Times that another's value was found where a record of this engine should be in etcd.",
+            labelnames,
+        )
         seconds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
         self._read_seconds = self._histogram(
             "baton:transfer_seconds",
@@ -212,6 +224,7 @@ class TransferPromMetrics(KVConnectorPromMetrics):
         self._bytes[engine_idx].inc(transfer_stats_data["bytes"])
         self._tokens[engine_idx].inc(transfer_stats_data["tokens"])
         self._recomputed[engine_idx].inc(transfer_stats_data["recomputed_tokens"])
+        self._overwritten[engine_idx].inc(transfer_stats_data["overwritten"])
         for value in transfer_stats_data["read_seconds"]:
             self._read_seconds[engine_idx].observe(value)
         for value in transfer_stats_data["handoff_seconds"]:

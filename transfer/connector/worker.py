@@ -223,6 +223,12 @@ class BatonWorker:
         report, self._report = self._report, {}
         return WorkerReport(report) if report else None
 
+    def take_stats(self) -> TransferStats | None:
+        """What was counted since the last call, or None if nothing was."""
+        if self._engine is not None:
+            self.stats.count_overwritten(self._engine.overwritten)
+        return self.stats.take()
+
     def abort(self, handoff_ids: Sequence[str]) -> int:
         """Ends offers that nobody will read. Returns how many were still pinned."""
         return self._prompt_offers.abort(handoff_ids)
@@ -242,6 +248,7 @@ class BatonWorker:
             "totals": self.stats.totals,
             "healthy": self._engine is not None and self._engine.healthy,
             "registered": self._engine is not None and self._engine.registered,
+            "overwritten": 0 if self._engine is None else self._engine.overwritten,
         }
 
     def close(self) -> None:

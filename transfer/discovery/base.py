@@ -111,11 +111,19 @@ class Discovery(ABC):
 
     @property
     def superseded(self) -> bool:
-        """Whether another start of a worker published here has taken its place for good.
+        """Whether another start of a worker published here has taken its place.
 
         Peers find that one now, and no hand-off of ours; this process should end.
         """
         return False
+
+    @property
+    def overwritten(self) -> int:
+        """How often another's value was found where an own record should be.
+
+        It is written again, unless it was another start's (:attr:`superseded`).
+        """
+        return 0
 
     @abstractmethod
     def close(self) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import monotonic
 
 from transfer import faults
@@ -22,19 +21,18 @@ from transfer.discovery.etcd_client import (
     EtcdUnauthenticated,
     EtcdUnavailable,
     HistoryCompacted,
-    LeaseLost,
     WatchStream,
     load_pyetcd,
 )
 from transfer.discovery.mirror import PrefixMirror
-from transfer.discovery.record import decode_record, encode_record, record_key, workers_prefix
+from transfer.discovery.own_records import OwnRecords
+from transfer.discovery.record import workers_prefix
 from transfer.discovery.settings import EtcdSettings
 from transfer.discovery.view import PeerView
 from transfer.errors import (
     ConfigurationError,
     PeerUnreachable,
     Phase,
-    ProtocolError,
     TransferCancelled,
 )
 from transfer.types import PeerId, WorkerRecord
@@ -71,15 +69,12 @@ class EtcdDiscovery(Discovery):
         )
 
         self._changed = threading.Condition()
-        self._own: dict[PeerId, _OwnRecord] = {}
-        self._withdrawn: list[_OwnRecord] = []
+        self._own = OwnRecords(settings, self._tell_waiters)
         self._stream: WatchStream | None = None
         self._closed = False
 
         self._stop = threading.Event()
         self._wake = threading.Event()
-        self._lease_id = 0
-        self._due_s = 0.0
         # Touched by its thread, and by close() to break off a call.
         self._lease_loop = _Loop("lease", EtcdConnector(settings, call_timeout_s))
         self._watch_loop = _Loop("watch", EtcdConnector(settings, call_timeout_s))
@@ -100,23 +95,15 @@ class EtcdDiscovery(Discovery):
         return f"<EtcdDiscovery {self._where} {state}, {len(self._own)} own, {self._view!r}>"
 
     def publish(self, record: WorkerRecord) -> None:
-        value = encode_record(record)
-        key = record_key(self._settings.cluster, record.peer)
         with self._changed:
             if self._closed:
                 raise TransferCancelled("discovery is closed", phase=Phase.DISCOVER)
-            known = self._own.get(record.peer)
-            if known is not None and known.value == value:
-                return
-            self._own[record.peer] = _OwnRecord(record, key, value)
+            self._own.publish(record)
         self._wake.set()
 
     def withdraw(self, peer: PeerId) -> None:
-        with self._changed:
-            own = self._own.pop(peer, None)
-            if own is not None:
-                self._withdrawn.append(own)
-                self._changed.notify_all()
+        self._own.withdraw(peer)
+        self._tell_waiters()
         self._wake.set()
 
     def lookup(self, peer: PeerId) -> WorkerRecord | None:
@@ -138,7 +125,7 @@ class EtcdDiscovery(Discovery):
                 refusal = self._lease_loop.refusal or self._watch_loop.refusal
                 if refusal is not None:
                     raise refusal
-                if self._mirror.listed and all(own.put_revision for own in self._own.values()):
+                if self._mirror.listed and self._own.written:
                     return
                 left_s = deadline_s - monotonic()
                 if left_s <= 0:
@@ -152,8 +139,11 @@ class EtcdDiscovery(Discovery):
 
     @property
     def superseded(self) -> bool:
-        with self._changed:
-            return any(own.superseded for own in self._own.values())
+        return self._own.superseded
+
+    @property
+    def overwritten(self) -> int:
+        return self._own.overwritten
 
     def close(self) -> None:
         with self._changed:
@@ -172,7 +162,7 @@ class EtcdDiscovery(Discovery):
             loop.connector.close()
         for thread in self._threads:
             thread.join(2 * CALL_TIMEOUT_S)
-        if self._lease_id:
+        if self._own.lease_id:
             self._revoke()
 
     # The threads
@@ -231,90 +221,16 @@ class EtcdDiscovery(Discovery):
     def _lease_step(self, client: EtcdClient) -> None:
         self._wake.clear()
         faults.reach("discovery.lease")
-        try:
-            self._keep_lease(client)
-            self._write_records(client)
-        except LeaseLost:
-            log.warning("the lease is lost; registering again")
-            self._forget_lease()
-            return
+        due_s = self._own.keep(client, monotonic())
         self._succeeded(self._lease_loop)
-        due_s = min(self._due_s, self._mirror.settle(monotonic()))
+        due_s = min(due_s, self._mirror.settle(monotonic()))
         self._wake.wait(max(0.0, due_s - monotonic()))
-
-    def _keep_lease(self, client: EtcdClient) -> None:
-        now_s = monotonic()
-        with self._changed:
-            withdrawn, wanted = list(self._withdrawn), bool(self._own)
-        for own in withdrawn:
-            client.delete_if_equal(own.key, own.value)
-            self._withdrawn.remove(own)
-        if wanted and not self._lease_id:
-            self._lease_id = client.grant(self._settings.lease_ttl_s)
-        elif self._lease_id and not wanted:
-            client.revoke(self._lease_id)
-            self._lease_id = 0
-        elif now_s < self._due_s:
-            return
-        elif self._lease_id:
-            client.refresh(self._lease_id)
-        else:
-            client.ping(self._prefix)
-        # Counted from before the call: a slow answer must not stretch the interval.
-        self._due_s = now_s + self._interval_s
-
-    def _forget_lease(self) -> None:
-        self._lease_id = 0
-        with self._changed:
-            for own in self._own.values():
-                own.put_revision = 0
-
-    def _write_records(self, client: EtcdClient) -> None:
-        with self._changed:
-            unwritten = [own for own in self._own.values() if not own.put_revision]
-        if not self._lease_id:
-            return  # published while this step was under way; the next one makes a lease
-        for own in unwritten:
-            revision = self._rewrite(client, own) if own.was_written else None
-            if not own.was_written:
-                # Whatever an earlier start of this worker left there is overwritten.
-                revision = client.put(own.key, own.value, self._lease_id)
-            with self._changed:
-                own.was_written = True
-                own.put_revision = revision or 0
-                self._changed.notify_all()
-        if any(not own.put_revision for own in unwritten):
-            self._wake.set()
-
-    def _rewrite(self, client: EtcdClient, own: _OwnRecord) -> int | None:
-        """Write a record again that was lost, unless another incarnation has taken its place."""
-        existing = client.get(own.key)
-        if existing is not None and existing.value is not None:
-            try:
-                other = decode_record(existing.value, key=own.key)
-            except ProtocolError:
-                other = own.record  # not a worker's; overwrite it
-            if other.incarnation != own.record.incarnation:
-                log.warning(
-                    "worker %s was replaced by incarnation %s; not registering %s again",
-                    other.peer,
-                    other.incarnation,
-                    own.record.incarnation,
-                )
-                # Counts as written there: if the other one goes, the mirror lacks it.
-                own.superseded = True
-                return existing.mod_revision
-        own.superseded = False
-        revision = existing.mod_revision if existing is not None else 0
-        return client.put_if_unchanged(own.key, own.value, self._lease_id, revision)
 
     # The watch thread
 
     def _watch_step(self, client: EtcdClient) -> None:
         start = self._mirror.begin(client.list_prefix(self._prefix), monotonic())
-        self._check_own()
-        with self._changed:
-            self._changed.notify_all()
+        self._tell_waiters()
         stream = client.watch(self._prefix, start)
         with self._changed:
             self._stream = stream
@@ -324,20 +240,17 @@ class EtcdDiscovery(Discovery):
             for changes in stream:
                 self._succeeded(self._watch_loop)
                 self._mirror.apply(changes, monotonic())
-                self._check_own()
+                if self._own.doubt(changes.items, monotonic()):
+                    self._wake.set()
         except HistoryCompacted:
             log.warning("etcd compacted the history under the watch; listing again")
             self._mirror.forget()
 
-    def _check_own(self) -> None:
-        """Have own records written again that somebody deleted."""
-        with self._changed:
-            for own in self._own.values():
-                if own.put_revision and self._mirror.lacks(own.key, own.put_revision):
-                    own.put_revision = 0
-                    self._wake.set()
-
     # The rest
+
+    def _tell_waiters(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _revoke(self) -> None:
         """Withdraw everything at once, if etcd is there; else the lease runs out by itself."""
@@ -346,7 +259,7 @@ class EtcdDiscovery(Discovery):
         try:
             while monotonic() < deadline_s:
                 try:
-                    connector.client().revoke(self._lease_id)
+                    self._own.revoke(connector.client())
                 except EtcdUnavailable:
                     if connector.failed():
                         break
@@ -372,24 +285,6 @@ class EtcdDiscovery(Discovery):
             "start etcd there, or correct the endpoints of discovery",
             phase=Phase.DISCOVER,
         )
-
-
-@dataclass(slots=True)
-class _OwnRecord:
-    """A record to keep alive.
-
-    Attributes:
-        put_revision: where it was written; 0 while it has to be (again).
-        was_written: it has been there before, so a successor may have replaced it since.
-        superseded: a successor has.
-    """
-
-    record: WorkerRecord
-    key: str
-    value: bytes
-    put_revision: int = 0
-    was_written: bool = False
-    superseded: bool = False
 
 
 class _Loop:

@@ -55,11 +55,17 @@ class HistoryCompacted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """One key as etcd has it; ``value`` is ``None`` in the event that deletes it."""
+    """One key as etcd has it.
+
+    Attributes:
+        value: ``None`` in the event that deletes it.
+        lease_id: of the lease that it goes with; 0 if there is none.
+    """
 
     key: str
     value: bytes | None
     mod_revision: int
+    lease_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,7 +411,7 @@ def _end_of(prefix: str) -> bytes:
 
 
 def _key_value(kv: Any) -> KeyValue:
-    return KeyValue(_key(kv.key), bytes(kv.value), int(kv.mod_revision))
+    return KeyValue(_key(kv.key), bytes(kv.value), int(kv.mod_revision), int(kv.lease))
 
 
 def _change(event: Any) -> KeyValue:

@@ -55,11 +55,6 @@ class PrefixMirror:
         """Whether there has been a listing at all."""
         return self._listed
 
-    def lacks(self, key: str, put_revision: int) -> bool:
-        """Whether a key that was written at ``put_revision`` is known to be gone since."""
-        with self._lock:
-            return self._revision >= put_revision and key not in self._entries
-
     def begin(self, listing: Listing, now_s: float) -> int:
         """Take a listing made right before a watch; returns the revision to watch from.
 

@@ -141,6 +141,11 @@ class TransferEngine:
         return not self._discovery.superseded
 
     @property
+    def overwritten(self) -> int:
+        """How often another's value was found where its record should be."""
+        return self._discovery.overwritten
+
+    @property
     def incarnation(self) -> str:
         """Of this start; readers must show it."""
         return self._info.incarnation

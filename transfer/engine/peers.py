@@ -30,6 +30,11 @@ class Discovery(Protocol):
         """Whether another start of a worker published here has taken its place."""
         ...
 
+    @property
+    def overwritten(self) -> int:
+        """How often another's value was found where an own record should be."""
+        ...
+
     def publish(self, record: WorkerRecord) -> None:
         """Make a record visible to all; returns at once."""
         ...

@@ -1,0 +1,41 @@
+"""A real etcd, and sessions of discovery on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.etcd_server import EtcdServer
+from tests.support.etcd_sessions import TTL_S, Session, admin
+from transfer.discovery import Discovery, make_discovery
+
+
+@pytest.fixture(scope="module")
+def shared_etcd() -> Iterator[EtcdServer]:
+    with EtcdServer() as server:
+        yield server
+
+
+@pytest.fixture
+def etcd(shared_etcd: EtcdServer) -> Iterator[EtcdServer]:
+    """The module's etcd, emptied and running again after each test."""
+    yield shared_etcd
+    shared_etcd.resume()
+    with admin(shared_etcd) as client:
+        client.delete_prefix("/baton/")
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    opened: list[Discovery] = []
+
+    def make(server: EtcdServer, **more: Any) -> Discovery:
+        config = {"kind": "etcd", "endpoints": [server.endpoint], "lease_ttl_s": TTL_S, **more}
+        opened.append(make_discovery(config))
+        return opened[-1]
+
+    yield make
+    for discovery in opened:
+        discovery.close()
