@@ -6,7 +6,6 @@ import socket
 import threading
 import time
 
-import pyetcd
 import pytest
 
 from tests.support.etcd_server import EtcdServer
@@ -16,7 +15,7 @@ from tests.support.records import worker_record
 from transfer.discovery import PeerEventKind, make_discovery
 from transfer.discovery.etcd_client import EtcdClient, Listing
 from transfer.discovery.record import encode_record, record_key
-from transfer.errors import ConfigurationError, PeerUnknown, PeerUnreachable, TransferCancelled
+from transfer.errors import PeerUnknown, PeerUnreachable, TransferCancelled
 from transfer.types import PeerId
 
 JOINED, UPDATED, LEFT = PeerEventKind.JOINED, PeerEventKind.UPDATED, PeerEventKind.LEFT
@@ -248,49 +247,6 @@ def test_an_unreachable_etcd_is_one_clear_line(listening: bool, session: Session
             assert endpoint in str(caught.value)
             assert "\n" not in str(caught.value)
             assert not discovery.healthy
-
-
-def test_user_and_password(session: Session) -> None:
-    # Tokens of one second, so that they expire under the session.
-    with EtcdServer("--auth-token-ttl", "1") as server:
-        rpc = pyetcd.etcdrpc
-        with admin(server) as client:
-            auth = client.authstub
-            for user in ("root", "baton", "guest"):
-                auth.UserAdd(rpc.AuthUserAddRequest(name=user, password="secret"))
-            for role in ("root", "workers"):
-                auth.RoleAdd(rpc.AuthRoleAddRequest(name=role))
-            permission = {"permType": 2, "key": b"/baton/", "range_end": b"/baton0"}
-            auth.RoleGrantPermission(
-                rpc.AuthRoleGrantPermissionRequest(name="workers", perm=permission)
-            )
-            auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="root", role="root"))
-            auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="baton", role="workers"))
-            auth.AuthEnable(rpc.AuthEnableRequest())
-        one = session(server, user="baton", password="secret")
-        two = session(server, user="baton", password="secret")
-        heard = Heard(two)
-        one.publish(A)
-        one.ready(5)
-        assert two.wait_for(A.peer, 5) == A
-        time.sleep(TTL_S + 2)
-        two.publish(B)
-        assert one.wait_for(B.peer, 5) == B
-        assert heard.of(A) == [JOINED]
-        for user, password, words in [
-            ("baton", "wrong", "refused user 'baton'"),
-            ("guest", "secret", "permission denied"),
-            ("", "", "without user and password"),
-        ]:
-            refused = session(server, user=user, password=password)
-            with pytest.raises(ConfigurationError, match=words):
-                refused.ready(5)
-
-
-def test_a_user_where_etcd_has_none_is_refused(etcd: EtcdServer, session: Session) -> None:
-    refused = session(etcd, user="baton", password="secret")
-    with pytest.raises(ConfigurationError, match="authentication is not enabled"):
-        refused.ready(5)
 
 
 def test_nothing_is_left_behind(etcd: EtcdServer) -> None:

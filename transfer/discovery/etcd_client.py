@@ -295,12 +295,12 @@ class EtcdClient:
             if code is codes.UNAUTHENTICATED or (code is codes.INVALID_ARGUMENT and self._user):
                 raise EtcdUnauthenticated(self._describe(error)) from error
             if code in (codes.INVALID_ARGUMENT, codes.PERMISSION_DENIED):
-                raise self.refusal(error.details()) from error
+                raise self._refusal(error.details()) from error
             raise self._unavailable(error) from error
         except ValueError as error:  # grpc: the channel was closed
             raise EtcdUnavailable(f"etcd at {self._endpoint}: {error}") from error
 
-    def refusal(self, reason: str) -> ConfigurationError:
+    def _refusal(self, reason: str) -> ConfigurationError:
         """The error for what etcd will never do for this user."""
         who = f"user {self._user!r}" if self._user else "a client without user and password"
         return ConfigurationError(
@@ -337,8 +337,8 @@ class WatchStream:
 
         Raises:
             HistoryCompacted: the revision to start from is gone.
+            EtcdUnauthenticated: etcd refuses the watch; log in and list anew.
             EtcdUnavailable: the stream broke.
-            ConfigurationError: etcd refuses the watch.
         """
         try:
             with self._client.translated():
@@ -346,18 +346,16 @@ class WatchStream:
                     if answer.compact_revision:
                         raise HistoryCompacted
                     if answer.canceled:
-                        self._refused(answer.cancel_reason)
+                        # "permission denied" among others: etcd says so for an expired token, too.
+                        # The listing that comes before the next watch tells which it was.
+                        raise EtcdUnauthenticated(
+                            f"etcd cancelled the watch: {answer.cancel_reason or 'no reason given'}"
+                        )
                     items = tuple(_change(event) for event in answer.events)
                     yield Listing(answer.header.revision, items)
         finally:
             self.cancel()
         raise EtcdUnavailable("etcd ended the watch")
-
-    def _refused(self, reason: str) -> None:
-        # etcd tells this only in words; a permission is the one reason that stays.
-        if "permission denied" in reason:
-            raise self._client.refusal(reason)
-        raise EtcdUnauthenticated(f"etcd cancelled the watch: {reason or 'no reason given'}")
 
 
 class EtcdConnector:
