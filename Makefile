@@ -9,7 +9,8 @@
 #   RDMA_DEVICE  an RDMA device of this machine for test-rdma and bench-rdma; without one they make
 #                a virtual machine
 #   FUZZ_ARGS    options of libFuzzer for `make fuzz`; by default it ends after an hour
-#   SOAK_MINUTES how long `make soak` lasts; 30
+#   SOAK_MINUTES, NUISANCE_MINUTES
+#                how long `make soak` and `make nuisances` last; 30 and 10
 #   BENCH_ARGS   arguments for the bench targets: --rounds of each; for bench-transfer --quick, the
 #                bars' cases only, 2 minutes; --help lists them
 
@@ -26,6 +27,7 @@ RDMA_DEVICE ?= $(firstword $(notdir $(wildcard /sys/class/infiniband/*)))
 BENCH_ARGS ?=
 FUZZ_ARGS ?= -max_total_time=3600
 SOAK_MINUTES ?= 30
+NUISANCE_MINUTES ?= 10
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +36,7 @@ STAMP := $(VENV)/.baton-setup
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 CODE := serve_app deployments transfer tests requirements bench
 
-.PHONY: help setup serve test chaos soak fuzz test-rdma rdma-ready bench-transfer \
+.PHONY: help setup serve test chaos soak nuisances fuzz test-rdma rdma-ready bench-transfer \
   bench-rdma bench-interference check format model lock clean
 
 help: ## List the targets
@@ -70,7 +72,11 @@ chaos: $(STAMP) ## Inject every fault under load and write the table in docs/rel
 	  $(BIN)/python -m tests.support.chaos_table; exit $$status
 
 soak: $(STAMP) ## Mixed traffic and a random fault every 20 s (SOAK_MINUTES)
-	SOAK_MINUTES=$(SOAK_MINUTES) $(BIN)/python -m pytest tests/chaos -m soak -s $(PYTEST_ARGS)
+	SOAK_MINUTES=$(SOAK_MINUTES) $(BIN)/python -m pytest tests/chaos/test_soak.py -m soak -s $(PYTEST_ARGS)
+
+nuisances: $(STAMP) ## Right, wrong and broken requests mixed, 20 a second (NUISANCE_MINUTES)
+	NUISANCE_MINUTES=$(NUISANCE_MINUTES) $(BIN)/python -m pytest \
+	  tests/chaos/test_nuisances.py -m soak -s $(PYTEST_ARGS)
 
 FUZZ := .fuzz
 

@@ -22,6 +22,7 @@ from tests.support.chaos_links import (
 from tests.support.chaos_neighbours import (
     clock_set_back,
     metrics_flood,
+    record_overwritten,
     silent_strangers,
     slow_bodies,
 )
@@ -107,6 +108,7 @@ FAULTS = [
     Fault("etcd compacted under watches", "at any time", etcd_compacted),
     Fault("a worker's lease lost and regained", "at any time", lease_lost, quick=True),
     Fault("etcd away, prefill replica killed", "at any time", new_replica_without_etcd),
+    Fault("workers' records overwritten", "at any time", record_overwritten(b"x")),
     Fault("wall clocks set back an hour", "at any time", clock_set_back),
     Fault("64 clients that send half a body", "at any time", slow_bodies),
     Fault("flood of metrics scrapes", "at any time", metrics_flood),
