@@ -6,15 +6,13 @@ import hmac
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.edge import Fault
-from serve_app.http_errors import error_response, fault_response
+from serve_app.http_errors import error_response
 
-_REQUEST_ID = b"x-request-id"
 _OPEN_PATHS = frozenset({"/health", "/metrics"})
 
 
 class Guard:
-    """ASGI middleware: bearer keys, a limit for bodies, and a request id that can be read.
+    """ASGI middleware: bearer keys and a limit for bodies.
 
     Args:
         app: what comes after.
@@ -41,12 +39,6 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
             await response(scope, receive, send)
-            return
-        try:
-            headers.get(_REQUEST_ID, b"").decode()
-        except UnicodeDecodeError:
-            fault = Fault(_REQUEST_ID.decode(), "it must be UTF-8")
-            await fault_response(fault)(scope, receive, send)
             return
         # Python refuses to read numbers of thousands of digits; the first 18 say enough.
         length = headers.get(b"content-length", b"").lstrip(b"0")[:18]

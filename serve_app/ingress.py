@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
+from ray.llm._internal.serve.constants import DEFAULT_LLM_ROUTER_HTTP_TIMEOUT
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -19,6 +20,7 @@ from ray.llm._internal.serve.core.ingress.ingress import (
     DEFAULT_ENDPOINTS,
     OpenAiIngress,
     make_fastapi_ingress,
+    router_request_timeout,
 )
 from ray.llm._internal.serve.core.ingress.middleware import SetRequestIdMiddleware
 from ray.llm._internal.serve.core.ingress.utils import NON_STREAMING_RESPONSE_TYPES
@@ -40,7 +42,6 @@ from deployments.handoff_state import RetryPolicy
 from deployments.replica import ReplicaCaller
 from serve_app import request_models
 from serve_app.edge import header_fault
-from serve_app.error_body import error_body
 from serve_app.guard import Guard
 from serve_app.http_errors import add_error_handlers, error_response, fault_response
 from serve_app.metrics import scrape
@@ -99,23 +100,19 @@ class Ingress(OpenAiIngress):
 
     async def tokenize(self, body: request_models.Tokenize, request: Request) -> Response:
         """The tokens of a text."""
-        response: Response = await super().tokenize(body, request)
-        return response
+        return await self._ask_decode("tokenize", body, request)
 
     async def detokenize(self, body: request_models.Detokenize, request: Request) -> Response:
         """The text of tokens."""
-        response: Response = await super().detokenize(body, request)
-        return response
+        return await self._ask_decode("detokenize", body, request)
 
     async def embeddings(self, body: request_models.Embedding, request: Request) -> Response:
         """OpenAI's embeddings."""
-        response: Response = await super().embeddings(body, request)
-        return response
+        return await self._ask_decode("embeddings", body, request)
 
     async def score(self, body: request_models.Score, request: Request) -> Response:
         """How well texts match."""
-        response: Response = await super().score(body, request)
-        return response
+        return await self._ask_decode("score", body, request)
 
     async def health(self) -> Response:
         """200 only if a prefill and a decode replica can really serve, else 503 saying which."""
@@ -172,19 +169,34 @@ class Ingress(OpenAiIngress):
             async for _ in chunks:
                 logger.error("a complete answer was followed by more: %r", _)
             if isinstance(first, ErrorResponse):
-                return _error(first)
+                return _error(first, body)
             return JSONResponse(first.model_dump())
         return StreamingResponse(as_events(_closing(first, chunks)), media_type="text/event-stream")
 
+    async def _ask_decode(self, method: str, body: Any, request: Request) -> Response:
+        """Has a decode replica answer, as Ray's ingress does."""
+        if refused := self._unknown(body.model):
+            return refused
+        async with router_request_timeout(DEFAULT_LLM_ROUTER_HTTP_TIMEOUT):
+            answers = self._get_response(body=body, call_method=method, raw_request=request)
+            async with aclosing(answers):
+                answer = await anext(answers)
+        if isinstance(answer, ErrorResponse):
+            return _error(answer, body)
+        return JSONResponse(answer.model_dump())
+
+    def _unknown(self, model: str | None) -> JSONResponse | None:
+        if model is None or model in self._model_cards:
+            return None
+        known = ", ".join(self._model_cards)
+        return error_response(
+            404, f"model: there is no model {model!r} here, only {known}", param="model"
+        )
+
     def _refusal(self, body: Body, request: Request) -> JSONResponse | None:
         """Faults that need no engine to be seen."""
-        if body.model is not None and body.model not in self._model_cards:
-            known = ", ".join(self._model_cards)
-            return error_response(
-                404,
-                f"model: there is no model {body.model!r} here, only {known}",
-                param="model",
-            )
+        if refused := self._unknown(body.model):
+            return refused
         if fault := header_fault(request.headers):
             return fault_response(fault)
         if isinstance(body, ChatCompletionRequest) and not body.messages:
@@ -227,11 +239,16 @@ def ingress_app(*, max_body_bytes: int, api_keys: tuple[str, ...]) -> Any:
     return make_fastapi_ingress(Ingress, endpoint_map=endpoints, app=app)
 
 
-def _error(error: ErrorResponse) -> JSONResponse:
-    """An engine's refusal, as the client gets it."""
+def _error(error: ErrorResponse, body: Any) -> JSONResponse:
+    """An engine's refusal, as the client gets it.
+
+    Many of vLLM's say which field is wrong only in words, of which it is the first.
+    """
     info = error.error
     status = int(info.code or 400)
-    return JSONResponse(error_body(status, info.message, param=info.param), status_code=status)
+    first = info.message.partition(" ")[0].strip("`")
+    param = info.param or (first if first in type(body).model_fields else None)
+    return error_response(status, info.message, param=param)
 
 
 _EVENTS = Counter(

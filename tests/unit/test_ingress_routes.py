@@ -196,7 +196,13 @@ def test_wrong_field_is_named(
 
 
 @pytest.mark.parametrize(
-    ("path", "body"), [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)]
+    ("path", "body"),
+    [
+        ("/v1/completions", COMPLETION),
+        ("/v1/chat/completions", CHAT),
+        ("/tokenize", COMPLETION),
+        ("/detokenize", {"tokens": [1]}),
+    ],
 )
 def test_unknown_model_is_refused_with_the_known_one(
     endpoint: Endpoint, path: str, body: dict[str, Any]
@@ -228,7 +234,6 @@ JSON = {"content-type": "application/json"}
         (b'{"temperature": NaN}', JSON, "temperature", "it must be a finite number"),
         (b'{"prompt": "x"}', {"content-type": "text/plain"}, "Content-Type", "application/json"),
         (b'{"prompt": "x"}', {}, "Content-Type", "application/json"),
-        (b'{"prompt": "x"}', {**JSON, "x-request-id": b"\xff"}, "x-request-id", "UTF-8"),
         (b'{"prompt": "x"}', {**JSON, "x-vllm-priority": "9" * 40}, "x-vllm-priority", "between"),
     ],
 )
@@ -343,6 +348,22 @@ def test_refusal_of_an_engine_keeps_its_status(endpoint: Endpoint, stream: bool)
     assert response.json()["error"]["message"] == "too long"
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert endpoint.caller.aborted == [("p1", ("h1",))]
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [("n must be at least 1, got 0.", "n"), ("`stop` cannot hold it", "stop"), ("No way", None)],
+)
+def test_refusal_of_an_engine_names_the_field_that_its_words_begin_with(
+    endpoint: Endpoint, message: str, param: str | None
+) -> None:
+    endpoint.caller.chunks = [
+        ErrorResponse(error=ErrorInfo(message=message, type="BadRequestError", code=400))
+    ]
+
+    error = endpoint.ask("POST", "/v1/completions", json=COMPLETION).json()["error"]
+
+    assert (error["param"], error["message"]) == (param, message)
 
 
 @pytest.mark.parametrize("chunks", [[NoReplica("decode", 1.0)], []])

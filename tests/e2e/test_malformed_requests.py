@@ -1,0 +1,183 @@
+"""Hundreds of wrong requests, to Baton and to a plain vLLM server: refused by both alike."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeCompletionRequest,
+)
+
+from tests.support.baton_app import BatonApp, write_config
+from tests.support.malformed_requests import corpus
+from tests.support.vllm_server import VllmServer, post
+
+pytestmark = pytest.mark.timeout(400)
+
+MODEL = "tiny"
+SEED = 20261129
+JSON = {"Content-Type": "application/json"}
+COMPLETION: dict[str, Any] = {"model": MODEL, "prompt": "The sea", "max_tokens": 2}
+CHAT: dict[str, Any] = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "The sea"}],
+    "max_tokens": 2,
+}
+ROUTES: dict[str, tuple[type[Any], dict[str, Any], int]] = {
+    "/v1/completions": (CompletionRequest, COMPLETION, 250),
+    "/v1/chat/completions": (ChatCompletionRequest, CHAT, 250),
+    "/tokenize": (TokenizeCompletionRequest, {"model": MODEL, "prompt": "The sea"}, 20),
+    "/detokenize": (DetokenizeRequest, {"model": MODEL, "tokens": [5, 6]}, 20),
+}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One request."""
+
+    path: str
+    content: bytes
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of it; the status of a stream that is nothing but an error is the error's."""
+
+    status: int
+    text: str
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return dict(json.loads(self.text.removeprefix("data: ").partition("\n\n")[0])["error"])
+
+
+RAW = [
+    Sent("/v1/completions", content, headers)
+    for content, headers in [
+        (b"{", JSON),
+        (b"", JSON),
+        (b"null", JSON),
+        (b'"text"', JSON),
+        (b'{"model": "tiny", "prompt": "\xff"}', JSON),
+        (b'{"model": "tiny", "prompt": ' + b"9" * 5000 + b"}", JSON),
+        (b'{"model": "tiny", "prompt": "x", "a": ' + b"[" * 5000 + b"]" * 5000 + b"}", JSON),
+        (b'{"model": "tiny", "prompt": "x", "a": ' + b"[" * 900 + b"]" * 900 + b"}", JSON),
+        (b'{"model": "tiny", "prompt": "x"}', {"Content-Type": "text/plain"}),
+        (b'{"model": "tiny", "prompt": "x"}', {}),
+        (json.dumps(COMPLETION).encode(), {**JSON, "X-Request-Id": "\xff\xfe"}),
+        (json.dumps(COMPLETION).encode(), {**JSON, "X-Session-Id": "\xff"}),
+        (json.dumps(COMPLETION).encode(), {**JSON, "Serve-Multiplexed-Model-Id": "\xff"}),
+        (json.dumps(COMPLETION).encode(), {**JSON, "X-Vllm-Priority": "9" * 40}),
+        (json.dumps(COMPLETION).encode(), {**JSON, "User-Agent": "\xff"}),
+    ]
+]
+
+
+def requests() -> list[Sent]:
+    """The same ones at every run."""
+    made = [
+        Sent(path, json.dumps(body).encode(), JSON)
+        for path, (model, good, count) in ROUTES.items()
+        for body in corpus(model, good, count, SEED)
+    ]
+    return [*made, *RAW]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    log = tmp_path_factory.mktemp("plain") / "server.log"
+    arguments = ["--dtype", "float32", "--max-model-len", "256", "--block-size", "32"]
+    with VllmServer(tiny_model, arguments, log) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def app(
+    tiny_model: Path, plain: VllmServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[BatonApp]:
+    folder = tmp_path_factory.mktemp("app")
+    config = write_config(
+        folder, model=str(tiny_model), model_id=MODEL, engine={"max_model_len": 256}
+    )
+    with BatonApp(config, folder / "up.log") as running:
+        plain.wait()
+        yield running
+
+
+def ask(url: str, sent: Sent) -> Answer:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    try:
+        connection.request("POST", sent.path, sent.content, sent.headers)
+        response = connection.getresponse()
+        answer = Answer(response.status, response.read().decode())
+    finally:
+        connection.close()
+    if answer.text.startswith('data: {"error"'):
+        return Answer(int(answer.error["code"]), answer.text)
+    return answer
+
+
+def ask_all(url: str, everything: list[Sent]) -> list[Answer]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda sent: ask(url, sent), everything))
+
+
+def as_right(our: Answer, their: Answer) -> bool:
+    """Whether it is refused if the plain server refuses it, and if so in OpenAI's form.
+
+    The field is named, unless it is the engine that refuses and does not say which.
+    """
+    if our.status == 200:
+        return not 400 <= their.status < 500
+    if not 400 <= our.status < 500:
+        return False
+    error = our.error
+    in_form = set(error) == {"message", "type", "param", "code"} and error["code"] == our.status
+    engines_words = 400 <= their.status < 500 and error["message"] == their.error["message"]
+    return bool(in_form and error["message"] and (error["param"] or engines_words))
+
+
+def essence(answer: dict[str, Any]) -> Any:
+    return answer["choices"], answer["usage"]
+
+
+def test_what_a_plain_server_refuses_is_refused_and_leaves_nothing(
+    app: BatonApp, plain: VllmServer
+) -> None:
+    good = {**COMPLETION, "prompt": "The quick brown fox " * 8, "max_tokens": 12, "temperature": 0}
+    before = post(f"{app.url}/v1/completions", good)
+    everything = requests()
+
+    ours = ask_all(app.url, everything)
+    theirs = ask_all(plain.url, everything)
+
+    wrong = [
+        f"{sent.path} {sent.content[:300]!r} {sent.headers}\n  {our}\n  plain: {their}"
+        for sent, our, their in zip(everything, ours, theirs, strict=True)
+        if not as_right(our, their)
+    ]
+    assert not wrong, "\n".join(wrong)
+    refused = sum(answer.status != 200 for answer in ours)
+    assert refused > len(everything) // 3  # or the corpus is too tame
+
+    assert essence(post(f"{app.url}/v1/completions", good)) == essence(before)
+    deadline = time.monotonic() + 10
+    while any(
+        worker["unfinished_requests"] or worker["pinned_blocks"]
+        for side in app.status().values()
+        for worker in side
+    ):
+        assert time.monotonic() < deadline, app.status()
+        time.sleep(0.2)
