@@ -71,7 +71,11 @@ def build_app(args: dict[str, Any]) -> Application:
     )
     router = settings.router
     ingress = serve.deployment(
-        ingress_app(max_body_bytes=router.max_body_bytes, api_keys=tuple(router.api_keys)),
+        ingress_app(
+            max_body_bytes=router.max_body_bytes,
+            api_keys=tuple(router.api_keys),
+            allowed_origins=tuple(router.allowed_origins),
+        ),
         name="Ingress",
         num_replicas=router.replicas,
         max_ongoing_requests=4096,

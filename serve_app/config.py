@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,9 @@ _RESERVED_ENGINE_KEYS = {
     "enable_prompt_tokens_details": "vLLM would report every prompt token that was handed over as "
     "cached, and clients may be billed by that",
 }
+
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@?#]+")
 
 
 class SettingsError(ValueError):
@@ -151,6 +155,10 @@ class RouterSettings(Section):
     )
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16 << 20
     max_prompts: Annotated[int, Field(ge=1)] = 128
+    allowed_origins: list[str] = Field(
+        default_factory=lambda: ["*"],
+        description="Origins whose pages may call from a browser; `*`: all; empty: none.",
+    )
     max_requests: Annotated[int, Field(ge=1)] = 1024
     max_prefill_wait_s: Annotated[float, Field(gt=0)] = 60.0
     attempts: Annotated[int, Field(ge=1, le=10)] = 3
@@ -161,6 +169,17 @@ class RouterSettings(Section):
     link_pause_s: Annotated[float, Field(gt=0)] = 30.0
     pick_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     health_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is not an origin as browsers send it, without a path, like "
+                    "https://chat.example.com or http://localhost:3000; nor `*`"
+                )
+        return origins
 
 
 class Settings(Section):

@@ -31,6 +31,7 @@ from ray.llm._internal.serve.observability.metrics.fast_api_metrics import (
 )
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from deployments.admission import Admission, AdmissionPolicy
@@ -218,18 +219,26 @@ class Ingress(OpenAiIngress):
         return None
 
 
-def ingress_app(*, max_body_bytes: int, api_keys: tuple[str, ...]) -> Any:
+def ingress_app(
+    *, max_body_bytes: int, api_keys: tuple[str, ...], allowed_origins: tuple[str, ...]
+) -> Any:
     """The ingress class with its routes, for ``serve.deployment``.
 
     Args:
         max_body_bytes: longer bodies are refused.
         api_keys: accepted bearer keys; empty: no key is asked for.
+        allowed_origins: whose pages may call from a browser; ``*`` is all of them.
     """
     app = FastAPI(lifespan=metrics_lifespan)
     add_error_handlers(app)
     add_http_metrics_middleware(app)
     app.add_middleware(SetRequestIdMiddleware)
     app.add_middleware(Guard, api_keys=api_keys, max_body_bytes=max_body_bytes)
+    # Outside the guard: browsers ask first whether they may send a key, and then without one; and
+    # pages are shown an error only if it says that they may see it.
+    app.add_middleware(
+        CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"]
+    )
     endpoints = {
         "health": lambda app: app.get("/health"),
         "metrics": lambda app: app.get("/metrics"),

@@ -102,6 +102,7 @@ class Endpoint:
         monkeypatch: pytest.MonkeyPatch,
         api_keys: tuple[str, ...] = (),
         max_requests: int = 8,
+        allowed_origins: tuple[str, ...] = ("*",),
     ) -> None:
         self.caller = FakeCaller()
         apps: list[Any] = []
@@ -112,7 +113,9 @@ class Endpoint:
 
         monkeypatch.setattr("serve_app.ingress.make_fastapi_ingress", remember)
         monkeypatch.setattr("serve_app.ingress.ReplicaCaller", lambda *args, **kwargs: self.caller)
-        ingress_app(max_body_bytes=MAX_BODY_BYTES, api_keys=api_keys)
+        ingress_app(
+            max_body_bytes=MAX_BODY_BYTES, api_keys=api_keys, allowed_origins=allowed_origins
+        )
         (self.app,) = apps
         handle: Any = SimpleNamespace()
         instance = Ingress(
@@ -286,6 +289,60 @@ def test_stranger_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     key = {"authorization": "Bearer the-only-key"}
     assert endpoint.ask("GET", "/v1/models", headers=key).status_code == 200
     assert endpoint.ask("GET", "/health").status_code == 200
+
+
+# ---- pages in browsers ---------------------------------------------------------------------------
+
+PAGE = {"origin": "https://chat.example.com"}
+PREFLIGHT = {
+    **PAGE,
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type",
+}
+
+
+def test_a_browser_that_asks_first_is_told_before_a_key_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    endpoint = Endpoint(monkeypatch, api_keys=("the-only-key",))
+
+    told = endpoint.ask("OPTIONS", "/v1/chat/completions", headers=PREFLIGHT)
+
+    assert told.status_code == 200
+    assert told.headers["access-control-allow-origin"] == "*"
+    assert "POST" in told.headers["access-control-allow-methods"]
+    assert "authorization" in told.headers["access-control-allow-headers"].lower()
+    assert "access-control-allow-credentials" not in told.headers
+
+
+def test_pages_may_read_answers_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = Endpoint(monkeypatch, api_keys=("the-only-key",))
+
+    for status, headers in ((200, {"authorization": "Bearer the-only-key"}), (401, {})):
+        answer = endpoint.ask("GET", "/v1/models", headers={**PAGE, **headers})
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == "*"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "told"),
+    [
+        (("https://chat.example.com",), "https://chat.example.com"),
+        (("https://other.example.com",), None),
+        ((), None),
+    ],
+)
+def test_only_pages_of_allowed_origins_may(
+    monkeypatch: pytest.MonkeyPatch, allowed: tuple[str, ...], told: str | None
+) -> None:
+    endpoint = Endpoint(monkeypatch, allowed_origins=allowed)
+
+    preflight = endpoint.ask("OPTIONS", "/v1/models", headers=PREFLIGHT)
+    answer = endpoint.ask("GET", "/v1/models", headers=PAGE)
+
+    assert preflight.status_code == (400 if told is None else 200)
+    for one in (preflight, answer):
+        assert one.headers.get("access-control-allow-origin") == told
 
 
 # ---- answered ------------------------------------------------------------------------------------
