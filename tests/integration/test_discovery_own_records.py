@@ -15,6 +15,7 @@ from tests.support.etcd_server import EtcdServer
 from tests.support.etcd_sessions import TTL_S, Heard, Session, admin, eventually
 from tests.support.records import worker_record
 from transfer.discovery import PeerEventKind
+from transfer.discovery.etcd_client import EtcdClient
 from transfer.discovery.own_records import OwnRecords
 from transfer.discovery.record import encode_record, record_key
 
@@ -77,6 +78,36 @@ def test_a_killed_worker_is_gone_within_its_lease(etcd: EtcdServer, session: Ses
             worker.kill()
     # etcd looks for expired leases twice a second.
     assert eventually(lambda: observer.lookup(A.peer) is None) < TTL_S + 1.5
+
+
+def test_the_lease_that_was_granted_counts(
+    session: Session, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    granted_s = 6  # etcd grants no less than one and a half times its election timeout
+    refreshed: list[str] = []
+    refresh = EtcdClient.refresh
+
+    def count(self: EtcdClient, lease_id: int) -> None:
+        refreshed.append(threading.current_thread().name)
+        refresh(self, lease_id)
+
+    monkeypatch.setattr(EtcdClient, "refresh", count)
+    with EtcdServer("--election-timeout", "4000", "--heartbeat-interval", "400") as server:
+        worker, watcher = session(server), session(server)
+        worker.publish(A)
+        assert watcher.wait_for(A.peer, 5) == A
+        words = f"lease_ttl_s is {TTL_S}, but etcd grants leases of {granted_s} s"
+        eventually(lambda: caplog.text.count(words) == 2)  # each of them says so
+        refreshed.clear()
+        time.sleep(granted_s + 2)
+        assert watcher.lookup(A.peer) == A, "it was not kept alive"
+        assert 6 <= len(refreshed) <= 10, "not every third of the granted time"
+        server.pause()
+        worker.close()
+        assert f"stay until their lease of {granted_s} s ends" in caplog.text
+        server.resume()
+        # etcd looks for expired leases twice a second.
+        assert eventually(lambda: watcher.lookup(A.peer) is None, 30) < 2 * granted_s + 2
 
 
 def test_a_lost_lease_is_replaced_with_the_same_incarnation(

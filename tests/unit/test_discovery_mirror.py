@@ -31,7 +31,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.view = PeerView()
-        self.mirror = PrefixMirror(self.view, hold_s=5.0, replay_s=2.0)
+        self.mirror = PrefixMirror(self.view, replay_s=2.0)
 
     def begin(self, revision: int, *items: KeyValue, now_s: float = 100.0) -> int:
         return self.mirror.begin(Listing(revision, items), now_s)
@@ -145,7 +145,7 @@ def test_what_the_watch_never_tells_is_taken_from_the_listing(bench: Bench) -> N
 
 def test_a_removal_that_only_the_listing_tells_is_held_back_too(bench: Bench) -> None:
     bench.begin(7, put("a", 3))
-    bench.mirror.disturbed(100.0)
+    bench.mirror.disturbed(100.0, hold_s=5.0)
     bench.begin(8)
     assert bench.mirror.settle(102.0) == 105.0
     assert bench.names == "a"
@@ -183,7 +183,7 @@ def test_a_record_overwritten_by_a_bad_one_is_gone_until_it_is_good_again(bench:
 
 def test_removals_are_held_back_after_a_disturbance(bench: Bench) -> None:
     bench.begin(7, put("a", 3), put("b", 4))
-    bench.mirror.disturbed(100.0)
+    bench.mirror.disturbed(100.0, hold_s=5.0)
     bench.apply(8, gone("a", 8), gone("b", 8), now_s=101.0)
     bench.mirror.settle(104.9)
     assert bench.names == "ab"

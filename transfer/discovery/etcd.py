@@ -61,12 +61,9 @@ class EtcdDiscovery(Discovery):
         load_pyetcd()
         self._settings = settings
         self._prefix = workers_prefix(settings.cluster)
-        self._interval_s = settings.lease_ttl_s / 3
         call_timeout_s = min(CALL_TIMEOUT_S, settings.lease_ttl_s / 2)
         self._view = PeerView()
-        self._mirror = PrefixMirror(
-            self._view, hold_s=float(settings.lease_ttl_s), replay_s=self._interval_s
-        )
+        self._mirror = PrefixMirror(self._view, replay_s=settings.lease_ttl_s / 3)
 
         self._changed = threading.Condition()
         self._own = OwnRecords(settings, self._tell_waiters)
@@ -162,7 +159,7 @@ class EtcdDiscovery(Discovery):
             loop.connector.close()
         for thread in self._threads:
             thread.join(2 * CALL_TIMEOUT_S)
-        if self._own.lease_id:
+        if self._own.has_lease:
             self._revoke()
 
     # The threads
@@ -198,7 +195,7 @@ class EtcdDiscovery(Discovery):
     def _failed(self, loop: _Loop, error: EtcdUnavailable, pause_s: float) -> float:
         if self._stop.is_set():
             return 0.0
-        self._mirror.disturbed(monotonic())
+        self._mirror.disturbed(monotonic(), self._own.lease_ttl_s)
         with self._changed:
             if loop.connected:
                 log.warning("lost the %s connection; known peers stay: %s", loop.name, error)
@@ -211,7 +208,7 @@ class EtcdDiscovery(Discovery):
             return
         if loop.error:
             log.warning("the %s connection to etcd is back", loop.name)
-            self._mirror.disturbed(monotonic())
+            self._mirror.disturbed(monotonic(), self._own.lease_ttl_s)
         with self._changed:
             loop.connected, loop.error, loop.refusal = True, "", None
             self._changed.notify_all()
@@ -270,8 +267,8 @@ class EtcdDiscovery(Discovery):
         finally:
             connector.close()
         log.warning(
-            "closed without etcd; own records stay until their lease of %d s ends",
-            self._settings.lease_ttl_s,
+            "closed without etcd; own records, if any, stay until their lease of %d s ends",
+            self._own.lease_ttl_s,
         )
 
     @property

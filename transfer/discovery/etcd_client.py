@@ -69,6 +69,14 @@ class KeyValue:
 
 
 @dataclass(frozen=True, slots=True)
+class Lease:
+    """What was granted; ``ttl_s`` is how long it lives without being refreshed."""
+
+    lease_id: int
+    ttl_s: int
+
+
+@dataclass(frozen=True, slots=True)
 class Listing:
     """Keys and values at one revision, or the changes that led to it."""
 
@@ -138,14 +146,6 @@ class EtcdClient:
             answer = self._kv.Range(request, self._timeout_s, metadata=self._metadata)
         return _key_value(answer.kvs[0]) if answer.kvs else None
 
-    def ping(self, prefix: str) -> None:
-        """Ask for something small that needs a majority."""
-        with self.translated():
-            request = self._rpc.RangeRequest(
-                key=prefix.encode(), range_end=_end_of(prefix), count_only=True
-            )
-            self._kv.Range(request, self._timeout_s, metadata=self._metadata)
-
     def put(self, key: str, value: bytes, lease_id: int) -> int:
         """Write a key under a lease, whatever was there; returns the revision.
 
@@ -194,12 +194,12 @@ class EtcdClient:
             answer = self._kv.Txn(request, self._timeout_s, metadata=self._metadata)
         return int(answer.header.revision) if answer.succeeded else None
 
-    def grant(self, ttl_s: int) -> int:
-        """Make a lease; returns its id."""
+    def grant(self, ttl_s: int) -> Lease:
+        """Make a lease; etcd may make it longer than asked."""
         with self.translated():
             request = self._rpc.LeaseGrantRequest(TTL=ttl_s)
             answer = self._leases.LeaseGrant(request, self._timeout_s, metadata=self._metadata)
-        return int(answer.ID)
+        return Lease(int(answer.ID), int(answer.TTL))
 
     def refresh(self, lease_id: int) -> None:
         """Keep a lease alive for another ttl.

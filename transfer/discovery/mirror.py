@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class PrefixMirror:
     """Turns listings and watched changes into a :class:`PeerView`.
 
-    Removals are held back for ``hold_s`` after a disturbance. When etcd was away for longer than
+    Removals are held back for a while after a disturbance. When etcd was away for longer than
     a lease, all leases may be found expired at its return although the workers are alive and
     about to register again; without the hold everybody would lose everybody for a moment.
 
@@ -32,9 +32,8 @@ class PrefixMirror:
     from any thread.
     """
 
-    def __init__(self, view: PeerView, hold_s: float, replay_s: float) -> None:
+    def __init__(self, view: PeerView, replay_s: float) -> None:
         self._view = view
-        self._hold_s = hold_s
         self._replay_s = replay_s
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
@@ -103,10 +102,10 @@ class PrefixMirror:
             self._revision = 0
             self._expected = None
 
-    def disturbed(self, now_s: float) -> None:
-        """Etcd failed, or has just come back."""
+    def disturbed(self, now_s: float, hold_s: float) -> None:
+        """Etcd failed, or has just come back: hold removals back for so long."""
         with self._lock:
-            self._settled_at_s = now_s + self._hold_s
+            self._settled_at_s = now_s + hold_s
 
     def settle(self, now_s: float) -> float:
         """Do what had to wait until now; returns when to call again, if not sooner."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from transfer.discovery.etcd_client import EtcdClient, KeyValue, LeaseLost
-from transfer.discovery.record import decode_record, encode_record, record_key, workers_prefix
+from transfer.discovery.record import decode_record, encode_record, record_key
 from transfer.discovery.settings import EtcdSettings
 from transfer.errors import ProtocolError
 from transfer.types import PeerId, WorkerRecord
@@ -32,22 +32,31 @@ class OwnRecords:
 
     def __init__(self, settings: EtcdSettings, on_change: Callable[[], None]) -> None:
         self._settings = settings
-        self._interval_s = settings.lease_ttl_s / 3
         self._on_change = on_change
         self._lock = threading.Lock()
         self._records: dict[PeerId, _OwnRecord] = {}
         self._withdrawn: list[_OwnRecord] = []
         self._overwritten = 0
         self._lease_id = 0
+        self._lease_ttl_s = settings.lease_ttl_s
         self._due_s = 0.0
 
     def __len__(self) -> int:
         return len(self._records)
 
     @property
-    def lease_id(self) -> int:
-        """Of the lease that is held; 0 if there is none."""
-        return self._lease_id
+    def has_lease(self) -> bool:
+        """Whether a lease is held, as far as is known."""
+        return bool(self._lease_id)
+
+    @property
+    def lease_ttl_s(self) -> int:
+        """How long records outlive this process: what etcd granted; before, what it is asked."""
+        return self._lease_ttl_s
+
+    @property
+    def _interval_s(self) -> float:
+        return self._lease_ttl_s / 3
 
     @property
     def written(self) -> bool:
@@ -105,7 +114,7 @@ class OwnRecords:
             with self._lock:
                 records = tuple(self._records.values())
             for own in records:
-                if self._lease_id and (renewed or own.doubted or not own.revision):
+                if renewed or own.doubted or not own.revision:
                     self._look_after(client, own, now_s)
         except LeaseLost:
             log.warning("the lease is lost; registering again")
@@ -118,26 +127,34 @@ class OwnRecords:
         client.revoke(self._lease_id)
 
     def _keep_lease(self, client: EtcdClient, now_s: float) -> bool:
-        """Returns whether the lease was granted or renewed."""
-        with self._lock:
-            withdrawn, wanted = list(self._withdrawn), bool(self._records)
-        for own in withdrawn:
+        """Returns whether the lease was granted or renewed.
+
+        There is one even if nothing is published: it tells how long those of others live.
+        """
+        for own in list(self._withdrawn):
             client.delete_if_equal(own.key, own.value)
             self._withdrawn.remove(own)
-        if wanted and not self._lease_id:
-            self._lease_id = client.grant(self._settings.lease_ttl_s)
-        elif self._lease_id and not wanted:
-            client.revoke(self._lease_id)
-            self._lease_id = 0
+        if not self._lease_id:
+            self._grant(client)
         elif now_s < self._due_s:
             return False
-        elif self._lease_id:
-            client.refresh(self._lease_id)
         else:
-            client.ping(workers_prefix(self._settings.cluster))
+            client.refresh(self._lease_id)
         # Counted from before the call: a slow answer must not stretch the interval.
         self._due_s = now_s + self._interval_s
         return True
+
+    def _grant(self, client: EtcdClient) -> None:
+        wanted_s = self._settings.lease_ttl_s
+        lease = client.grant(wanted_s)
+        if lease.ttl_s not in (wanted_s, self._lease_ttl_s):
+            log.warning(
+                "lease_ttl_s is %d, but etcd grants leases of %d s, one and a half times its "
+                "election timeout: so long does it take to notice that a worker died",
+                wanted_s,
+                lease.ttl_s,
+            )
+        self._lease_id, self._lease_ttl_s = lease.lease_id, lease.ttl_s
 
     def _forget_lease(self) -> None:
         self._lease_id = 0
