@@ -85,10 +85,12 @@ class Resumption:
         if not self._begun:
             if not token_ids and completion.finish_reason is None:
                 return output
-            self._begun = True
             self._detokenizer.update(self._sent, False)
-            completion.token_ids = [*self._sent, *token_ids]
-        stop = self._detokenizer.update(token_ids, completion.finish_reason == "stop")
+        stop, taken = self._detokenize(token_ids, completion.finish_reason == "stop")
+        completion.token_ids = (
+            token_ids[:taken] if self._begun else [*self._sent, *token_ids[:taken]]
+        )
+        self._begun = True
         if stop is not None:
             completion.finish_reason, completion.stop_reason = "stop", stop
             output.finished = True
@@ -96,6 +98,21 @@ class Resumption:
         if output.prompt_token_ids is not None:
             output.prompt_token_ids = self._prompt_token_ids
         return output
+
+    def _detokenize(self, token_ids: list[int], stopped: bool) -> tuple[str | None, int]:
+        """The stop string that the answer has come to, and how many tokens are there by then.
+
+        One after the other: outputs that nobody has taken are merged, and behind a stop string
+        there may be tokens that the other engine would not have made.
+
+        Args:
+            stopped: whether the last one ended the answer by itself.
+        """
+        for number, token_id in enumerate(token_ids, 1):
+            is_end = stopped and number == len(token_ids)
+            if (stop := self._detokenizer.update([token_id], is_end)) is not None:
+                return stop, number
+        return None, len(token_ids)
 
 
 def resuming(generate: Generate, tokenizer: Callable[[], Any]) -> Generate:

@@ -107,6 +107,7 @@ def resumed(tokenizer: Any, engine: FakeEngine, sent: int, values: dict[str, Any
 @given(data=st.data())
 def test_resumed_answer_is_the_undisturbed_one(tokenizer: Any, data: st.DataObject) -> None:
     """Cut anywhere: within a character of several bytes, within a stop string, at special tokens.
+    However many tokens come at once, as they do when their consumer lags.
 
     The tiny vocabulary is bytes, so most random answers hold broken and split UTF-8.
     """
@@ -126,7 +127,8 @@ def test_resumed_answer_is_the_undisturbed_one(tokenizer: Any, data: st.DataObje
     sent = data.draw(st.integers(1, max(1, expected[1] - 1)))
     if expected[1] <= sent:
         return
-    engine = FakeEngine(answer, [1], end)
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=24))
+    engine = FakeEngine(answer, sizes, end)
 
     told, token_ids, reason, stop, prompts = resumed(tokenizer, engine, sent, values)
 
