@@ -145,8 +145,10 @@ def as_right(our: Answer, their: Answer) -> bool:
         return False
     error = our.error
     in_form = set(error) == {"message", "type", "param", "code"} and error["code"] == our.status
-    engines_words = 400 <= their.status < 500 and error["message"] == their.error["message"]
-    return bool(in_form and error["message"] and (error["param"] or engines_words))
+    if not error["param"] and not 400 <= their.status < 500:
+        return False
+    named = error["param"] or error["message"] == their.error["message"]
+    return bool(in_form and error["message"] and named)
 
 
 def essence(answer: dict[str, Any]) -> Any:
