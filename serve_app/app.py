@@ -20,6 +20,7 @@ from deployments.handoff_state import RetryPolicy
 from deployments.links import LinkPolicy
 from deployments.prefill import PrefillServer
 from deployments.replica_router import HintedRouter
+from serve_app.body_limits import BodyLimits
 from serve_app.config import Settings, SettingsError, SideSettings, parse_settings
 from serve_app.demo_model import resolve_model
 from serve_app.ingress import ingress_app
@@ -72,7 +73,11 @@ def build_app(args: dict[str, Any]) -> Application:
     router = settings.router
     ingress = serve.deployment(
         ingress_app(
-            max_body_bytes=router.max_body_bytes,
+            limits=BodyLimits(
+                max_body_bytes=router.max_body_bytes,
+                max_bytes_in_flight=router.max_bytes_in_flight,
+                timeout_s=router.body_timeout_s,
+            ),
             api_keys=tuple(router.api_keys),
             allowed_origins=tuple(router.allowed_origins),
         ),
@@ -97,6 +102,7 @@ def build_app(args: dict[str, Any]) -> Application:
             max_requests=router.max_requests, max_prefill_wait_s=router.max_prefill_wait_s
         ),
         max_prompts=router.max_prompts,
+        max_tokenize_length=router.max_tokenize_length,
         pick_timeout_s=router.pick_timeout_s,
         health_timeout_s=router.health_timeout_s,
     )

@@ -155,6 +155,9 @@ class RouterSettings(Section):
     )
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16 << 20
     max_prompts: Annotated[int, Field(ge=1)] = 128
+    max_bytes_in_flight: Annotated[int, Field(ge=1024)] = 256 << 20
+    body_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    max_tokenize_length: Annotated[int, Field(ge=1)] = 1 << 20
     allowed_origins: list[str] = Field(
         default_factory=lambda: ["*"],
         description="Origins whose pages may call from a browser; `*`: all; empty: none.",
@@ -169,6 +172,15 @@ class RouterSettings(Section):
     link_pause_s: Annotated[float, Field(gt=0)] = 30.0
     pick_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     health_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+
+    @model_validator(mode="after")
+    def _one_body_fits(self) -> RouterSettings:
+        if self.max_bytes_in_flight < self.max_body_bytes:
+            raise ValueError(
+                f"max_bytes_in_flight ({self.max_bytes_in_flight}) is below max_body_bytes "
+                f"({self.max_body_bytes}): a body of that length could never come"
+            )
+        return self
 
     @field_validator("allowed_origins")
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any
 ERROR_TYPES = {
     401: "authentication_error",
     404: "not_found_error",
-    # The server's own time limit (Ray's ingress), not the client's fault.
+    # The server's own time limit.
     408: "server_error",
     429: "rate_limit_error",
 }

@@ -1,29 +1,32 @@
-"""What is checked before a request is even parsed: who asks, and how much they send."""
+"""What is checked before a request is even parsed: who asks, how much they send, and how fast."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.body_limits import Bodies, Body, BodyLimits, BodyRefused
 from serve_app.http_errors import error_response
 
 _OPEN_PATHS = frozenset({"/health", "/metrics"})
 
 
 class Guard:
-    """ASGI middleware: bearer keys and a limit for bodies.
+    """ASGI middleware: bearer keys and limits for bodies.
 
     Args:
         app: what comes after.
         api_keys: accepted keys; empty: anybody may ask. ``/health`` and ``/metrics`` need none.
-        max_body_bytes: longer bodies get 413, counted while they arrive.
+        limits: of bodies, counted while they arrive.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: tuple[str, ...], max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, api_keys: tuple[str, ...], limits: BodyLimits) -> None:
         self._app = app
         self._api_keys = tuple(key.encode() for key in api_keys)
-        self._max_body_bytes = max_body_bytes
+        self._bodies = Bodies(limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,38 +45,41 @@ class Guard:
             return
         # Python refuses to read numbers of thousands of digits; the first 18 say enough.
         length = headers.get(b"content-length", b"").lstrip(b"0")[:18]
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            await self._too_long(scope, receive, send)
-            return
-        await self._pass_counted(scope, receive, send)
+        with self._bodies.request() as body:
+            try:
+                body.announced(int(length) if length.isdigit() else 0)
+                messages = await self._read(receive, body)
+            except BodyRefused as refused:
+                await _refusal(refused)(scope, receive, send)
+                return
+            messages.reverse()
+
+            async def replay() -> Message:
+                return messages.pop() if messages else await receive()
+
+            await self._app(scope, replay, send)
 
     def _admits(self, headers: dict[bytes, bytes]) -> bool:
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         matches = [hmac.compare_digest(key.strip(), known) for known in self._api_keys]
         return kind.lower() == b"bearer" and any(matches)
 
-    async def _pass_counted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Reads the body up to the limit first: once the app runs, its answer may have begun."""
-        body: list[Message] = []
-        total = 0
-        while True:
-            message = await receive()
-            body.append(message)
-            total += len(message.get("body", b""))
-            if total > self._max_body_bytes:
-                await self._too_long(scope, receive, send)
-                return
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                break
-        body.reverse()
+    async def _read(self, receive: Receive, body: Body) -> list[Message]:
+        """The whole body: once the app runs, its answer may have begun."""
+        messages: list[Message] = []
+        try:
+            async with asyncio.timeout(self._bodies.limits.timeout_s):
+                while True:
+                    message = await receive()
+                    messages.append(message)
+                    body.add(len(message.get("body", b"")))
+                    if message["type"] != "http.request" or not message.get("more_body", False):
+                        return messages
+        except TimeoutError as error:
+            raise self._bodies.too_slow() from error
 
-        async def replay() -> Message:
-            return body.pop() if body else await receive()
 
-        await self._app(scope, replay, send)
-
-    async def _too_long(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = error_response(
-            413, f"the body is longer than {self._max_body_bytes} bytes", param="body"
-        )
-        await response(scope, receive, send)
+def _refusal(refused: BodyRefused) -> JSONResponse:
+    again = refused.retry_after_s
+    headers = None if again is None else {"Retry-After": str(again)}
+    return error_response(refused.status, str(refused), param="body", headers=headers)

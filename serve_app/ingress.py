@@ -42,11 +42,13 @@ from deployments.handoff import Coordinator, RouterEvent
 from deployments.handoff_state import RetryPolicy
 from deployments.replica import ReplicaCaller
 from serve_app import request_models
-from serve_app.edge import header_fault
+from serve_app.body_limits import BodyLimits
+from serve_app.edge import Fault, header_fault
 from serve_app.guard import Guard
 from serve_app.http_errors import add_error_handlers, error_response, fault_response
-from serve_app.metrics import scrape
+from serve_app.metrics import SCRAPE_KEPT_S, scrape
 from serve_app.router import bypass_reason
+from serve_app.shared import Shared
 from serve_app.sse import as_events
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
@@ -69,6 +71,7 @@ class Ingress(OpenAiIngress):
         policy: retry budget of a request.
         admission: bounds of what is let in.
         max_prompts: prompts times samples in one request.
+        max_tokenize_length: characters to be tokenized, or tokens to be detokenized, in a request.
         pick_timeout_s: how long a request waits for a replica that can take it.
         health_timeout_s: how long ``/health`` waits for a side's answer.
     """
@@ -82,6 +85,7 @@ class Ingress(OpenAiIngress):
         policy: RetryPolicy,
         admission: AdmissionPolicy,
         max_prompts: int,
+        max_tokenize_length: int,
         pick_timeout_s: float,
         health_timeout_s: float,
     ) -> None:
@@ -89,7 +93,10 @@ class Ingress(OpenAiIngress):
         self._caller = ReplicaCaller(prefill, decode, pick_timeout_s=pick_timeout_s)
         self._coordinator = Coordinator(self._caller, policy, Admission(admission), _count)
         self._max_prompts = max_prompts
+        self._max_tokenize_length = max_tokenize_length
         self._health_timeout_s = health_timeout_s
+        self._scrape = Shared(scrape, keep_s=SCRAPE_KEPT_S)
+        self._health = Shared(self._sides, keep_s=0.0)
 
     async def completions(self, body: request_models.Completion, request: Request) -> Response:
         """OpenAI's completions."""
@@ -101,10 +108,14 @@ class Ingress(OpenAiIngress):
 
     async def tokenize(self, body: request_models.Tokenize, request: Request) -> Response:
         """The tokens of a text."""
+        if len(body.prompt) > self._max_tokenize_length:
+            return self._too_long("prompt", len(body.prompt), "characters")
         return await self._ask_decode("tokenize", body, request)
 
     async def detokenize(self, body: request_models.Detokenize, request: Request) -> Response:
         """The text of tokens."""
+        if len(body.tokens) > self._max_tokenize_length:
+            return self._too_long("tokens", len(body.tokens), "tokens")
         return await self._ask_decode("detokenize", body, request)
 
     async def embeddings(self, body: request_models.Embedding, request: Request) -> Response:
@@ -117,9 +128,7 @@ class Ingress(OpenAiIngress):
 
     async def health(self) -> Response:
         """200 only if a prefill and a decode replica can really serve, else 503 saying which."""
-        roles = ("prefill", "decode")
-        results = await asyncio.gather(*(self._ready(role) for role in roles))
-        sides = dict(zip(roles, results, strict=True))
+        sides = await self._health.get()
         healthy = all(state == "ok" for state in sides.values())
         return JSONResponse(
             {"status": "ok" if healthy else "unavailable", **sides},
@@ -137,10 +146,15 @@ class Ingress(OpenAiIngress):
     async def metrics(self) -> Response:
         """Prometheus text: Baton's, vLLM's and Serve's metrics of all nodes."""
         return PlainTextResponse(
-            await scrape(), media_type="text/plain; version=0.0.4; charset=utf-8"
+            await self._scrape.get(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
     # ------------------------------------------------------------------------------------------
+
+    async def _sides(self) -> dict[str, str]:
+        roles = ("prefill", "decode")
+        results = await asyncio.gather(*(self._ready(role) for role in roles))
+        return dict(zip(roles, results, strict=True))
 
     async def _ready(self, role: str) -> str:
         try:
@@ -186,6 +200,10 @@ class Ingress(OpenAiIngress):
             return _error(answer, body)
         return JSONResponse(answer.model_dump())
 
+    def _too_long(self, field: str, length: int, unit: str) -> JSONResponse:
+        allowed = self._max_tokenize_length
+        return fault_response(Fault(field, f"it has {length} {unit}, and {allowed} are allowed"))
+
     def _unknown(self, model: str | None) -> JSONResponse | None:
         if model is None or model in self._model_cards:
             return None
@@ -220,12 +238,12 @@ class Ingress(OpenAiIngress):
 
 
 def ingress_app(
-    *, max_body_bytes: int, api_keys: tuple[str, ...], allowed_origins: tuple[str, ...]
+    *, limits: BodyLimits, api_keys: tuple[str, ...], allowed_origins: tuple[str, ...]
 ) -> Any:
     """The ingress class with its routes, for ``serve.deployment``.
 
     Args:
-        max_body_bytes: longer bodies are refused.
+        limits: of bodies, for each replica.
         api_keys: accepted bearer keys; empty: no key is asked for.
         allowed_origins: whose pages may call from a browser; ``*`` is all of them.
     """
@@ -233,7 +251,7 @@ def ingress_app(
     add_error_handlers(app)
     add_http_metrics_middleware(app)
     app.add_middleware(SetRequestIdMiddleware)
-    app.add_middleware(Guard, api_keys=api_keys, max_body_bytes=max_body_bytes)
+    app.add_middleware(Guard, api_keys=api_keys, limits=limits)
     # Outside the guard: browsers ask first whether they may send a key, and then without one; and
     # pages are shown an error only if it says that they may see it.
     app.add_middleware(

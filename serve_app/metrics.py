@@ -12,6 +12,8 @@ import ray
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 TIMEOUT_S = 5.0
+SCRAPE_KEPT_S = 1.0
+"""How long a scrape is given out; agents export anew about as often."""
 _WANTED = re.compile(r"(# (HELP|TYPE) )?ray_(baton|vllm|serve)_")
 
 

@@ -18,10 +18,11 @@ from deployments.errors import ServiceUnavailable
 from deployments.generation import GenerationRequest, Method
 from deployments.handoff import Coordinator
 from deployments.handoff_state import RetryPolicy
-from deployments.http_body import PATHS, HttpAnswer, JsonBody
+from deployments.http_body import PATHS, HttpAnswer, JsonBody, answers
 from deployments.http_caller import HttpCaller
 from deployments.http_servers import HttpServers, Role
 from deployments.ticket_notices import TicketNotices
+from serve_app.body_limits import Bodies, Body, BodyLimits, BodyRefused
 from serve_app.edge import Fault, body_fault, header_fault
 from serve_app.error_body import error_body
 from serve_app.router import bypass_reason
@@ -31,7 +32,11 @@ from transfer.settings import TransferSettings
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES: Final = 16 << 20
+BODY_LIMITS: Final = BodyLimits(
+    max_body_bytes=16 << 20, max_bytes_in_flight=256 << 20, timeout_s=60.0
+)
+MAX_ANSWERS: Final = 1024
+"""Prompts times samples of one request; each prompt is a request to a prefill server."""
 STOP_TIMEOUT_S: Final = 10.0
 _CONNECT_TIMEOUT_S: Final = 2.0
 _HEALTH_TIMEOUT_S: Final = 5.0
@@ -59,12 +64,14 @@ class ProxyOptions:
         discovery: finds servers, and owners of tickets that will not be read; not closed here.
         api_key: sent to servers when the client sends none; empty: nothing is sent then.
         policy: retry budget of every request.
+        limits: of clients' bodies.
     """
 
     servers: Mapping[Role, tuple[str, ...]]
     discovery: Discovery | None = None
     api_key: str = field(default="", repr=False)
     policy: RetryPolicy = field(default_factory=RetryPolicy)
+    limits: BodyLimits = BODY_LIMITS
 
 
 class Proxy:
@@ -73,10 +80,11 @@ class Proxy:
     def __init__(self, options: ProxyOptions) -> None:
         self._options = options
         self._servers = HttpServers(options.servers, options.discovery)
+        self._bodies = Bodies(options.limits)
 
     def application(self) -> web.Application:
         """The application; it opens its connections when it starts."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_openai_errors])
+        app = web.Application(middlewares=[_openai_errors])
         app.cleanup_ctx.append(self._connections)
         app.router.add_post(PATHS["completions"], self._completions)
         app.router.add_post(PATHS["chat"], self._chat)
@@ -147,7 +155,31 @@ class Proxy:
             return f"{url} does not answer: {error or type(error).__name__}"
 
     async def _generate(self, method: Method, request: web.Request) -> web.StreamResponse:
-        body = JsonBody(await _fields(request), self._headers(request))
+        with self._bodies.request() as body:
+            content = await self._read(request, body)
+            return await self._answer(method, request, _fields(request, content))
+
+    async def _read(self, request: web.Request, body: Body) -> bytes:
+        """The whole body.
+
+        Raises:
+            BodyRefused: it is too long, too slow, or one too many.
+        """
+        body.announced(request.content_length or 0)
+        parts = []
+        try:
+            async with asyncio.timeout(self._bodies.limits.timeout_s):
+                async for part in request.content.iter_any():
+                    body.add(len(part))
+                    parts.append(part)
+        except TimeoutError as error:
+            raise self._bodies.too_slow() from error
+        return b"".join(parts)
+
+    async def _answer(
+        self, method: Method, request: web.Request, fields: dict[str, Any]
+    ) -> web.StreamResponse:
+        body = JsonBody(fields, self._headers(request))
         reason = bypass_reason(body)
         chunks = self._coordinator.run(GenerationRequest(method, body), bypass=reason is not None)
         async with aclosing(chunks):
@@ -173,8 +205,7 @@ class Proxy:
         return headers
 
 
-async def _fields(request: web.Request) -> dict[str, Any]:
-    content = await request.read()
+def _fields(request: web.Request, content: bytes) -> dict[str, Any]:
     if request.content_type != "application/json":
         raise _bad_request(Fault("Content-Type", "the body must be sent as application/json"))
     try:
@@ -185,6 +216,9 @@ async def _fields(request: web.Request) -> dict[str, Any]:
         raise _bad_request(Fault("", "the body is not a JSON object"))
     if fault := body_fault(fields) or header_fault(request.headers):
         raise _bad_request(fault)
+    if answers(fields) > MAX_ANSWERS:
+        what = f"{answers(fields)} prompts and samples are more than {MAX_ANSWERS}"
+        raise _bad_request(Fault("prompt", f"{what}; send several requests"))
     return fields
 
 
@@ -212,6 +246,13 @@ async def _openai_errors(
         seconds = max(1, round(error.retry_after_s))
         return web.json_response(
             error_body(503, str(error)), status=503, headers={"Retry-After": str(seconds)}
+        )
+    except BodyRefused as refused:
+        again = refused.retry_after_s
+        return web.json_response(
+            error_body(refused.status, str(refused), param="body"),
+            status=refused.status,
+            headers=None if again is None else {"Retry-After": str(again)},
         )
     except web.HTTPException as error:
         if error.content_type == "application/json":

@@ -16,7 +16,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from deployments.handoff_state import RetryPolicy
-from serve_app.proxy import MAX_BODY_BYTES, Proxy, ProxyOptions
+from serve_app.body_limits import BodyLimits
+from serve_app.proxy import BODY_LIMITS, Proxy, ProxyOptions
 from tests.support.scripted_servers import (
     DONE,
     EVENTS,
@@ -67,7 +68,12 @@ class Setup:
 
 @asynccontextmanager
 async def setup(
-    prefill: list[Step], decode: list[Step], *, api_key: str = "", discovered: bool = False
+    prefill: list[Step],
+    decode: list[Step],
+    *,
+    api_key: str = "",
+    discovered: bool = False,
+    limits: BodyLimits = BODY_LIMITS,
 ) -> AsyncIterator[Setup]:
     servers = [Server(step) for step in (*prefill, *decode)]
     running: list[TestServer] = []
@@ -101,6 +107,7 @@ async def setup(
         StaticDiscovery(records) if discovered else None,
         api_key,
         RetryPolicy(attempts=3, backoff_s=0.0),
+        limits,
     )
     proxy = TestServer(Proxy(options).application())
     await proxy.start_server()  # cancels handlers of clients that leave
@@ -423,12 +430,13 @@ def test_a_client_that_leaves_in_mid_stream_ends_the_call() -> None:
         (b'{"prompt": "x", "kv_transfer_params": {}}', 400, "kv_transfer_params: only Baton"),
         (b'{"prompt": "\\ud800"}', 400, "prompt: the character 0 is half of a surrogate pair"),
         (b'{"prompt": "x", "top_k": 1' + b"0" * 40 + b"}", 400, "top_k: it must be between"),
+        (b'{"prompt": [' + b'"x",' * 1024 + b'"x"]}', 400, "prompt: 1025 prompts and samples"),
         (b'{"prompt": "x", "temperature": NaN}', 400, "temperature: it must be a finite"),
-        (b" " * (MAX_BODY_BYTES + 1), 413, "Maximum request body size"),
+        (b" " * (BODY_LIMITS.max_body_bytes + 1), 413, "the body is longer than 16777216"),
     ],
     ids=[
         *("no JSON", "too deep", "no object", "brings a ticket", "no text", "beyond the wire"),
-        *("not finite", "too long"),
+        *("too many prompts", "not finite", "too long"),
     ],
 )
 def test_requests_that_cannot_be_meant(content: bytes, status: int, said: str) -> None:
@@ -446,5 +454,58 @@ def test_requests_that_cannot_be_meant(content: bytes, status: int, said: str) -
             assert it.prefill[0].paths == it.decode[0].paths == []
             async with it.client.get(f"{it.url}/v1/else") as response:
                 assert (response.status, response.content_type) == (404, "application/json")
+
+    run(main())
+
+
+# ---- slow and many bodies ------------------------------------------------------------------------
+
+JSON = {"Content-Type": "application/json"}
+
+
+def half_a_body() -> tuple[AsyncIterator[bytes], asyncio.Event]:
+    """What a client sends that stops in the middle, and what makes it go on."""
+    go_on = asyncio.Event()
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b'{"prompt": "x"' + b" " * 600
+        await go_on.wait()
+        yield b"}"
+
+    return parts(), go_on
+
+
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    async def main() -> None:
+        limits = BodyLimits(max_body_bytes=1000, max_bytes_in_flight=1000, timeout_s=0.2)
+        async with setup([ticket()], [says()], limits=limits) as it:
+            parts, go_on = half_a_body()
+            async with it.client.post(
+                f"{it.url}/v1/completions", data=parts, headers=JSON
+            ) as response:
+                assert response.status == 408
+                assert (await response.json())["error"]["param"] == "body"
+            go_on.set()
+            assert it.prefill[0].paths == it.decode[0].paths == []
+
+    run(main())
+
+
+def test_bodies_in_flight_are_bounded() -> None:
+    async def main() -> None:
+        limits = BodyLimits(max_body_bytes=1000, max_bytes_in_flight=1000, timeout_s=30.0)
+        async with setup([ticket()] * 3, [says()] * 3, limits=limits) as it:
+            url = f"{it.url}/v1/completions"
+            parts, go_on = half_a_body()
+            first = asyncio.ensure_future(it.client.post(url, data=parts, headers=JSON))
+            await asyncio.sleep(0.1)
+            content = b'{"prompt": "x"}' + b" " * 600
+            async with it.client.post(url, data=content, headers=JSON) as second:
+                assert (second.status, second.headers["Retry-After"]) == (429, "1")
+            go_on.set()
+            async with await first as answered:
+                assert answered.status == 200
+            async with it.client.post(url, data=content, headers=JSON) as third:
+                assert third.status == 200
 
     run(main())

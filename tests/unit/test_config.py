@@ -163,6 +163,9 @@ def test_every_fault_gets_its_line() -> None:
         ("router.api_keys", ["short"]),
         ("router.api_keys", "12345678"),
         ("router.max_body_bytes", 1023),
+        ("router.max_bytes_in_flight", 0),
+        ("router.body_timeout_s", 0),
+        ("router.max_tokenize_length", 0),
         ("router.allowed_origins", "https://chat.example.com"),
         ("router.allowed_origins", ["chat.example.com"]),
         ("router.allowed_origins", ["https://chat.example.com/"]),
@@ -176,6 +179,12 @@ def test_every_fault_gets_its_line() -> None:
 )
 def test_wrong_value_is_named_by_its_path(path: str, value: Any) -> None:
     assert fault(changed(path, value)).startswith(path)
+
+
+def test_the_longest_body_fits_into_what_may_be_in_flight() -> None:
+    said = fault(changed("router.max_bytes_in_flight", 1 << 20))
+
+    assert said.startswith("router: max_bytes_in_flight (1048576) is below max_body_bytes")
 
 
 @pytest.mark.parametrize("args", [None, [], "settings", 3])

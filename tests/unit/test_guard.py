@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from serve_app.body_limits import BodyLimits
 from serve_app.guard import Guard
 
 KEYS = ("first-key", "second-key")
 LIMIT = 10
+LIMITS = BodyLimits(max_body_bytes=LIMIT, max_bytes_in_flight=25, timeout_s=0.2)
 
 
 class App:
@@ -60,7 +62,7 @@ class Exchange:
         self.sent: list[Message] = []
         self.unread = [*messages, {"type": "http.disconnect"}]
         raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
-        guard = Guard(self.app, api_keys=keys, max_body_bytes=LIMIT)
+        guard = Guard(self.app, api_keys=keys, limits=LIMITS)
         asyncio.run(
             guard(
                 {"type": "http", "path": path, "headers": raw, **scope}, self._receive, self._send
@@ -234,7 +236,76 @@ def test_lifespan_passes_untouched() -> None:
         async def send(message: Message) -> None:
             raise AssertionError("the guard sent a lifespan message")
 
-        await Guard(app, api_keys=KEYS, max_body_bytes=LIMIT)(scope, receive, send)
+        await Guard(app, api_keys=KEYS, limits=LIMITS)(scope, receive, send)
 
     asyncio.run(main())
     assert app.scopes == [scope]
+
+
+# ---- slow and many bodies ------------------------------------------------------------------------
+
+
+class Clients:
+    """Several requests through one guard, whose app answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.answer = asyncio.Event()
+        self.let_in = 0
+        self._guard = Guard(self._app, api_keys=(), limits=LIMITS)
+
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        self.let_in += 1
+        await self.answer.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"fine"})
+
+    async def send(self, messages: list[Message]) -> tuple[int, dict[bytes, bytes]]:
+        """Status and headers of the answer; a client that has said all it says stays."""
+        sent: list[Message] = []
+        left = list(messages)
+
+        async def receive() -> Message:
+            if left:
+                return left.pop(0)
+            await asyncio.Event().wait()
+            raise AssertionError("never")
+
+        async def take(message: Message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "path": "/v1/completions", "headers": []}
+        await self._guard(scope, receive, take)
+        return sent[0]["status"], dict(sent[0]["headers"])
+
+
+def test_body_that_does_not_come_whole_is_not_waited_for() -> None:
+    async def main() -> None:
+        clients = Clients()
+        half: list[Message] = [{"type": "http.request", "body": b"half", "more_body": True}]
+
+        answers = await asyncio.gather(*(clients.send(half) for _ in range(6)))
+
+        assert [status for status, _ in answers] == [408] * 6
+        assert clients.let_in == 0
+
+    asyncio.run(main())
+
+
+def test_bodies_in_flight_are_bounded_until_their_answers_have_ended() -> None:
+    async def main() -> None:
+        clients = Clients()
+        within = [asyncio.ensure_future(clients.send(body(b"x" * 10))) for _ in range(2)]
+        await asyncio.sleep(0)
+
+        status, headers = await clients.send(body(b"x" * 10))
+
+        assert (status, headers[b"retry-after"]) == (429, b"1")
+        small = asyncio.ensure_future(clients.send(body(b"x" * 5)))
+        clients.answer.set()
+        assert [status for status, _ in await asyncio.gather(*within, small)] == [200] * 3
+        # Nothing is left of those that were answered, nor of the one that was refused.
+        again = [clients.send(body(b"x" * 10)) for _ in range(2)]
+        assert [status for status, _ in await asyncio.gather(*again)] == [200] * 2
+
+    asyncio.run(main())

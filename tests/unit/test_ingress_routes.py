@@ -27,6 +27,7 @@ from deployments.admission import AdmissionPolicy
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.generation import GenerationRequest, Output, PrefillAnswer
 from deployments.handoff_state import RetryPolicy
+from serve_app.body_limits import BodyLimits
 from serve_app.ingress import Ingress, ingress_app
 from tests.support.malformed_requests import JUNK, bodies
 
@@ -114,7 +115,9 @@ class Endpoint:
         monkeypatch.setattr("serve_app.ingress.make_fastapi_ingress", remember)
         monkeypatch.setattr("serve_app.ingress.ReplicaCaller", lambda *args, **kwargs: self.caller)
         ingress_app(
-            max_body_bytes=MAX_BODY_BYTES, api_keys=api_keys, allowed_origins=allowed_origins
+            limits=BodyLimits(MAX_BODY_BYTES, MAX_BODY_BYTES, timeout_s=5.0),
+            api_keys=api_keys,
+            allowed_origins=allowed_origins,
         )
         (self.app,) = apps
         handle: Any = SimpleNamespace()
@@ -127,6 +130,7 @@ class Endpoint:
             policy=RetryPolicy(attempts=2, backoff_s=0.0),
             admission=AdmissionPolicy(max_requests=max_requests),
             max_prompts=4,
+            max_tokenize_length=100,
             pick_timeout_s=1.0,
             health_timeout_s=1.0,
         )
@@ -183,6 +187,8 @@ def test_malformed_json_is_refused(endpoint: Endpoint, path: str) -> None:
         ("/v1/chat/completions", {**CHAT, "messages": [SMELL]}, CONTENT),
         ("/tokenize", {"model": "demo", "prompt": 5}, "prompt"),
         ("/tokenize", {"model": "demo", "prompt": "x", "kv_transfer_params": {}}, KV_PARAMS),
+        ("/tokenize", {"model": "demo", "prompt": "x" * 101}, "prompt"),
+        ("/detokenize", {"model": "demo", "tokens": [1] * 101}, "tokens"),
         ("/detokenize", {"model": "demo", "tokens": [10**12]}, "tokens.0"),
         ("/v1/embeddings", {"model": "demo", "input": "x", "kv_transfer_params": {}}, KV_PARAMS),
         ("/v1/score", {"model": "demo", "text_1": "a", "text_2": 10**30}, "text_2"),
