@@ -21,6 +21,7 @@ from serve_app.mooncake_args import with_mooncake
 from transfer.discovery import check_discovery
 from transfer.errors import ConfigurationError
 from transfer.settings import TransferSettings
+from transfer.speculation import drafting_layers
 
 IMPORT_PATH = "serve_app.app:build_app"
 
@@ -37,6 +38,12 @@ _RESERVED_ENGINE_KEYS = {
     "enable_prompt_tokens_details": "vLLM would report every prompt token that was handed over as "
     "cached, and clients may be billed by that",
 }
+
+_EQUAL_ENGINE_KEYS = (
+    *("dtype", "kv_cache_dtype", "kv_cache_dtype_skip_layers", "quantization", "max_model_len"),
+    *("revision", "hf_overrides", "hf_config_path"),
+)
+"""Engine arguments of which each side's blocks depend, or which prompts the side takes."""
 
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@?#]+")
@@ -240,20 +247,32 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _sides_agree(self) -> Settings:
-        for name in ("dtype", "kv_cache_dtype", "quantization", "max_model_len"):
-            values = [
-                {**self.engine, **side.engine}.get(name) for side in (self.prefill, self.decode)
-            ]
+        engines = [{**self.engine, **side.engine} for side in (self.prefill, self.decode)]
+        for name in _EQUAL_ENGINE_KEYS:
+            values = [engine.get(name) for engine in engines]
             if values[0] != values[1]:
                 raise ValueError(
                     f"{name} is {values[0]} for prefill and {values[1]} for decode; KV blocks mean "
                     "the same on both sides only if it is equal, so set it in engine"
                 )
+        backends = [engine.get("attention_backend") for engine in engines]
+        if None not in backends and backends[0] != backends[1]:
+            raise ValueError(
+                f"attention_backend is {backends[0]} for prefill and {backends[1]} for decode; "
+                "blocks of one are not handed over to the other, so set it in engine"
+            )
+        drafting = [drafting_layers(engine) for engine in engines]
+        if drafting[0] != drafting[1]:
+            raise ValueError(
+                f"speculative_config has {drafting[0] or 'no layers'} for prefill and "
+                f"{drafting[1] or 'no layers'} for decode; speculation with layers of its own must "
+                "be equal on both sides, so set it in engine. One side alone may have "
+                "method ngram, suffix or medusa"
+            )
         sizes = [
             size
-            for side in (self.prefill, self.decode)
-            if isinstance(size := {**self.engine, **side.engine}.get("block_size"), int)
-            and size > 0
+            for engine in engines
+            if isinstance(size := engine.get("block_size"), int) and size > 0
         ]
         if len(sizes) == 2 and max(sizes) % min(sizes):
             raise ValueError(

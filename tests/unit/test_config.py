@@ -309,7 +309,13 @@ def test_sides_may_differ_in_block_size_if_one_is_a_multiple_of_the_other() -> N
     )
 
 
-@pytest.mark.parametrize("name", ["dtype", "kv_cache_dtype", "quantization", "max_model_len"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dtype", "kv_cache_dtype", "kv_cache_dtype_skip_layers", "quantization", "max_model_len"),
+        *("revision", "hf_overrides", "hf_config_path"),
+    ],
+)
 def test_sides_must_not_differ_in_what_blocks_mean(name: str) -> None:
     line = fault(changed(f"prefill.engine.{name}", "other"))
 
@@ -318,6 +324,32 @@ def test_sides_must_not_differ_in_what_blocks_mean(name: str) -> None:
     both = changed(f"prefill.engine.{name}", "other")
     both["decode"]["engine"] = {name: "other"}
     assert isinstance(parse_settings(both), Settings)
+
+
+def test_attention_backends_must_not_differ_where_both_are_named() -> None:
+    assert isinstance(parse_settings(changed("prefill.engine.attention_backend", "A")), Settings)
+    both = changed("prefill.engine.attention_backend", "A")
+    both["decode"]["engine"] = {"attention_backend": "B"}
+
+    assert fault(both).startswith("args: attention_backend is A for prefill and B for decode")
+
+
+@pytest.mark.parametrize(
+    "config", [{"method": "eagle", "model": "x"}, {"model": "x"}, {"method": "mtp"}]
+)
+def test_speculation_with_layers_of_its_own_must_be_on_both_sides(config: dict[str, Any]) -> None:
+    line = fault(changed("decode.engine.speculative_config", config))
+
+    assert line.startswith("args: speculative_config has no layers for prefill and ")
+    both = changed("decode.engine.speculative_config", config)
+    both["prefill"]["engine"] = {"speculative_config": config}
+    assert isinstance(parse_settings(both), Settings)
+
+
+def test_speculation_from_the_text_may_be_on_one_side() -> None:
+    config = {"method": "ngram", "num_speculative_tokens": 3}
+
+    assert isinstance(parse_settings(changed("decode.engine.speculative_config", config)), Settings)
 
 
 def test_side_may_repeat_what_both_have() -> None:

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from transfer.connector.fence import Fence
+from transfer.connector.fingerprint import differing
 from transfer.connector.heads import HeadRange, Part, parts_of
 from transfer.connector.in_place import InPlace
 from transfer.connector.layout import KVLayout
@@ -262,7 +263,7 @@ class PromptReads:
         layout = self._layout
         if ticket.layout_hash != self._layout_hash:
             raise LayoutMismatch(
-                "model, version or settings that the layout hash covers differ from ours",
+                f"the two engines differ in: {differing(self._layout_hash, ticket.layout_hash)}",
                 phase=Phase.READ,
             )
         if ticket.kv_axes != layout.axes and layout.packing != TOKENS:
