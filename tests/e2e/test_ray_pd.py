@@ -39,6 +39,7 @@ def _config(model: Path, etcd: EtcdServer, role: str) -> dict[str, Any]:
                 "kv_connector": "BatonConnector",
                 "kv_connector_module_path": "transfer.connector",
                 "kv_role": role,
+                "kv_load_failure_policy": "recompute",
                 "kv_connector_extra_config": {
                     "discovery": {"kind": "etcd", "endpoints": [etcd.endpoint]},
                     "die_with_parent": True,

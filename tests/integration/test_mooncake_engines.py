@@ -20,6 +20,7 @@ def _server(model: Path, kv_role: str, folder: Path) -> VllmServer:
         "kv_connector": "BatonConnector",
         "kv_connector_module_path": "transfer.connector",
         "kv_role": kv_role,
+        "kv_load_failure_policy": "recompute",
     }
     arguments = ["--dtype", "float32", "--max-model-len", "1024", "--block-size", "32"]
     arguments += ["--kv-transfer-config", json.dumps(config)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import KVTransferConfig
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheSpec,
@@ -26,7 +27,17 @@ SIZES: dict[str, Any] = {
 FULL = FullAttentionSpec(**SIZES)
 
 
-def start(*specs: KVCacheSpec, mla: bool = False, **parallel: int) -> None:
+def role(name: Any, **changes: Any) -> KVTransferConfig:
+    """vLLM's own, with its own defaults."""
+    return KVTransferConfig(kv_connector="BatonConnector", kv_role=name, **changes)
+
+
+def start(
+    *specs: KVCacheSpec,
+    mla: bool = False,
+    transfer: KVTransferConfig | None = None,
+    **parallel: int,
+) -> None:
     """Checks the fields of vLLM's configuration that the connector looks at."""
     sizes = {
         "pipeline_parallel_size": 1,
@@ -35,7 +46,9 @@ def start(*specs: KVCacheSpec, mla: bool = False, **parallel: int) -> None:
         **parallel,
     }
     config: Any = SimpleNamespace(
-        parallel_config=SimpleNamespace(**sizes), model_config=SimpleNamespace(use_mla=mla)
+        parallel_config=SimpleNamespace(**sizes),
+        model_config=SimpleNamespace(use_mla=mla),
+        kv_transfer_config=transfer or role("kv_both", kv_load_failure_policy="recompute"),
     )
     cache: Any = SimpleNamespace(
         kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs]
@@ -66,3 +79,19 @@ def test_the_rest_is_refused_with_its_name(
 ) -> None:
     with pytest.raises(ConfigurationError, match=f"does not support .*{message}.*docs/transfer"):
         start(*specs, **changes)
+
+
+@pytest.mark.parametrize("name", ["kv_consumer", "kv_both"])
+@pytest.mark.parametrize("changes", [{}, {"kv_load_failure_policy": "fail"}])
+def test_a_reader_must_recompute_what_it_cannot_load(name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        start(FULL, transfer=role(name, **changes))
+
+    assert caught.value.message.startswith(
+        f"kv_load_failure_policy is fail, must be recompute where kv_role is {name}: "
+    )
+    start(FULL, transfer=role(name, kv_load_failure_policy="recompute"))
+
+
+def test_who_only_prefills_loads_nothing() -> None:
+    start(FULL, transfer=role("kv_producer"))

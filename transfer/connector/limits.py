@@ -21,6 +21,14 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
     Raises:
         ConfigurationError: names the model's property or the setting.
     """
+    transfer = vllm_config.kv_transfer_config
+    if transfer.is_kv_consumer and transfer.kv_load_failure_policy != "recompute":
+        raise ConfigurationError(
+            f"kv_load_failure_policy is {transfer.kv_load_failure_policy}, must be recompute where "
+            f"kv_role is {transfer.kv_role}: vLLM would fail each request whose KV cannot be "
+            'fetched. Set "kv_load_failure_policy": "recompute" in kv_transfer_config',
+            phase=Phase.REGISTER,
+        )
     parallel = vllm_config.parallel_config
     reason = None
     for name in (
