@@ -12,6 +12,7 @@ from tests.support.etcd_server import EtcdServer
 from tests.support.etcd_sessions import TTL_S, Heard, Session, admin, eventually
 from tests.support.link_relays import Link, Relays
 from tests.support.records import worker_record
+from tests.support.stand_in_proxy import StandInProxy
 from transfer.discovery import PeerEventKind, make_discovery
 from transfer.discovery.etcd_client import EtcdClient, Listing
 from transfer.discovery.record import encode_record, record_key
@@ -219,6 +220,17 @@ def test_a_deletion_that_etcd_compacted_away_during_an_outage_is_noticed(session
         assert heard.of(B) == [JOINED]
         staying.publish(C)
         assert watcher.wait_for(C.peer, 5) == C
+
+
+def test_proxies_of_the_environment_are_not_asked(etcd: EtcdServer, session: Session) -> None:
+    with StandInProxy() as proxy, pytest.MonkeyPatch.context() as patch:
+        for name, value in proxy.environment.items():
+            patch.setenv(name, value)
+        one = session(etcd)
+        one.publish(A)
+        one.ready(5)
+        assert one.wait_for(A.peer, 5) == A
+        assert proxy.contacts == []
 
 
 def test_the_next_endpoint_is_used(etcd: EtcdServer, session: Session) -> None:

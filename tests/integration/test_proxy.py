@@ -33,6 +33,7 @@ from tests.support.scripted_servers import (
     stumbles,
     ticket,
 )
+from tests.support.stand_in_proxy import StandInProxy
 from transfer.discovery import StaticDiscovery
 from transfer.types import PeerId, WorkerRecord
 
@@ -196,6 +197,20 @@ def test_every_prompt_gets_a_ticket(prompt: Any, asked: list[Any]) -> None:
             assert [body["prompt"] for body in it.prefill[0].bodies] == asked
             params = it.decode[0].bodies[0]["kv_transfer_params"]
             assert params.get("tickets", [params]) == [TICKET] * len(asked)
+
+    run(main())
+
+
+def test_proxies_of_the_environment_are_not_asked() -> None:
+    async def main() -> None:
+        with StandInProxy() as stand_in, pytest.MonkeyPatch.context() as patch:
+            for name, value in stand_in.environment.items():
+                patch.setenv(name, value)
+            async with setup([ticket()], [says(id="cmpl-1", choices=[])]) as it:
+                assert (await it.ask())[0] == 200
+                async with it.client.get(f"{it.url}/health") as answer:
+                    assert answer.status == 200
+            assert stand_in.contacts == []
 
     run(main())
 

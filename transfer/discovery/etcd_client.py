@@ -30,6 +30,8 @@ CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 2000),
     # Else the lease and the watch would share one TCP connection, and one hang.
     ("grpc.use_local_subchannel_pool", 1),
+    # Else http_proxy and the like count even for 127.0.0.1: etcd is part of the system.
+    ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", 64 << 20),
 )
 
