@@ -86,7 +86,7 @@ def own(scheme: str, pipe: Connection) -> None:
             if not handoff_id:
                 return
             owner.take_ended()
-            owner.offer(Offer(handoff_id, fence, "token", spans, 1, 60.0, BLOCKS))
+            owner.offer(Offer(handoff_id, fence, "secret", spans, 1, 60.0, BLOCKS))
             pipe.send(fence)
 
 
@@ -117,7 +117,7 @@ class Reader:
         for _ in range(READS):
             handoff_id = uuid.uuid4().hex
             self._pipe.send(handoff_id)
-            proof = Credentials(handoff_id, "owner", self._pipe.recv(), "token", "reader")
+            proof = Credentials(handoff_id, "owner", self._pipe.recv(), "secret", "reader")
             handles.append(self._engine.submit_read(OWNER, proof, always, 60.0))
 
         def over() -> bool:

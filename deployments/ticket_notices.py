@@ -42,7 +42,7 @@ class TicketNotices:
             handoff_id=ticket["handoff_id"],
             incarnation=ticket["incarnation"],
             fence=ticket["fence"],
-            token=ticket["token"],
+            secret=ticket["secret"],
             reader=f"{self._name.peer}",
         )
         for rank in range(ticket["tp_size"]):

@@ -62,12 +62,12 @@ def own(etcd: str) -> None:
     if etcd:
         discovery = {"kind": "etcd", "endpoints": [etcd]}
     with engine(OWNER, discovery, memory) as owner:
-        block_ids, token = [9, 2, 5], secrets.token_hex(16)
+        block_ids, secret = [9, 2, 5], secrets.token_hex(16)
         grant = block_spans(memory.ctypes.data, BLOCK_BYTES, BLOCK_BYTES, block_ids)
-        offer = Offer(uuid.uuid4().hex, 1, token, grant, readers=1, ttl_s=30.0, num_blocks=3)
+        offer = Offer(uuid.uuid4().hex, 1, secret, grant, readers=1, ttl_s=30.0, num_blocks=3)
         owner.offer(offer)
         ticket = {
-            "credentials": [offer.handoff_id, owner.incarnation, offer.fence, token, "reader"],
+            "credentials": [offer.handoff_id, owner.incarnation, offer.fence, secret, "reader"],
             "block_ids": block_ids,
             "digest": digest(memory.reshape(-1, BLOCK_BYTES)[block_ids]),
         }

@@ -90,7 +90,7 @@ class TlsRefused(FatalError):
 
 
 class HandoffRefused(FatalError):
-    """The owner refused the hand-off: unknown, ended, wrong fence, token or incarnation."""
+    """The owner refused the hand-off: unknown, ended, wrong fence, secret or incarnation."""
 
 
 class DigestMismatch(RetryableError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -59,7 +59,7 @@ class Credentials:
         handoff_id: uuid, 32 hex digits.
         incarnation: the owner's start that made the offer.
         fence: number never reused within that incarnation.
-        token: 32 hex digits, secret between owner and ticket holder.
+        secret: known to the owner and the holders of its ticket; 32 hex digits in Baton's tickets.
         reader: names this read among the ``readers`` that the offer admits; a repeated release
             by the same reader counts once.
         share: how many readers, this one among them, are together one of those that the offer
@@ -69,7 +69,7 @@ class Credentials:
     handoff_id: str
     incarnation: str
     fence: int
-    token: str
+    secret: str = field(repr=False)
     reader: str
     share: int = 1
 

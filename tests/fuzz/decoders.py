@@ -28,7 +28,7 @@ PROOF = Credentials("a" * 32, "b" * 32, 7, "c" * 32, "reader/0#request")
 SPANS = np.array([[4096, 512], [8192, 512]], dtype=np.uint64)
 SHM = str(ShmAddress(Host("5a4f-7", 4026531836), 123, 0x7F00_0000_1000, bytes(range(16))))
 TICKET = {
-    "version": 1,
+    "version": 2,
     "do_remote_prefill": True,
     "do_remote_decode": False,
     "remote_engine_id": "an-engine",
@@ -43,7 +43,7 @@ TICKET = {
     "kv_axes": "BHNC",
     "layout_hash": "d" * 64,
     "prompt_hash": "e" * 64,
-    "token": "c" * 32,
+    "secret": "c" * 32,
     "readers": 1,
     "expires_at": 1.7e9,
 }

@@ -145,7 +145,7 @@ def test_n_samples_share_one_ticket(pair: tuple[VllmServer, VllmServer]) -> None
 @pytest.mark.parametrize(
     ("field", "value", "outcome"),
     [
-        ("token", "0" * 32, "refused"),
+        ("secret", "0" * 32, "refused"),
         ("fence", 1 << 40, "refused"),
         ("incarnation", "0" * 32, "refused"),
         ("handoff_id", "0" * 32, "refused"),

@@ -30,7 +30,7 @@ from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
 
 BLOCK_BYTES = 64 << 10
 NUM_BLOCKS = 256
-PROOF = Credentials("f" * 32, "owner-1", 1, "token", "reader")
+PROOF = Credentials("f" * 32, "owner-1", 1, "secret", "reader")
 
 
 def tcp(**tuning: object) -> TransferSettings:
@@ -73,7 +73,7 @@ def test_readers_that_wait_for_an_offer_keep_their_streams(
     with engine_pair(NUM_BLOCKS, BLOCK_BYTES, settings=tcp(streams_per_peer=2)) as pair:
         grant = pair.remote.spans(range(NUM_BLOCKS))
         pair.owner.offer(
-            Offer(PROOF.handoff_id, PROOF.fence, PROOF.token, grant, 1, 30.0, NUM_BLOCKS, False)
+            Offer(PROOF.handoff_id, PROOF.fence, PROOF.secret, grant, 1, 30.0, NUM_BLOCKS, False)
         )
         handle = pair.read(PROOF)
         assert wait_until(lambda: caplog.text.count("refused READ") >= 20)

@@ -37,11 +37,11 @@ def credentials(
     *,
     incarnation: str = "start-1",
     fence: int = 7,
-    token: str = "secret",
+    secret: str = "secret",
     reader: str = "r",
     share: int = 1,
 ) -> Credentials:
-    return Credentials(handoff_id, incarnation, fence, token, reader, share)
+    return Credentials(handoff_id, incarnation, fence, secret, reader, share)
 
 
 def begin(

@@ -38,7 +38,7 @@ class OwnerReport:
         )
 
     def credentials(self, number: int) -> Credentials:
-        return Credentials(self.handoff_ids[number], self.incarnation, number, "token", "r")
+        return Credentials(self.handoff_ids[number], self.incarnation, number, "secret", "r")
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def main() -> None:
         handoff_ids = [f"{number:032x}" for number in range(int(offers))]
         for number, handoff_id in enumerate(handoff_ids):
             grant = buffer.spans(range(buffer.num_blocks))
-            engine.offer(Offer(handoff_id, number, "token", grant, 1, 60.0, buffer.num_blocks))
+            engine.offer(Offer(handoff_id, number, "secret", grant, 1, 60.0, buffer.num_blocks))
         report(
             asdict(
                 OwnerReport(

@@ -157,7 +157,7 @@ class Pair:
         proof = Credentials(uuid.uuid4().hex, "owner-1", 17, uuid.uuid4().hex, "r")
         spans = self.remote.spans(range(self.remote.num_blocks)) if grant is None else grant
         self.owner.offer(
-            Offer(proof.handoff_id, proof.fence, proof.token, spans, readers, ttl_s, 1)
+            Offer(proof.handoff_id, proof.fence, proof.secret, spans, readers, ttl_s, 1)
         )
         return proof
 

@@ -169,7 +169,7 @@ def test_fences_increase_and_nothing_secret_repeats() -> None:
     assert len(tickets) == 20
     assert fences == sorted(set(fences))
     assert len({ticket.handoff_id for ticket in tickets}) == 20
-    assert len({ticket.token for ticket in tickets}) == 20
+    assert len({ticket.secret for ticket in tickets}) == 20
     assert [offer.ticket for offer in scheduler.take_metadata(idle=False).offers] == tickets
 
 

@@ -351,7 +351,7 @@ def test_ticket_in_blocks_that_do_not_divide_ours_is_refused_and_forfeited(
     )
 
 
-@pytest.mark.parametrize("change", [{"fence": 0}, {"version": 2}, {"token": None}])
+@pytest.mark.parametrize("change", [{"fence": 0}, {"version": 3}, {"secret": None}])
 def test_malformed_ticket_is_refused_and_the_prompt_computed(change: dict[str, Any]) -> None:
     scheduler = make_scheduler("consumer")
     request = make_request(tokens(40), {**make_ticket(tokens(40)).to_params(), **change})

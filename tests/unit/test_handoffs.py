@@ -88,9 +88,9 @@ def test_read_and_release(table: HandoffTable, clock: Clock) -> None:
         ({"handoff_id": "other"}, "unknown"),
         ({"incarnation": "start-0"}, "another start"),
         ({"fence": 8}, "wrong fence"),
-        ({"token": "Secret"}, "wrong token"),
-        ({"token": ""}, "wrong token"),
-        ({"token": "gehe\u00efm"}, "wrong token"),
+        ({"secret": "Secret"}, "wrong secret"),
+        ({"secret": ""}, "wrong secret"),
+        ({"secret": "gehe\u00efm"}, "wrong secret"),
     ],
 )
 def test_wrong_credentials_do_nothing(
@@ -188,8 +188,8 @@ def test_readers_wait_for_an_offer_that_is_not_ready(table: HandoffTable) -> Non
         begin(table)
     with pytest.raises(HandoffNotReady):
         table.begin_one_sided_read(READER, credentials(), GRANT, "1")
-    with pytest.raises(HandoffRefused, match="wrong token"):
-        begin(table, credentials(token="guess"))
+    with pytest.raises(HandoffRefused, match="wrong secret"):
+        begin(table, credentials(secret="guess"))
 
     assert table.make_ready("h")
 

@@ -64,8 +64,8 @@ def test_one_sided_reads_must_begin_before_they_are_confirmed(table: HandoffTabl
 
 def test_one_sided_reads_are_admitted_like_others(table: HandoffTable, clock: Clock) -> None:
     table.offer(offer())
-    with pytest.raises(HandoffRefused, match="wrong token"):
-        begin_one_sided(table, "id", credentials(token="guess"))
+    with pytest.raises(HandoffRefused, match="wrong secret"):
+        begin_one_sided(table, "id", credentials(secret="guess"))
     with pytest.raises(HandoffRefused, match="outside"):
         begin_one_sided(table, "id", spans=block_spans(1 << 20, 64, 64, [3]))
     with pytest.raises(HandoffRefused, match="uint64"):

@@ -37,7 +37,7 @@ CREDENTIALS = st.builds(
     handoff_id=NAME,
     incarnation=NAME,
     fence=st.integers(0, (1 << 64) - 1),
-    token=NAME,
+    secret=NAME,
     reader=NAME,
     share=st.integers(1, (1 << 16) - 1),
 )

@@ -16,15 +16,18 @@ from transfer.connector.ticket import (
     prompt_hash,
     tickets_from_params,
 )
+from transfer.engine.handoff import Offer
 from transfer.errors import ProtocolError
 from transfer.params import TICKET_VERSION, tickets_to_params
+from transfer.spans import empty_spans
+from transfer.types import Credentials
 
 TICKET = Ticket(
     handoff_id="0123456789abcdef" * 2,
     engine_id="prefill-a",
     incarnation="fedcba9876543210" * 2,
     fence=7,
-    token="a" * 32,
+    secret="a" * 32,
     request_id="chatcmpl-1",
     block_ids=(4, 0, 9),
     num_tokens=33,
@@ -54,7 +57,7 @@ def tickets(draw: st.DrawFn) -> Ticket:
         engine_id=draw(names),
         incarnation=draw(hex32),
         fence=draw(st.integers(1, (1 << 63) - 1)),
-        token=draw(hex32),
+        secret=draw(hex32),
         request_id=draw(names),
         block_ids=tuple(block_ids),
         num_tokens=full + draw(st.integers(1, block_size)),
@@ -101,7 +104,7 @@ def refusal(params: dict[str, Any]) -> str:
 
 def test_wire_format_is_the_documented_one() -> None:
     assert GOOD == {
-        "version": 1,
+        "version": 2,
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "remote_engine_id": "prefill-a",
@@ -115,7 +118,7 @@ def test_wire_format_is_the_documented_one() -> None:
         "block_size": 16,
         "layout_hash": "b" * 64,
         "prompt_hash": "c" * 64,
-        "token": "a" * 32,
+        "secret": "a" * 32,
         "readers": 3,
         "kv_axes": "BHNC",
         "expires_at": 1_700_000_000.25,
@@ -152,7 +155,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "kv_axes": [7, None, ["BHNC"]],
     "layout_hash": [7, None],
     "prompt_hash": [7, None],
-    "token": [7, None],
+    "secret": [7, None],
     "readers": ["3", 3.0, True, None],
     "expires_at": ["soon", None, True, [1.0]],
 }
@@ -170,7 +173,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "kv_axes": ["", "x" * 513],
     "layout_hash": ["", "b" * 63, "b" * 65, "B" * 64, "b" * 64 + "\n"],
     "prompt_hash": ["", "c" * 63, "c" * 65, "C" * 64],
-    "token": ["", "a" * 31, "a" * 33, "Z" * 32],
+    "secret": ["", "a" * 31, "a" * 33, "Z" * 32],
     "readers": [0, -1, MAX_READERS + 1],
     "expires_at": [float("nan"), float("inf"), float("-inf"), 10**400, 1e300],
 }
@@ -212,7 +215,7 @@ def test_last_block_may_be_partly_filled(num_tokens: int) -> None:
     assert ticket == dataclasses.replace(TICKET, num_tokens=num_tokens)
 
 
-@pytest.mark.parametrize("version", [0, 2, 1 << 31])
+@pytest.mark.parametrize("version", [0, 1, 3, 1 << 31])
 def test_unknown_version_is_refused_before_anything_else_is_read(version: int) -> None:
     message = refusal({"version": version})
 
@@ -377,6 +380,13 @@ def test_prompt_hash_fits_the_ticket(prompt: dict[str, Any]) -> None:
     ticket = dataclasses.replace(TICKET, prompt_hash=prompt_hash(**prompt))
 
     assert Ticket.from_params(ticket.to_params()) == ticket
+
+
+def test_what_is_logged_of_a_ticket_is_not_its_secret() -> None:
+    proof = Credentials("h", "i", 1, TICKET.secret, "reader")
+    offer = Offer("h", 1, TICKET.secret, empty_spans(), readers=1, ttl_s=1.0, num_blocks=0)
+    for shown in (TICKET, proof, offer):
+        assert TICKET.secret not in repr(shown)
 
 
 def test_prompt_hash_does_not_change_between_versions() -> None:

@@ -85,7 +85,7 @@ class PromptOffers:
             Offer(
                 handoff_id=ticket.handoff_id,
                 fence=ticket.fence,
-                token=ticket.token,
+                secret=ticket.secret,
                 grant=block_spans_of(self._layout, ticket.block_ids),
                 readers=ticket.readers,
                 ttl_s=offer.ttl_s,

@@ -286,7 +286,7 @@ class PromptReads:
             handoff_id=ticket.handoff_id,
             incarnation=ticket.incarnation,
             fence=ticket.fence,
-            token=ticket.token,
+            secret=ticket.secret,
             reader=f"{self._peer}#{request_id}",
             share=part.share,
         )

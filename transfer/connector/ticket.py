@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 from transfer.errors import Phase, ProtocolError
@@ -79,7 +79,7 @@ class Ticket:
         engine_id: the owner's engine; its workers are ``engine_id/0 .. engine_id/tp_size-1``.
         incarnation: uuid of the owner's start.
         fence: number never reused within that incarnation.
-        token: secret, 32 hex digits: whoever shows it may read these blocks.
+        secret: 32 hex digits: whoever knows it may read these blocks.
         request_id: the request as the owner calls it, cut to what a ticket holds; for logs.
         block_ids: the owner's blocks, in token order; the last may be partly filled.
         num_tokens: prompt tokens whose KV the blocks hold.
@@ -94,7 +94,7 @@ class Ticket:
     engine_id: str
     incarnation: str
     fence: int
-    token: str
+    secret: str = field(repr=False)
     request_id: str
     block_ids: tuple[int, ...]
     num_tokens: int
@@ -124,7 +124,7 @@ class Ticket:
             "kv_axes": self.kv_axes,
             "layout_hash": self.layout_hash,
             "prompt_hash": self.prompt_hash,
-            "token": self.token,
+            "secret": self.secret,
             "readers": self.readers,
             "expires_at": self.expires_at_s,
         }
@@ -154,7 +154,7 @@ class Ticket:
             engine_id=fields.text("remote_engine_id"),
             incarnation=fields.hex("incarnation", _HEX32),
             fence=fields.integer("fence", 1, (1 << 63) - 1),
-            token=fields.hex("token", _HEX32),
+            secret=fields.hex("secret", _HEX32),
             request_id=fields.text("remote_request_id"),
             block_ids=block_ids,
             num_tokens=num_tokens,

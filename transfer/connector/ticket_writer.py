@@ -77,7 +77,7 @@ class TicketWriter:
             engine_id=self._engine_id,
             incarnation=handshake.incarnation,
             fence=self._fence,
-            token=secrets.token_hex(16),
+            secret=secrets.token_hex(16),
             request_id=request.request_id[:MAX_TEXT_CHARS],
             block_ids=tuple(block_ids),
             num_tokens=num_tokens,

@@ -27,7 +27,7 @@ class Offer:
     Attributes:
         handoff_id: uuid, 32 hex digits; never offered twice.
         fence: number never reused within the engine's incarnation.
-        token: secret that a reader must show.
+        secret: what the readers know of it, and nobody else.
         grant: what may be read; any order, rows may touch.
         readers: how many distinct readers must release before the hand-off ends; those that
             share (``Credentials.share``) count as one together.
@@ -39,7 +39,7 @@ class Offer:
 
     handoff_id: str
     fence: int
-    token: str
+    secret: str = field(repr=False)
     grant: SpanArray
     readers: int
     ttl_s: float

@@ -83,11 +83,11 @@ class HandoffTable:
         if (
             offer.readers < 1
             or offer.ttl_s <= 0
-            or not offer.token
+            or not offer.secret
             or not 0 <= offer.fence < 1 << 64
         ):
             raise _refused(
-                f"an offer needs a token, a fence, a reader and time to live: {offer.readers} "
+                f"an offer needs a secret, a fence, a reader and time to live: {offer.readers} "
                 f"readers, ttl_s {offer.ttl_s}, fence {offer.fence}",
                 offer.handoff_id,
                 Phase.REGISTER,
@@ -340,8 +340,8 @@ class HandoffTable:
             raise HandoffNotReady("not offered yet", phase=phase, handoff_id=credentials.handoff_id)
         if handoff is None:
             raise _refused("unknown", credentials.handoff_id, phase)
-        if not hmac.compare_digest(_secret(credentials.token), _secret(handoff.offer.token)):
-            raise _refused("wrong token", credentials.handoff_id, phase)
+        if not hmac.compare_digest(_encoded(credentials.secret), _encoded(handoff.offer.secret)):
+            raise _refused("wrong secret", credentials.handoff_id, phase)
         if credentials.fence != handoff.offer.fence:
             raise _refused("wrong fence", credentials.handoff_id, phase)
         if not 0 < credentials.share <= MAX_SHARE:
@@ -414,8 +414,8 @@ def _revoke(permits: list[Permit]) -> None:
         permit.revoke()
 
 
-def _secret(token: str) -> bytes:
-    return token.encode("utf-8", "surrogatepass")
+def _encoded(secret: str) -> bytes:
+    return secret.encode("utf-8", "surrogatepass")
 
 
 def _refused(message: str, handoff_id: str, phase: Phase = Phase.READ) -> HandoffRefused:

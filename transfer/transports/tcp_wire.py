@@ -14,8 +14,8 @@ offset  bytes  header field
 ======  =====  ===========================================================
 
 Text is a 16-bit length and UTF-8. Credentials are the fence in 64 bits, the share in 16 and one
-text: handoff_id, incarnation, token and reader with NUL between. Rows of spans are raw: address and
-length, 64 bits each.
+text: handoff_id, incarnation, secret and reader with NUL between. Rows of spans are raw: address
+and length, 64 bits each.
 
 A READ is answered by DATA, whose body is the bytes of the spans in the order of the request, or
 by ERROR. Answers come in the order of the requests. BEGIN asks leave to read the same spans by
@@ -198,7 +198,7 @@ def encode_credentials(credentials: Credentials) -> bytes:
     if not 0 < credentials.share < 1 << 16:
         raise _malformed(f"share {credentials.share} is not from 1 to {(1 << 16) - 1}")
     text = _BETWEEN_TEXTS.join(
-        (credentials.handoff_id, credentials.incarnation, credentials.token, credentials.reader)
+        (credentials.handoff_id, credentials.incarnation, credentials.secret, credentials.reader)
     )
     if text.count(_BETWEEN_TEXTS) != _CREDENTIAL_TEXTS - 1:
         raise _malformed("credentials with NUL in them")
@@ -368,8 +368,8 @@ class _Fields:
         texts = self._utf8(length, _CREDENTIAL_TEXTS * MAX_TEXT_BYTES).split(_BETWEEN_TEXTS)
         if len(texts) != _CREDENTIAL_TEXTS:
             raise _malformed(f"credentials of {len(texts)} texts, not {_CREDENTIAL_TEXTS}")
-        handoff_id, incarnation, token, reader = texts
-        return Credentials(handoff_id, incarnation, fence, token, reader, share)
+        handoff_id, incarnation, secret, reader = texts
+        return Credentials(handoff_id, incarnation, fence, secret, reader, share)
 
     def rows(self) -> SpanArray:
         size = len(self._body) - self._at

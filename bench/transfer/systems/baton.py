@@ -73,7 +73,7 @@ class Owner(OwnerEnd):
             Offer(
                 handoff_id=proof.handoff_id,
                 fence=proof.fence,
-                token=proof.token,
+                secret=proof.secret,
                 grant=grant,
                 readers=reads,
                 ttl_s=_TTL_S,

@@ -90,7 +90,7 @@ def test_a_reader_that_is_quicker_than_the_offer(pair: Pair) -> None:
     assert not handle.wait(0.1)
     spans = pair.remote.spans(range(pair.remote.num_blocks))
     for late in (proof, other):
-        pair.owner.offer(Offer(late.handoff_id, late.fence, late.token, spans, 1, 30.0, 1))
+        pair.owner.offer(Offer(late.handoff_id, late.fence, late.secret, spans, 1, 30.0, 1))
     succeeds(handle)
     assert pair.local_is_remote()
     assert wait_until(lambda: not pair.owner.offers())

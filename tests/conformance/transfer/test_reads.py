@@ -295,7 +295,7 @@ def test_one_bad_span_fails_the_whole_read(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        ({"token": "0" * 32}, "wrong token"),
+        ({"secret": "0" * 32}, "wrong secret"),
         ({"fence": 18}, "wrong fence"),
         ({"incarnation": "owner-0"}, "owner-0"),
         ({"handoff_id": "f" * 32}, "unknown"),
