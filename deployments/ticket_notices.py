@@ -52,7 +52,7 @@ class TicketNotices:
                 raise PeerUnknown("it left", phase=Phase.DISCOVER, peer=str(owner))
             timeout_s = self._settings.connect_timeout_s
             channel = self._control.control.open_control(
-                self._control.control_address(record.addresses), self._name, timeout_s
+                self._control.control_address(record.addresses), self._name, credentials, timeout_s
             )
             try:
                 channel.abort(credentials, "the proxy gave it up", timeout_s)

@@ -93,6 +93,10 @@ class HandoffRefused(FatalError):
     """The owner refused the hand-off: unknown, ended, wrong fence, secret or incarnation."""
 
 
+class OwnerUnproven(FatalError):
+    """What answers at the owner's address did not prove that it knows the ticket's secret."""
+
+
 class DigestMismatch(RetryableError):
     """The bytes that arrived are not those that the owner had."""
 

@@ -34,7 +34,7 @@ class TransferSettings:
         max_inflight_bytes: bytes of all reads that may be on their way at once; a read bigger
             than that runs alone.
         ticket_ttl_s: how long an offer lives without renewal.
-        connect_timeout_s: for one connection, handshake included.
+        connect_timeout_s: for one connection, handshake included, at either end.
         read_deadline_s: default for a whole read, from submission to confirmation.
         stall_timeout_s: a peer that moves nothing for so long in the middle of a message is cut.
         transports: ``auto``, or the schemes that data may go by, for example ``["tcp"]``: this
@@ -44,7 +44,8 @@ class TransferSettings:
             commas between; reads are spread over all. Empty takes the best one.
         rdma_gid_index: which of a port's addresses to use; -1 takes what the environment variable
             ``MC_GID_INDEX`` says, or else the best one.
-        max_connections: connections that a listener keeps; more are turned away.
+        max_connections: connections that a listener keeps of readers that have proved that they
+            know a ticket's secret; more are turned away. Others have a few places of their own.
         tls_ca: PEM file of the authority whose certificates are accepted. With the next two, and
             only with both, every connection is TLS 1.2 or newer, and both ends must show one.
         tls_cert: PEM file of this worker's certificate, its issuers after it.

@@ -52,14 +52,13 @@ class WorkerRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Credentials:
-    """Proof that a reader may read one hand-off of one owner.
+class Claim:
+    """Which hand-off of which owner a reader means, and who it is.
 
     Attributes:
         handoff_id: uuid, 32 hex digits.
         incarnation: the owner's start that made the offer.
         fence: number never reused within that incarnation.
-        secret: known to the owner and the holders of its ticket; 32 hex digits in Baton's tickets.
         reader: names this read among the ``readers`` that the offer admits; a repeated release
             by the same reader counts once.
         share: how many readers, this one among them, are together one of those that the offer
@@ -69,9 +68,30 @@ class Credentials:
     handoff_id: str
     incarnation: str
     fence: int
+    reader: str
+    share: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a reader needs for one hand-off: its claim, and the secret that makes it good.
+
+    Attributes:
+        handoff_id: see :class:`Claim`, as for the others.
+        secret: known to the owner and the holders of its ticket; 32 hex digits in Baton's tickets.
+    """
+
+    handoff_id: str
+    incarnation: str
+    fence: int
     secret: str = field(repr=False)
     reader: str
     share: int = 1
+
+    @property
+    def claim(self) -> Claim:
+        """All but the secret, which does not cross."""
+        return Claim(self.handoff_id, self.incarnation, self.fence, self.reader, self.share)
 
 
 @dataclass(frozen=True, slots=True)

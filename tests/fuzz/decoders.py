@@ -21,10 +21,14 @@ from transfer.transports.base import Caller
 from transfer.transports.rdma import handshake
 from transfer.transports.rdma.keys import KeyMap
 from transfer.transports.shm_address import Host, ShmAddress
-from transfer.types import Credentials, PeerId, PeerInfo, WorkerRecord
+from transfer.transports.tcp_proofs import NONCE_BYTES, PROOF_BYTES
+from transfer.types import Claim, PeerId, PeerInfo, WorkerRecord
 
 PEER = PeerId("an-engine", 1)
-PROOF = Credentials("a" * 32, "b" * 32, 7, "c" * 32, "reader/0#request")
+CLAIM = Claim("a" * 32, "b" * 32, 7, "reader/0#request")
+PROOF = bytes(range(PROOF_BYTES))
+NONCE = bytes(range(NONCE_BYTES))
+RENEWAL = wire.Renewal(CLAIM, PROOF)
 SPANS = np.array([[4096, 512], [8192, 512]], dtype=np.uint64)
 SHM = str(ShmAddress(Host("5a4f-7", 4026531836), 123, 0x7F00_0000_1000, bytes(range(16))))
 TICKET = {
@@ -106,19 +110,23 @@ DECODERS = {
         wire.decode_header,
         tuple(wire.encode_header(kind, 9, 0) for kind in wire.MessageType),
     ),
-    "tcp hello": Decoder(wire.decode_hello, (wire.encode_hello(Caller(PEER, "b" * 32)),)),
+    "tcp proof": Decoder(wire.split_proof, (PROOF + b"rest", PROOF)),
+    "tcp hello": Decoder(
+        wire.decode_hello, (wire.encode_hello(Caller(PEER, "b" * 32), NONCE, CLAIM),)
+    ),
+    "tcp claim": Decoder(wire.claim_of, (wire.encode_abort(CLAIM, "why"),)),
     "tcp welcome": Decoder(
         wire.decode_welcome,
-        (wire.encode_welcome(PeerInfo(PEER, "b" * 32, "d" * 64, LAYOUT.encode(), (SHM,))),),
+        (wire.encode_welcome(PeerInfo(PEER, "b" * 32, "d" * 64, LAYOUT.encode(), (SHM,)), NONCE),),
     ),
-    "tcp read": Decoder(wire.decode_read, (wire.encode_credentials(PROOF) + SPANS.tobytes(),)),
-    "tcp begin": Decoder(wire.decode_begin, (wire.encode_begin(PROOF, "id", "rdma", SPANS),)),
+    "tcp read": Decoder(wire.decode_read, (wire.encode_read(CLAIM, SPANS),)),
+    "tcp begin": Decoder(wire.decode_begin, (wire.encode_begin(CLAIM, "id", "rdma", SPANS),)),
     "tcp attach": Decoder(wire.decode_attach, (wire.encode_attach("rdma", b"own"),)),
     "tcp release": Decoder(
-        wire.decode_release, (wire.encode_release(PROOF, used=True, read_id="id"),)
+        wire.decode_release, (wire.encode_release(CLAIM, used=True, read_id="id"),)
     ),
-    "tcp abort": Decoder(wire.decode_abort, (wire.encode_abort(PROOF, "why"),)),
-    "tcp renew": Decoder(wire.decode_renew, (wire.encode_renew([PROOF, PROOF]),)),
+    "tcp abort": Decoder(wire.decode_abort, (wire.encode_abort(CLAIM, "why"),)),
+    "tcp renew": Decoder(wire.decode_renew, (wire.encode_renew([RENEWAL, RENEWAL]),)),
     "tcp renewed": Decoder(lambda data: wire.decode_renewed(data, 3), (b"\0\1\1",)),
     "tcp error": Decoder(lambda data: wire.decode_error(data, Phase.READ, "peer"), (b"\1\3\0why",)),
     "kv layout": Decoder(KVLayout.decode, (LAYOUT.encode(),)),

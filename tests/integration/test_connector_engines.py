@@ -165,6 +165,9 @@ def test_a_ticket_that_is_not_right_is_never_used(
     ticket = prefill_ticket(prefill, prompt)
     if field == "remote_block_ids":
         value = [block + 1 for block in ticket["remote_block_ids"]]
+    # On a first connection neither end could tell which of them has the wrong secret.
+    other = make_prompt(2 * BLOCK + 9, salt=20_000 + sum(field.encode()))
+    decode.complete(other, kv_transfer_params=prefill_ticket(prefill, other))
     counters = Counters(*pair)
     answer = decode.complete(prompt, kv_transfer_params={**ticket, field: value})
     assert answer["choices"][0]["text"] == expected

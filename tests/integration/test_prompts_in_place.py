@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import pytest
@@ -186,6 +186,18 @@ def test_an_offer_can_be_given_up_while_it_waits(workers: tuple[Worker, Worker])
     owner.way.held.passed.set()
 
     assert ended_offers(owner) == [EndedOffer("prefill-1", Outcome.ABORTED)]
+
+
+def test_an_owner_that_proves_nothing_is_counted_as_such(workers: tuple[Worker, Worker]) -> None:
+    owner, reader = workers
+    for worker in workers:
+        worker.way.held.passed.set()
+    before = reader.pool.read(TARGETS, TICKET.num_tokens).clone()
+    owner.offers.start(OFFER)
+    reader.reads.start(replace(READ, ticket=replace(TICKET, secret="0" * 32)))
+    (ended,) = ended_reads(reader)
+    assert ended.outcome is Outcome.UNPROVEN
+    assert torch.equal(reader.pool.read(TARGETS, TICKET.num_tokens), before)
 
 
 def test_a_read_that_waits_can_be_cancelled(workers: tuple[Worker, Worker]) -> None:

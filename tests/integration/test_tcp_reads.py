@@ -11,6 +11,7 @@ from io import BufferedReader
 import numpy as np
 import pytest
 
+from tests.support.raw_connections import Message, welcome
 from tests.support.transfer_engines import (
     Buffer,
     engine_pair,
@@ -25,7 +26,7 @@ from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Caller, Interrupt, ReadSession
 from transfer.transports.tcp import TcpTransport
 from transfer.transports.tcp_dialer import Dialer
-from transfer.transports.tcp_wire import Header, MessageType
+from transfer.transports.tcp_wire import MessageType
 from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
 
 BLOCK_BYTES = 64 << 10
@@ -42,9 +43,11 @@ def dialled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The addresses that were connected to, in order."""
     connect, addresses = Dialer.connect, []
 
-    def noted(dialer: Dialer, address: str, caller: Caller, timeout_s: float) -> object:
+    def noted(
+        dialer: Dialer, address: str, caller: Caller, proof: Credentials, timeout_s: float
+    ) -> object:
         addresses.append(address)
-        return connect(dialer, address, caller, timeout_s)
+        return connect(dialer, address, caller, proof, timeout_s)
 
     monkeypatch.setattr(Dialer, "connect", noted)
     return addresses
@@ -90,16 +93,16 @@ def test_a_stream_asks_for_a_slice_before_the_one_before_has_come() -> None:
         for _ in range(2):  # the connection for control, and a stream
             sock = accepted.enter_context(server.accept()[0])
             stream = accepted.enter_context(sock.makefile("rb"))
-            take(stream)
-            sock.sendall(wire.message(MessageType.WELCOME, 0, welcome))
-        asked.extend(take(stream).request_id for _ in range(2))
+            answer, _ = welcome(info, take(stream).body, PROOF.secret)
+            sock.sendall(answer)
+            assert take(stream).header.type is MessageType.PROVE
+        asked.extend(take(stream).header.request_id for _ in range(2))
 
-    def take(stream: BufferedReader) -> Header:
+    def take(stream: BufferedReader) -> Message:
         header = wire.decode_header(stream.read(wire.HEADER.size))
-        stream.read(header.body_bytes)
-        return header
+        return Message(header, stream.read(header.body_bytes))
 
-    welcome = wire.encode_welcome(PeerInfo(PeerId("owner", 0), "owner-1", "same", b""))
+    info = PeerInfo(PeerId("owner", 0), "owner-1", "same", b"")
     local = Buffer(NUM_BLOCKS, BLOCK_BYTES, fill=0)
     spans = local.spans(range(NUM_BLOCKS))
     caller = Caller(PeerId("reader", 0), "reader-1")
@@ -108,7 +111,7 @@ def test_a_stream_asks_for_a_slice_before_the_one_before_has_come() -> None:
         owner = threading.Thread(target=own, args=(server,))
         owner.start()
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
-        with closing(transport.open_control(address, caller, 5.0)) as control:
+        with closing(transport.open_control(address, caller, PROOF, 5.0)) as control:
             data = transport.open_data(address, caller, control)
             interrupt = Interrupt()
             with closing(data), data.open_read(PROOF, ReadPlan(spans, spans), 5.0) as session:

@@ -8,7 +8,7 @@ from transfer.engine.handoff import Offer, Permit
 from transfer.engine.handoffs import HandoffTable
 from transfer.spans import block_spans
 from transfer.transports.base import Caller
-from transfer.types import Credentials, PeerId, SpanArray
+from transfer.types import Claim, PeerId, SpanArray
 
 TTL_S = 10.0
 READER = Caller(PeerId("decode", 0), "d1")
@@ -32,23 +32,22 @@ def offer(handoff_id: str = "h", *, readers: int = 1, grant: SpanArray = GRANT) 
     return Offer(handoff_id, 7, "secret", grant, readers, TTL_S, num_blocks=3)
 
 
-def credentials(
+def claim(
     handoff_id: str = "h",
     *,
     incarnation: str = "start-1",
     fence: int = 7,
-    secret: str = "secret",
     reader: str = "r",
     share: int = 1,
-) -> Credentials:
-    return Credentials(handoff_id, incarnation, fence, secret, reader, share)
+) -> Claim:
+    return Claim(handoff_id, incarnation, fence, reader, share)
 
 
 def begin(
     table: HandoffTable,
-    proof: Credentials | None = None,
+    claimed: Claim | None = None,
     spans: SpanArray = GRANT,
     caller: Caller = READER,
     revoked: Callable[[], None] = lambda: None,
 ) -> Permit:
-    return table.begin_read(caller, proof or credentials(), spans, revoked)
+    return table.begin_read(caller, claimed or claim(), spans, revoked)

@@ -210,6 +210,7 @@ def test_after_the_load_the_request_is_like_any_other() -> None:
         ([[Outcome.OK, Outcome.OK]], Verdict(Outcome.OK, tokens=40)),
         ([[Outcome.OK], [Outcome.OK]], Verdict(Outcome.OK, tokens=40)),
         ([[Outcome.OK], [Outcome.FAILED]], Verdict(Outcome.FAILED, recomputed_tokens=39)),
+        ([[Outcome.UNPROVEN, Outcome.FAILED]], Verdict(Outcome.UNPROVEN, recomputed_tokens=39)),
         ([[Outcome.CORRUPTED], [Outcome.OK]], Verdict(Outcome.CORRUPTED, recomputed_tokens=39)),
         ([[Outcome.FAILED, Outcome.REFUSED]], Verdict(Outcome.FAILED, recomputed_tokens=39)),
         ([[Outcome.CANCELLED], [Outcome.OK]], Verdict(Outcome.CANCELLED)),

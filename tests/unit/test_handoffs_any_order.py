@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from tests.support.handoffs import READER, TTL_S, Clock, begin, credentials, make_table, offer
+from tests.support.handoffs import READER, TTL_S, Clock, begin, claim, make_table, offer
 from transfer.engine.handoff import Permit
 from transfer.errors import HandoffRefused
 
@@ -33,7 +33,7 @@ class Lives(RuleBasedStateMachine):
     @rule(name=offered, reader=st.sampled_from("ab"))
     def begin(self, name: str, reader: str) -> None:
         try:
-            permit = begin(self.table, credentials(name, reader=reader))
+            permit = begin(self.table, claim(name, reader=reader))
         except HandoffRefused:
             return
         assert name not in self.taken
@@ -50,16 +50,16 @@ class Lives(RuleBasedStateMachine):
     def release(self, name: str, reader: str, used: bool) -> None:
         live = {one.handoff_id for one in self.table.snapshot()}
         try:
-            self.table.release(credentials(name, reader=reader), used=used)
+            self.table.release(claim(name, reader=reader), used=used)
         except HandoffRefused:
             return
         if name not in live:  # then this reader had released while it was
-            self.table.release(credentials(name, reader=reader), used=False)
+            self.table.release(claim(name, reader=reader), used=False)
 
     @rule(name=offered)
     def renew(self, name: str) -> None:
         try:
-            self.table.renew(credentials(name))
+            self.table.renew(claim(name))
         except HandoffRefused:
             return
         assert name not in self.taken

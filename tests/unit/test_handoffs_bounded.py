@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.handoffs import GRANT, READER, Clock, begin, credentials, make_table, offer
+from tests.support.handoffs import GRANT, READER, Clock, begin, claim, make_table, offer
 from transfer.engine import handoffs as module
 from transfer.engine.handoff import HandoffState
 from transfer.engine.handoffs import MAX_SHARE, HandoffTable
@@ -19,10 +19,10 @@ def table() -> HandoffTable:
 def test_names_of_readers_are_bounded(table: HandoffTable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_NAMES_PER_READER", 2)
     table.offer(offer(readers=2))
-    table.release(credentials(reader="released", share=9), used=True)
+    table.release(claim(reader="released", share=9), used=True)
     for name in ("a", "b", "c", "a"):
-        table.end_read(begin(table, credentials(reader=name)))
-    one_more = credentials(reader="one more", share=9)
+        table.end_read(begin(table, claim(reader=name)))
+    one_more = claim(reader="one more", share=9)
     with pytest.raises(HandoffRefused, match="too many names"):
         begin(table, one_more)
     with pytest.raises(HandoffRefused, match="too many names"):
@@ -32,14 +32,14 @@ def test_names_of_readers_are_bounded(table: HandoffTable, monkeypatch: pytest.M
             table.release(one_more, used=used)
 
     for name in ("a", "b"):
-        table.release(credentials(reader=name), used=True)
+        table.release(claim(reader=name), used=True)
     assert [ended.state for ended in table.take_ended()] == [HandoffState.RELEASED]
 
 
 @pytest.mark.parametrize("share", [0, MAX_SHARE + 1, (1 << 16) - 1])
 def test_shares_are_bounded(table: HandoffTable, share: int) -> None:
     table.offer(offer())
-    proof = credentials(share=share)
+    proof = claim(share=share)
     with pytest.raises(HandoffRefused, match=f"share of {share} is not from 1 to {MAX_SHARE}"):
         begin(table, proof)
     with pytest.raises(HandoffRefused, match=f"share of {share} is not from 1 to {MAX_SHARE}"):
@@ -51,5 +51,5 @@ def test_as_many_ranks_as_may_share_do(table: HandoffTable) -> None:
     table.offer(offer())
     for rank in range(MAX_SHARE):
         assert table.take_ended() == []
-        table.release(credentials(reader=f"decode/{rank}", share=MAX_SHARE), used=True)
+        table.release(claim(reader=f"decode/{rank}", share=MAX_SHARE), used=True)
     assert [ended.state for ended in table.take_ended()] == [HandoffState.RELEASED]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.support.handoffs import GRANT, READER, TTL_S, Clock, credentials, make_table, offer
+from tests.support.handoffs import GRANT, READER, TTL_S, Clock, claim, make_table, offer
 from transfer.engine import handoffs as module
 from transfer.engine.handoffs import HandoffTable
 from transfer.errors import HandoffRefused
 from transfer.spans import block_spans
-from transfer.types import Credentials, SpanArray
+from transfer.types import Claim, SpanArray
 
 
 @pytest.fixture
@@ -24,9 +24,9 @@ def table(clock: Clock) -> HandoffTable:
 
 
 def begin_one_sided(
-    table: HandoffTable, read_id: str, proof: Credentials | None = None, spans: SpanArray = GRANT
+    table: HandoffTable, read_id: str, proof: Claim | None = None, spans: SpanArray = GRANT
 ) -> None:
-    table.begin_one_sided_read(READER, proof or credentials(), spans, read_id)
+    table.begin_one_sided_read(READER, proof or claim(), spans, read_id)
 
 
 def test_a_one_sided_read_is_confirmed_by_its_id_again_and_again(table: HandoffTable) -> None:
@@ -35,11 +35,11 @@ def test_a_one_sided_read_is_confirmed_by_its_id_again_and_again(table: HandoffT
     begin_one_sided(table, "second")
     begin_one_sided(table, "second")
     for _ in range(2):
-        table.release(credentials(), used=True, read_id="second")
+        table.release(claim(), used=True, read_id="second")
     with pytest.raises(HandoffRefused, match="another read"):
-        table.release(credentials(), used=True, read_id="first")
+        table.release(claim(), used=True, read_id="first")
     with pytest.raises(HandoffRefused, match="another read"):
-        table.release(credentials(), used=True)
+        table.release(claim(), used=True)
     with pytest.raises(HandoffRefused, match="released"):
         begin_one_sided(table, "third")
 
@@ -50,22 +50,20 @@ def test_one_sided_reads_do_not_keep_blocks(table: HandoffTable) -> None:
     table.abort("h", "preempted")
     assert [one.handoff_id for one in table.take_ended()] == ["h"]
     with pytest.raises(HandoffRefused, match="preempted"):
-        table.release(credentials(), used=True, read_id="id")
+        table.release(claim(), used=True, read_id="id")
 
 
 def test_one_sided_reads_must_begin_before_they_are_confirmed(table: HandoffTable) -> None:
     table.offer(offer(readers=2))
-    begin_one_sided(table, "id", credentials(reader="a"))
+    begin_one_sided(table, "id", claim(reader="a"))
     for reader, read_id in (("a", "other"), ("b", "id")):
         with pytest.raises(HandoffRefused, match="never began"):
-            table.release(credentials(reader=reader), used=True, read_id=read_id)
-    table.release(credentials(reader="a"), used=True, read_id="id")
+            table.release(claim(reader=reader), used=True, read_id=read_id)
+    table.release(claim(reader="a"), used=True, read_id="id")
 
 
 def test_one_sided_reads_are_admitted_like_others(table: HandoffTable, clock: Clock) -> None:
     table.offer(offer())
-    with pytest.raises(HandoffRefused, match="wrong secret"):
-        begin_one_sided(table, "id", credentials(secret="guess"))
     with pytest.raises(HandoffRefused, match="outside"):
         begin_one_sided(table, "id", spans=block_spans(1 << 20, 64, 64, [3]))
     with pytest.raises(HandoffRefused, match="uint64"):
@@ -74,7 +72,7 @@ def test_one_sided_reads_are_admitted_like_others(table: HandoffTable, clock: Cl
         begin_one_sided(table, "")
     begin_one_sided(table, "id")
     with pytest.raises(HandoffRefused, match="read id"):
-        begin_one_sided(table, "id", credentials(reader="thief"))
+        begin_one_sided(table, "id", claim(reader="thief"))
     clock.now += TTL_S
     with pytest.raises(HandoffRefused, match="expired"):
         begin_one_sided(table, "id")
@@ -94,4 +92,4 @@ def test_one_sided_reads_end_with_their_reader(table: HandoffTable) -> None:
     begin_one_sided(table, "id")
     table.reader_left(READER.peer)
     with pytest.raises(HandoffRefused, match="died"):
-        table.release(credentials(), used=True, read_id="id")
+        table.release(claim(), used=True, read_id="id")

@@ -27,26 +27,29 @@ from transfer.errors import (
 from transfer.spans import block_spans
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Caller
-from transfer.transports.tcp_wire import MessageType
-from transfer.types import Credentials, PeerId, PeerInfo
+from transfer.transports.tcp_fields import encode_claim
+from transfer.transports.tcp_proofs import NONCE_BYTES, PROOF_BYTES
+from transfer.transports.tcp_wire import MessageType, Renewal
+from transfer.types import Claim, PeerId, PeerInfo
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 NAME = TEXT.map(lambda text: text.replace("\0", "-"))
-CREDENTIALS = st.builds(
-    Credentials,
+CLAIMS = st.builds(
+    Claim,
     handoff_id=NAME,
     incarnation=NAME,
     fence=st.integers(0, (1 << 64) - 1),
-    secret=NAME,
     reader=NAME,
     share=st.integers(1, (1 << 16) - 1),
 )
-PROOF = Credentials("h" * 32, "i" * 32, 5, "t" * 32, "decode/0#1")
+CLAIM = Claim("h" * 32, "i" * 32, 5, "decode/0#1")
+NONCE = bytes(range(NONCE_BYTES))
+RENEWAL = Renewal(CLAIM, b"p" * PROOF_BYTES)
 
 DECODERS: list[Callable[[bytes], object]] = [
     wire.decode_header,
-    wire.decode_hello,
-    wire.decode_welcome,
+    lambda body: wire.decode_hello(NONCE + body),
+    lambda body: wire.decode_welcome(NONCE + body),
     wire.decode_read,
     wire.decode_begin,
     wire.decode_attach,
@@ -69,13 +72,15 @@ def test_header_round_trip(type_: MessageType) -> None:
     [
         (b"", "0 bytes"),
         (wire.HEADER.pack(b"HTTP", 1, 1, 0, 0, 0), "HTTP"),
-        (wire.HEADER.pack(wire.MAGIC, 2, 1, 0, 0, 0), "version 2"),
-        (wire.HEADER.pack(wire.MAGIC, 1, 99, 0, 0, 0), "type 99"),
-        (wire.HEADER.pack(wire.MAGIC, 1, 1, 1, 0, 0), "flags"),
-        (wire.HEADER.pack(wire.MAGIC, 1, MessageType.HELLO, 0, 0, 4097), "4097"),
-        (wire.HEADER.pack(wire.MAGIC, 1, MessageType.RENEW, 0, 0, (1 << 20) + 1), "1048577"),
-        (wire.HEADER.pack(wire.MAGIC, 1, MessageType.READ, 0, 0, 1 << 24), "16777216"),
-        (wire.HEADER.pack(wire.MAGIC, 1, MessageType.DATA, 0, 0, (1 << 64) - 1), "DATA"),
+        (wire.HEADER.pack(wire.MAGIC, 1, 1, 0, 0, 0), "version 1"),
+        (wire.HEADER.pack(wire.MAGIC, 3, 1, 0, 0, 0), "version 3"),
+        (wire.HEADER.pack(wire.MAGIC, 2, 99, 0, 0, 0), "type 99"),
+        (wire.HEADER.pack(wire.MAGIC, 2, 1, 1, 0, 0), "flags"),
+        (wire.HEADER.pack(wire.MAGIC, 2, MessageType.HELLO, 0, 0, 4097), "4097"),
+        (wire.HEADER.pack(wire.MAGIC, 2, MessageType.PROVE, 0, 0, 33), "33"),
+        (wire.HEADER.pack(wire.MAGIC, 2, MessageType.RENEW, 0, 0, (1 << 20) + 1), "1048577"),
+        (wire.HEADER.pack(wire.MAGIC, 2, MessageType.READ, 0, 0, 1 << 24), "16777216"),
+        (wire.HEADER.pack(wire.MAGIC, 2, MessageType.DATA, 0, 0, (1 << 64) - 1), "DATA"),
     ],
 )
 def test_headers_that_are_refused(data: bytes, why: str) -> None:
@@ -83,10 +88,10 @@ def test_headers_that_are_refused(data: bytes, why: str) -> None:
         wire.decode_header(data)
 
 
-@given(TEXT, st.integers(0, (1 << 32) - 1), TEXT)
-def test_hello_round_trip(engine_id: str, rank: int, incarnation: str) -> None:
+@given(TEXT, st.integers(0, (1 << 32) - 1), TEXT, CLAIMS)
+def test_hello_round_trip(engine_id: str, rank: int, incarnation: str, claim: Claim) -> None:
     caller = Caller(PeerId(engine_id, rank), incarnation)
-    assert wire.decode_hello(wire.encode_hello(caller)) == caller
+    assert wire.decode_hello(wire.encode_hello(caller, NONCE, claim)) == (caller, claim)
 
 
 @given(TEXT, TEXT, st.binary(max_size=200), st.lists(TEXT, max_size=16).map(tuple))
@@ -94,43 +99,55 @@ def test_welcome_round_trip(
     engine_id: str, layout_hash: str, layout: bytes, addresses: tuple[str, ...]
 ) -> None:
     info = PeerInfo(PeerId(engine_id, 3), "i", layout_hash, layout, addresses)
-    assert wire.decode_welcome(wire.encode_welcome(info)) == info
+    assert wire.decode_welcome(wire.encode_welcome(info, NONCE)) == info
 
 
-@given(CREDENTIALS, st.booleans(), TEXT)
-def test_release_and_abort_round_trip(proof: Credentials, used: bool, reason: str) -> None:
-    body = wire.encode_release(proof, used=used, read_id=reason)
-    assert wire.decode_release(body) == (proof, reason, used)
-    assert wire.decode_abort(wire.encode_abort(proof, reason)) == (proof, reason)
+@given(CLAIMS, st.booleans(), TEXT)
+def test_release_and_abort_round_trip(claim: Claim, used: bool, reason: str) -> None:
+    body = wire.encode_release(claim, used=used, read_id=reason)
+    assert wire.decode_release(body) == (claim, reason, used)
+    assert wire.claim_of(body) == claim
+    assert wire.decode_abort(wire.encode_abort(claim, reason)) == (claim, reason)
 
 
-@given(st.lists(CREDENTIALS, max_size=5))
-def test_renew_round_trip(proofs: list[Credentials]) -> None:
-    assert wire.decode_renew(wire.encode_renew(proofs)) == proofs
+@given(st.binary(max_size=100))
+def test_proofs_are_split_off(content: bytes) -> None:
+    proof, rest = wire.split_proof(RENEWAL.proof + content)
+    assert (proof, bytes(rest)) == (RENEWAL.proof, content)
 
 
-@given(CREDENTIALS, st.lists(st.integers(0, 1000), min_size=1, max_size=20))
-def test_read_round_trip(proof: Credentials, block_ids: list[int]) -> None:
+def test_a_body_without_a_proof_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="no proof, which takes 32"):
+        wire.split_proof(bytes(31))
+
+
+@given(st.lists(st.builds(Renewal, CLAIMS, st.binary(min_size=32, max_size=32)), max_size=5))
+def test_renew_round_trip(renewals: list[Renewal]) -> None:
+    assert wire.decode_renew(wire.encode_renew(renewals)) == renewals
+
+
+@given(CLAIMS, st.lists(st.integers(0, 1000), min_size=1, max_size=20))
+def test_read_round_trip(claim: Claim, block_ids: list[int]) -> None:
     spans = block_spans(1 << 40, 4096, 4096, block_ids)
-    decoded, rows = wire.decode_read(wire.encode_credentials(proof) + spans.tobytes())
-    assert decoded == proof
+    decoded, rows = wire.decode_read(wire.encode_read(claim, spans))
+    assert decoded == claim
     assert rows.tolist() == spans.tolist()
-    begun, *texts, rows = wire.decode_begin(wire.encode_begin(proof, "id", "rdma", spans))
-    assert (begun, texts) == (proof, ["id", "rdma"])
+    begun, *texts, rows = wire.decode_begin(wire.encode_begin(claim, "id", "rdma", spans))
+    assert (begun, texts) == (claim, ["id", "rdma"])
     assert rows.tolist() == spans.tolist()
 
 
 def test_a_share_of_nothing_is_refused() -> None:
-    body = bytearray(wire.encode_credentials(PROOF))
+    body = bytearray(encode_claim(CLAIM))
     body[8:10] = b"\0\0"
     with pytest.raises(ProtocolError, match="share of 0"):
         wire.decode_abort(bytes(body))
 
 
-def test_credentials_of_more_or_less_texts_are_refused() -> None:
-    body = wire.encode_credentials(PROOF)
-    for other in (body.replace(b"\0t", b"-t"), body.replace(b"hh", b"h\0", 1)):
-        with pytest.raises(ProtocolError, match="texts, not 4"):
+def test_claims_of_more_or_less_texts_are_refused() -> None:
+    body = encode_claim(CLAIM)
+    for other in (body.replace(b"\0d", b"-d"), body.replace(b"hh", b"h\0", 1)):
+        with pytest.raises(ProtocolError, match="texts, not 3"):
             wire.decode_abort(other + b"\0\0")
 
 
@@ -163,17 +180,19 @@ def test_errors_keep_their_kind(sent: type[TransferError], received: type[Transf
 @pytest.mark.parametrize(
     "encode",
     [
-        lambda: wire.encode_hello(Caller(PeerId("x" * 600, 0), "i")),
-        lambda: wire.encode_hello(Caller(PeerId("\ud800", 0), "i")),
-        lambda: wire.encode_credentials(Credentials("h", "i", -1, "t", "r")),
-        lambda: wire.encode_credentials(Credentials("h", "i", 1 << 64, "t", "r")),
-        lambda: wire.encode_credentials(replace(PROOF, reader="r\0")),
-        lambda: wire.encode_credentials(replace(PROOF, reader="r" * 2048)),
-        lambda: wire.encode_credentials(replace(PROOF, share=0)),
-        lambda: wire.encode_credentials(replace(PROOF, share=1 << 16)),
-        lambda: wire.encode_renew([PROOF] * 513),
-        lambda: wire.encode_welcome(PeerInfo(PeerId("p", 0), "i", "h", bytes((1 << 20) + 1))),
-        lambda: wire.encode_welcome(PeerInfo(PeerId("p", 0), "i", "h", b"", ("a",) * 17)),
+        lambda: wire.encode_hello(Caller(PeerId("x" * 600, 0), "i"), NONCE, CLAIM),
+        lambda: wire.encode_hello(Caller(PeerId("\ud800", 0), "i"), NONCE, CLAIM),
+        lambda: encode_claim(Claim("h", "i", -1, "r")),
+        lambda: encode_claim(Claim("h", "i", 1 << 64, "r")),
+        lambda: encode_claim(replace(CLAIM, reader="r\0")),
+        lambda: encode_claim(replace(CLAIM, reader="r" * 2048)),
+        lambda: encode_claim(replace(CLAIM, share=0)),
+        lambda: encode_claim(replace(CLAIM, share=1 << 16)),
+        lambda: wire.encode_renew([RENEWAL] * 513),
+        lambda: wire.encode_welcome(
+            PeerInfo(PeerId("p", 0), "i", "h", bytes((1 << 20) + 1)), NONCE
+        ),
+        lambda: wire.encode_welcome(PeerInfo(PeerId("p", 0), "i", "h", b"", ("a",) * 17), NONCE),
     ],
 )
 def test_what_the_peer_would_refuse_is_not_sent(encode: Callable[[], bytes]) -> None:
@@ -184,7 +203,7 @@ def test_what_the_peer_would_refuse_is_not_sent(encode: Callable[[], bytes]) -> 
 @pytest.mark.parametrize("rows", [b"", b"x" * 15, b"x" * 17, bytes(16 * 262_145)])
 def test_span_rows_are_bounded(rows: bytes) -> None:
     with pytest.raises(ProtocolError, match="rows"):
-        wire.decode_read(wire.encode_credentials(PROOF) + rows)
+        wire.decode_read(encode_claim(CLAIM) + rows)
 
 
 @pytest.mark.parametrize("decode", DECODERS)
@@ -192,9 +211,9 @@ def test_any_bytes_give_a_value_or_a_typed_error(decode: Callable[[bytes], objec
     @given(st.binary(max_size=120))
     @example(b"\xff" * 64)
     @example(b"\x00" * 64)
-    @example(wire.encode_credentials(PROOF))
-    @example(wire.encode_release(PROOF, used=True, read_id="")[:-1] + b"\x02")
-    @example(wire.encode_renew([PROOF]) + b"!")
+    @example(encode_claim(CLAIM))
+    @example(wire.encode_release(CLAIM, used=True, read_id="")[:-1] + b"\x02")
+    @example(wire.encode_renew([RENEWAL]) + b"!")
     def check(data: bytes) -> None:
         with contextlib.suppress(ProtocolError):
             decode(data)
@@ -204,7 +223,7 @@ def test_any_bytes_give_a_value_or_a_typed_error(decode: Callable[[bytes], objec
 
 @given(st.data())
 def test_valid_messages_cut_or_changed_give_a_typed_error(data: st.DataObject) -> None:
-    valid = wire.encode_renew([PROOF, PROOF])
+    valid = wire.encode_renew([RENEWAL, RENEWAL])
     at = data.draw(st.integers(0, len(valid) - 1))
     changed = bytearray(valid)
     changed[at] ^= data.draw(st.integers(1, 255))

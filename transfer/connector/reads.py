@@ -25,7 +25,7 @@ from transfer.connector.stats import Outcome
 from transfer.connector.ticket import Ticket
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
-from transfer.errors import DigestMismatch, HandoffRefused, LayoutMismatch, Phase
+from transfer.errors import DigestMismatch, HandoffRefused, LayoutMismatch, OwnerUnproven, Phase
 from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
 
 logger = logging.getLogger(__name__)
@@ -313,6 +313,8 @@ def _outcome(load: _Load) -> Outcome:
         return Outcome.OK if load.arrived else Outcome.CANCELLED
     if isinstance(error, DigestMismatch):
         return Outcome.CORRUPTED
+    if isinstance(error, OwnerUnproven):
+        return Outcome.UNPROVEN
     return Outcome.REFUSED if isinstance(error, HandoffRefused | LayoutMismatch) else Outcome.FAILED
 
 

@@ -26,6 +26,7 @@ class Outcome(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     CORRUPTED = "corrupted"
+    UNPROVEN = "unproven"
 
 
 _WORST_LAST = (
@@ -33,6 +34,7 @@ _WORST_LAST = (
     Outcome.CANCELLED,
     Outcome.REFUSED,
     Outcome.FAILED,
+    Outcome.UNPROVEN,
     Outcome.CORRUPTED,
 )
 

@@ -205,7 +205,7 @@ class BatonWorker:
             owner = ended.read.ticket.engine_id
             if outcome is Outcome.OK:
                 self._reads_by_owner[owner] += 1
-            elif outcome in (Outcome.FAILED, Outcome.CORRUPTED):
+            elif outcome in (Outcome.FAILED, Outcome.UNPROVEN, Outcome.CORRUPTED):
                 self._failed_by_owner[owner] += 1
             if outcome is not Outcome.OK:
                 self._failed_blocks.update(ended.read.local_block_ids)

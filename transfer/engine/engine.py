@@ -309,7 +309,7 @@ class TransferEngine:
         """
         self._notify(
             owner,
-            credentials,
+            [credentials],
             "release",
             lambda link, timeout_s: link.control.release(
                 credentials, used=used, read_id="", timeout_s=timeout_s
@@ -323,7 +323,7 @@ class TransferEngine:
             of_one_start = list(same)
             for at in range(0, len(of_one_start), _RENEWALS_AT_ONCE):
                 batch = of_one_start[at : at + _RENEWALS_AT_ONCE]
-                self._notify(owner, batch[0], "renewal", functools.partial(_renew, batch))
+                self._notify(owner, batch, "renewal", functools.partial(_renew, batch))
 
     def _stop_when_due(self, handle: TransferHandle) -> None:
         entry = self._timer.schedule(handle.deadline, handle.time_out)
@@ -370,13 +370,13 @@ class TransferEngine:
     def _notify(
         self,
         owner: PeerId,
-        credentials: Credentials,
+        credentials: Sequence[Credentials],
         what: str,
         send: Callable[[Link, float], None],
     ) -> None:
         notice = Notice(
-            what=f"{what} of {credentials.handoff_id}",
-            incarnation=credentials.incarnation,
+            what=f"{what} of {credentials[0].handoff_id}",
+            credentials=credentials,
             send=send,
             expires_at=time.monotonic() + self._settings.ticket_ttl_s,
         )

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hmac
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from transfer.engine.handoff import (
 from transfer.errors import HandoffNotReady, HandoffRefused, Phase, RegistrationError
 from transfer.spans import check_spans, coverage, empty_spans, lies_within
 from transfer.transports.base import Caller
-from transfer.types import Credentials, PeerId, SpanArray
+from transfer.types import Claim, PeerId, SpanArray
 
 REMEMBERED_ENDS = 4096
 """Ended hand-offs that are kept to tell a late reader why, and to answer a repeated release."""
@@ -46,13 +45,13 @@ of requests that were tried again elsewhere."""
 class HandoffTable:
     """All hand-offs of one owner. Thread-safe.
 
-    Offers come in the order of their fences. Credentials with a higher one than any so far are of
-    an offer that is still on its way here, and raise ``HandoffNotReady``: a ticket goes out from
+    Offers come in the order of their fences. A claim with a higher one than any so far is of an
+    offer that is still on its way here, and raises ``HandoffNotReady``: a ticket goes out from
     the scheduler's process, and may be quicker than the offer to the workers. So do reads of an
     offer that is here, but whose bytes are not.
 
     Args:
-        incarnation: of the owner; credentials for another one are refused.
+        incarnation: of the owner; claims of another one are refused.
         clock: seconds, monotonic.
         on_end: called when :meth:`take_ended` has something new, with the table's lock held.
     """
@@ -100,6 +99,15 @@ class HandoffTable:
             self._live[offer.handoff_id] = Handoff(offer, cover, now, now + offer.ttl_s)
             self._highest_fence = max(self._highest_fence, offer.fence)
 
+    def secret_of(self, claim: Claim) -> str:
+        """What a reader must know to claim this; of hand-offs that are over as well.
+
+        Raises:
+            HandoffRefused: there is no such hand-off.
+        """
+        with self._lock:
+            return self._known(claim, Phase.CONNECT).offer.secret
+
     def make_ready(self, handoff_id: str) -> bool:
         """The bytes of a hand-off are there; whether it is live."""
         with self._lock:
@@ -111,39 +119,39 @@ class HandoffTable:
     def begin_read(
         self,
         caller: Caller,
-        credentials: Credentials,
+        claim: Claim,
         spans: SpanArray,
         revoke: Callable[[], None],
     ) -> Permit:
         """Admit one read; see :class:`~transfer.transports.base.OwnerService`.
 
         Raises:
-            HandoffRefused: credentials, state or spans do not allow it.
+            HandoffRefused: claim, state or spans do not allow it.
         """
-        self._check_before_read(credentials, spans)
+        self._check_before_read(claim, spans)
         with self._lock:
-            handoff = self._begun(caller, credentials, spans)
+            handoff = self._begun(caller, claim, spans)
             permit = Permit(handoff, revoke)
             handoff.permits.add(permit)
             return permit
 
     def begin_one_sided_read(
-        self, caller: Caller, credentials: Credentials, spans: SpanArray, read_id: str
+        self, caller: Caller, claim: Claim, spans: SpanArray, read_id: str
     ) -> None:
         """Admit one read; see :class:`~transfer.transports.base.OwnerService`.
 
         Raises:
-            HandoffRefused: credentials, state or spans do not allow it.
+            HandoffRefused: claim, state or spans do not allow it.
         """
-        self._check_before_read(credentials, spans)
+        self._check_before_read(claim, spans)
         with self._lock:
-            handoff = self._begun(caller, credentials, spans)
+            handoff = self._begun(caller, claim, spans)
             reads = handoff.one_sided
-            if not read_id or reads.get(read_id, credentials.reader) != credentials.reader:
-                raise _refused("read id empty or another reader's", credentials.handoff_id)
+            if not read_id or reads.get(read_id, claim.reader) != claim.reader:
+                raise _refused("read id empty or another reader's", claim.handoff_id)
             if len(reads) >= MAX_ONE_SIDED_READS and read_id not in reads:
-                raise _refused("begun too often", credentials.handoff_id)
-            reads[read_id] = credentials.reader
+                raise _refused("begun too often", claim.handoff_id)
+            reads[read_id] = claim.reader
 
     def end_read(self, permit: Permit) -> None:
         """The spans of ``permit`` are not touched any more. Idempotent."""
@@ -153,7 +161,7 @@ class HandoffTable:
             if handoff.offer.handoff_id not in self._live and not handoff.permits:
                 self._on_end()
 
-    def release(self, credentials: Credentials, *, used: bool, read_id: str = "") -> None:
+    def release(self, claim: Claim, *, used: bool, read_id: str = "") -> None:
         """Count a reader off; the last one ends the hand-off.
 
         Returning means that the blocks were pinned from the offer until now or, if the same read
@@ -168,38 +176,36 @@ class HandoffTable:
         Raises:
             HandoffRefused: the blocks may have been reused meanwhile.
         """
-        self._expire_if_due(credentials.handoff_id)
+        self._expire_if_due(claim.handoff_id)
         with self._lock:
-            handoff = self._known(credentials, Phase.CONFIRM)
-            before = handoff.released.get(credentials.reader)
+            handoff = self._known(claim, Phase.CONFIRM)
+            before = handoff.released.get(claim.reader)
             if before is not None:
                 if used and not before.used:
-                    raise _refused(
-                        "this reader forfeited it", credentials.handoff_id, Phase.CONFIRM
-                    )
+                    raise _refused("this reader forfeited it", claim.handoff_id, Phase.CONFIRM)
                 if used and before.read_id != read_id:
                     raise _refused(
                         "another read of this reader released it",
-                        credentials.handoff_id,
+                        claim.handoff_id,
                         Phase.CONFIRM,
                     )
                 return
             if not handoff.live:
                 raise self._is_over(handoff, Phase.CONFIRM)
-            if read_id and handoff.one_sided.get(read_id) != credentials.reader:
-                raise _refused("that read never began", credentials.handoff_id, Phase.CONFIRM)
-            self._check_name(handoff, credentials, Phase.CONFIRM)
-            self._count_off(handoff, credentials, used=used, read_id=read_id)
+            if read_id and handoff.one_sided.get(read_id) != claim.reader:
+                raise _refused("that read never began", claim.handoff_id, Phase.CONFIRM)
+            self._check_name(handoff, claim, Phase.CONFIRM)
+            self._count_off(handoff, claim, used=used, read_id=read_id)
 
-    def renew(self, credentials: Credentials) -> None:
+    def renew(self, claim: Claim) -> None:
         """Begin the time to live anew.
 
         Raises:
-            HandoffRefused: it is over, or the credentials are wrong.
+            HandoffRefused: it is over, or the claim is wrong.
         """
-        self._expire_if_due(credentials.handoff_id)
+        self._expire_if_due(claim.handoff_id)
         with self._lock:
-            self._extend(self._admitted(credentials, Phase.READ))
+            self._extend(self._admitted(claim, Phase.READ))
 
     def abort(self, handoff_id: str, reason: str) -> bool:
         """End a hand-off from the owner's side; whether it was live."""
@@ -209,14 +215,14 @@ class HandoffTable:
         _revoke(revoked)
         return handoff is not None
 
-    def abort_by_reader(self, credentials: Credentials, reason: str) -> None:
+    def abort_by_reader(self, claim: Claim, reason: str) -> None:
         """End a hand-off for all its readers. Repeating it is no error.
 
         Raises:
-            HandoffRefused: unknown, released or expired, or the credentials are wrong.
+            HandoffRefused: unknown, released or expired, or the claim is wrong.
         """
         with self._lock:
-            handoff = self._known(credentials, Phase.READ)
+            handoff = self._known(claim, Phase.READ)
             if handoff.state is HandoffState.ABORTED:
                 return
             if not handoff.live:
@@ -297,75 +303,76 @@ class HandoffTable:
                 for handoff in self._live.values()
             ]
 
-    def _check_before_read(self, credentials: Credentials, spans: SpanArray) -> None:
+    def _check_before_read(self, claim: Claim, spans: SpanArray) -> None:
         try:
             check_spans(spans)
         except RegistrationError as error:
-            raise _refused(error.message, credentials.handoff_id) from error
-        self._expire_if_due(credentials.handoff_id)
+            raise _refused(error.message, claim.handoff_id) from error
+        self._expire_if_due(claim.handoff_id)
 
-    def _begun(self, caller: Caller, credentials: Credentials, spans: SpanArray) -> Handoff:
+    def _begun(self, caller: Caller, claim: Claim, spans: SpanArray) -> Handoff:
         """The hand-off, in which a read of ``spans`` is admitted. Holds the lock."""
-        handoff = self._admitted(credentials, Phase.READ)
-        if credentials.reader in handoff.released:
-            raise _refused("this reader has released it", credentials.handoff_id)
+        handoff = self._admitted(claim, Phase.READ)
+        if claim.reader in handoff.released:
+            raise _refused("this reader has released it", claim.handoff_id)
         if not lies_within(spans, handoff.cover):
-            raise _refused("spans outside of what is offered", credentials.handoff_id)
+            raise _refused("spans outside of what is offered", claim.handoff_id)
         if not handoff.offer.ready:
             raise HandoffNotReady(
-                "its bytes are not there yet", phase=Phase.READ, handoff_id=credentials.handoff_id
+                "its bytes are not there yet", phase=Phase.READ, handoff_id=claim.handoff_id
             )
-        self._check_name(handoff, credentials, Phase.READ)
-        handoff.reading[credentials.reader] = caller
+        self._check_name(handoff, claim, Phase.READ)
+        handoff.reading[claim.reader] = caller
         handoff.state = HandoffState.READING
         self._extend(handoff)
         return handoff
 
-    def _count_off(
-        self, handoff: Handoff, credentials: Credentials, *, used: bool, read_id: str
-    ) -> None:
+    def _count_off(self, handoff: Handoff, claim: Claim, *, used: bool, read_id: str) -> None:
         """A reader is through with a live hand-off. Holds the lock."""
-        handoff.count_off(credentials.reader, Release(used, read_id, credentials.share))
+        handoff.count_off(claim.reader, Release(used, read_id, claim.share))
         if handoff.readers_left <= 0:
             # No revoking: every reader said that it has what it wants, and the owner's side
             # of the last read may still be on its way back from the system call.
             self._end(handoff, HandoffState.RELEASED, "released by every reader")
 
-    def _known(self, credentials: Credentials, phase: Phase) -> Handoff:
-        """The hand-off, live or over, when the credentials fit it. Holds the lock."""
-        if credentials.incarnation != self._incarnation:
-            raise _refused("offered by another start of the owner", credentials.handoff_id, phase)
-        handoff = self._live.get(credentials.handoff_id) or self._over.get(credentials.handoff_id)
-        if handoff is None and credentials.fence > self._highest_fence:
-            raise HandoffNotReady("not offered yet", phase=phase, handoff_id=credentials.handoff_id)
-        if handoff is None:
-            raise _refused("unknown", credentials.handoff_id, phase)
-        if not hmac.compare_digest(_encoded(credentials.secret), _encoded(handoff.offer.secret)):
-            raise _refused("wrong secret", credentials.handoff_id, phase)
-        if credentials.fence != handoff.offer.fence:
-            raise _refused("wrong fence", credentials.handoff_id, phase)
-        if not 0 < credentials.share <= MAX_SHARE:
+    def _known(self, claim: Claim, phase: Phase) -> Handoff:
+        """The hand-off, live or over, when the claim fits it. Holds the lock."""
+        if claim.incarnation != self._incarnation:
             raise _refused(
-                f"a share of {credentials.share} is not from 1 to {MAX_SHARE}",
-                credentials.handoff_id,
+                f"offered by start {claim.incarnation:.64} of the owner, which is now "
+                f"{self._incarnation}",
+                claim.handoff_id,
+                phase,
+            )
+        handoff = self._live.get(claim.handoff_id) or self._over.get(claim.handoff_id)
+        if handoff is None and claim.fence > self._highest_fence:
+            raise HandoffNotReady("not offered yet", phase=phase, handoff_id=claim.handoff_id)
+        if handoff is None:
+            raise _refused("unknown", claim.handoff_id, phase)
+        if claim.fence != handoff.offer.fence:
+            raise _refused("wrong fence", claim.handoff_id, phase)
+        if not 0 < claim.share <= MAX_SHARE:
+            raise _refused(
+                f"a share of {claim.share} is not from 1 to {MAX_SHARE}",
+                claim.handoff_id,
                 phase,
             )
         return handoff
 
-    def _admitted(self, credentials: Credentials, phase: Phase) -> Handoff:
-        handoff = self._known(credentials, phase)
+    def _admitted(self, claim: Claim, phase: Phase) -> Handoff:
+        handoff = self._known(claim, phase)
         if not handoff.live:
             raise self._is_over(handoff, phase)
         return handoff
 
     @staticmethod
-    def _check_name(handoff: Handoff, credentials: Credentials, phase: Phase) -> None:
+    def _check_name(handoff: Handoff, claim: Claim, phase: Phase) -> None:
         """See that there are not too many readers, if this one is new."""
-        if credentials.reader in handoff.reading or credentials.reader in handoff.released:
+        if claim.reader in handoff.reading or claim.reader in handoff.released:
             return
         names = len(handoff.reading) + len(handoff.released)
         if names >= handoff.offer.readers * MAX_NAMES_PER_READER:
-            raise _refused("too many names of readers", credentials.handoff_id, phase)
+            raise _refused("too many names of readers", claim.handoff_id, phase)
 
     def _extend(self, handoff: Handoff) -> None:
         handoff.deadline_s = max(handoff.deadline_s, self._clock() + handoff.offer.ttl_s)
@@ -412,10 +419,6 @@ class HandoffTable:
 def _revoke(permits: list[Permit]) -> None:
     for permit in permits:
         permit.revoke()
-
-
-def _encoded(secret: str) -> bytes:
-    return secret.encode("utf-8", "surrogatepass")
 
 
 def _refused(message: str, handoff_id: str, phase: Phase = Phase.READ) -> HandoffRefused:

@@ -13,6 +13,7 @@ from transfer.errors import (
     DeadlineExceeded,
     HandoffRefused,
     LayoutMismatch,
+    OwnerUnproven,
     PeerUnreachable,
     Phase,
     ProtocolError,
@@ -21,12 +22,12 @@ from transfer.errors import (
 from transfer.settings import TransferSettings
 from transfer.transports.base import Caller, ControlChannel
 from transfer.transports.registry import Transports
-from transfer.types import PeerId, PeerInfo, WorkerRecord
+from transfer.types import Credentials, PeerId, PeerInfo, WorkerRecord
 
 logger = logging.getLogger(__name__)
 
 _DISCOVERY_WAIT_S = 2.0
-_BREAKING = (PeerUnreachable, DeadlineExceeded, ProtocolError)
+_BREAKING = (PeerUnreachable, DeadlineExceeded, OwnerUnproven, ProtocolError)
 
 
 class Link:
@@ -99,20 +100,24 @@ class PeerLinks:
             state = "connected" if self._current else "closed" if self._closed else "idle"
         return f"<PeerLinks {self._owner} {state}>"
 
-    def use(self, incarnation: str, deadline: float) -> LinkUse:
-        """A link to the owner's start ``incarnation``; connects if there is none.
+    def use(self, credentials: Credentials, deadline: float) -> LinkUse:
+        """A link to the owner's start that ``credentials`` are for; connects if there is none.
 
         Args:
+            credentials: with which to greet the owner, if so.
             deadline: monotonic time.
 
         Raises:
             PeerUnknown: discovery does not know the owner.
             PeerUnreachable: cannot be connected.
             DeadlineExceeded: not within the deadline.
-            HandoffRefused: the owner is another start than ``incarnation``.
+            OwnerUnproven: what answers does not know the secret.
+            HandoffRefused: the owner is another start, or does not know the hand-off.
+            HandoffNotReady: it will, soon.
             LayoutMismatch: the owner's layout hash differs from ours.
         """
-        return LinkUse(self, self._ready(incarnation) or self._acquire(incarnation, deadline))
+        ready = self._ready(credentials.incarnation)
+        return LinkUse(self, ready or self._acquire(credentials, deadline))
 
     def let_go(self, link: Link, error: BaseException | None) -> None:
         """A user of ``link`` is through with it; one that broke is not used again."""
@@ -149,7 +154,7 @@ class PeerLinks:
             self._occupy(link)
             return link
 
-    def _acquire(self, incarnation: str, deadline: float) -> Link:
+    def _acquire(self, credentials: Credentials, deadline: float) -> Link:
         if not self._connecting.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise DeadlineExceeded(
                 "waited for another connection attempt",
@@ -157,10 +162,10 @@ class PeerLinks:
                 peer=str(self._owner),
             )
         try:
-            link = self._ready(incarnation)
+            link = self._ready(credentials.incarnation)
             if link is None:
-                self._drop_unusable(incarnation)
-                link = self._connect(incarnation, deadline)
+                self._drop_unusable(credentials.incarnation)
+                link = self._connect(credentials, deadline)
             return link
         finally:
             self._connecting.release()
@@ -180,18 +185,19 @@ class PeerLinks:
             raise self._wrong_start(link.info.incarnation, incarnation)
         self._retire(link)
 
-    def _connect(self, incarnation: str, deadline: float) -> Link:
+    def _connect(self, credentials: Credentials, deadline: float) -> Link:
         left_s = deadline - time.monotonic()
         record = self._discovery.wait_for(self._owner, max(0.0, min(_DISCOVERY_WAIT_S, left_s)))
         self._check_layout(record)
         control = self._transports.control.open_control(
             self._transports.control_address(record.addresses),
             self._caller,
+            credentials,
             deadline - time.monotonic(),
         )
         link = None
         try:
-            self._check_info(control.info, incarnation)
+            self._check_info(control.info, credentials.incarnation)
             found = self._transports.data_routes(record.addresses, control.info.addresses)
             routes = DataRoutes(found, self._caller, control, self._announce)
             link = self._adopt(Link(control, routes))

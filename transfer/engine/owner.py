@@ -10,7 +10,7 @@ from transfer.engine.handoffs import HandoffTable
 from transfer.engine.memory import MemoryTable
 from transfer.errors import HandoffRefused, Phase, RegistrationError, TransportUnavailable
 from transfer.transports.base import Caller, ReadPermit
-from transfer.types import Credentials, PeerInfo, SpanArray
+from transfer.types import Claim, PeerInfo, SpanArray
 
 
 class Owner:
@@ -28,16 +28,19 @@ class Owner:
         """Tell readers from now on that memory can also be read at ``addresses``."""
         self._info = replace(self._info, addresses=addresses)
 
+    def secret_of(self, claim: Claim) -> str:
+        return self._table.secret_of(claim)
+
     def begin_read(
         self,
         caller: Caller,
-        credentials: Credentials,
+        claim: Claim,
         spans: SpanArray,
         revoke: Callable[[], None],
     ) -> Permit:
-        permit = self._table.begin_read(caller, credentials, spans, revoke)
+        permit = self._table.begin_read(caller, claim, spans, revoke)
         try:
-            self._check_sendable(credentials, spans)
+            self._check_sendable(claim, spans)
         except (HandoffRefused, TransportUnavailable):
             self._table.end_read(permit)
             raise
@@ -48,34 +51,34 @@ class Owner:
             self._table.end_read(permit)
 
     def begin_one_sided_read(
-        self, caller: Caller, credentials: Credentials, spans: SpanArray, read_id: str
+        self, caller: Caller, claim: Claim, spans: SpanArray, read_id: str
     ) -> None:
-        self._table.begin_one_sided_read(caller, credentials, spans, read_id)
-        self._check_registered(credentials, spans)
+        self._table.begin_one_sided_read(caller, claim, spans, read_id)
+        self._check_registered(claim, spans)
 
-    def release(self, credentials: Credentials, *, used: bool, read_id: str) -> None:
-        self._table.release(credentials, used=used, read_id=read_id)
+    def release(self, claim: Claim, *, used: bool, read_id: str) -> None:
+        self._table.release(claim, used=used, read_id=read_id)
 
-    def renew(self, credentials: Credentials) -> None:
-        self._table.renew(credentials)
+    def renew(self, claim: Claim) -> None:
+        self._table.renew(claim)
 
-    def abort_by_reader(self, credentials: Credentials, reason: str) -> None:
-        self._table.abort_by_reader(credentials, reason)
+    def abort_by_reader(self, claim: Claim, reason: str) -> None:
+        self._table.abort_by_reader(claim, reason)
 
-    def _check_sendable(self, credentials: Credentials, spans: SpanArray) -> None:
+    def _check_sendable(self, claim: Claim, spans: SpanArray) -> None:
         """See that a processor of this host can read them."""
-        self._check_registered(credentials, spans)
+        self._check_registered(claim, spans)
         if self._memory.touches_devices(spans):
             raise TransportUnavailable(
                 "what is offered is in the memory of a device, which only rdma reads",
                 phase=Phase.READ,
-                handoff_id=credentials.handoff_id,
+                handoff_id=claim.handoff_id,
             )
 
-    def _check_registered(self, credentials: Credentials, spans: SpanArray) -> None:
+    def _check_registered(self, claim: Claim, spans: SpanArray) -> None:
         try:
             self._memory.check(spans, what="the offered spans", phase=Phase.READ)
         except RegistrationError as error:
             raise HandoffRefused(
-                error.message, phase=Phase.READ, handoff_id=credentials.handoff_id
+                error.message, phase=Phase.READ, handoff_id=claim.handoff_id
             ) from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transfer import faults
@@ -50,13 +51,13 @@ class Notice:
 
     Attributes:
         what: for the log.
-        incarnation: of the owner it is meant for.
+        credentials: of one start of the owner; the first that it knows is greeted with.
         send: sends it over a link, with a time limit in seconds.
         expires_at: monotonic time after which it is of no use.
     """
 
     what: str
-    incarnation: str
+    credentials: Sequence[Credentials]
     send: Callable[[Link, float], None]
     expires_at: float
 
@@ -168,18 +169,21 @@ class PeerReader:
                 handle.finish(FatalError("failed unforeseen, see the log", phase=Phase.READ))
 
     def _deliver(self, notice: Notice) -> None:
-        pause_s = _FIRST_PAUSE_S
+        pause_s, credentials = _FIRST_PAUSE_S, deque(notice.credentials)
         while True:
             timeout_s = min(_NOTICE_TIMEOUT_S, notice.expires_at - time.monotonic())
             if timeout_s <= 0:
                 logger.info("gave up to tell %s: %s", self._owner, notice.what)
                 return
             try:
-                with self._links.use(notice.incarnation, time.monotonic() + timeout_s) as link:
+                with self._links.use(credentials[0], time.monotonic() + timeout_s) as link:
                     notice.send(link, timeout_s)
                 return
             except HandoffRefused as error:
                 logger.debug("%s was too late: %s", notice.what, error)
+                credentials.popleft()
+                if credentials:  # to greet with: what is not over is still to be told
+                    continue
                 return
             except FatalError as error:
                 logger.info("cannot tell %s: %s: %s", self._owner, notice.what, error)
@@ -237,7 +241,7 @@ class _Read:
 
     def _try(self) -> None:
         handle = self._handle
-        with self._links.use(self._credentials.incarnation, handle.deadline) as link:
+        with self._links.use(self._credentials, handle.deadline) as link:
             plan = self._plan = self._plan or self._checked_plan(link.info)
             if not self._all_read:
                 self._read(link, plan)

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from transfer.errors import Phase, TransferError, TransportUnavailable
-from transfer.types import Credentials, DmaBuf, PeerId, PeerInfo, ReadPlan, SpanArray
+from transfer.types import Claim, Credentials, DmaBuf, PeerId, PeerInfo, ReadPlan, SpanArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +56,20 @@ class OwnerService(Protocol):
     """What a listener asks of the engine it serves. Callable from any thread.
 
     Every method but ``info`` and ``end_read`` raises ``HandoffNotReady`` when the hand-off is still
-    to be offered, and ``HandoffRefused`` when it is not
-    as the credentials say.
+    to be offered, and ``HandoffRefused`` when it is not as the claim says. That a claim is made by
+    who knows the secret is for the listener to see, before it calls anything but ``secret_of``.
     """
 
     def info(self) -> PeerInfo: ...
 
+    def secret_of(self, claim: Claim) -> str:
+        """The secret of the hand-off that is claimed, be it over or not."""
+        ...
+
     def begin_read(
         self,
         caller: Caller,
-        credentials: Credentials,
+        claim: Claim,
         spans: SpanArray,
         revoke: Callable[[], None],
     ) -> ReadPermit:
@@ -82,7 +86,7 @@ class OwnerService(Protocol):
         ...
 
     def begin_one_sided_read(
-        self, caller: Caller, credentials: Credentials, spans: SpanArray, read_id: str
+        self, caller: Caller, claim: Claim, spans: SpanArray, read_id: str
     ) -> None:
         """Check and admit one read of ``spans`` in which the owner takes no part.
 
@@ -94,7 +98,7 @@ class OwnerService(Protocol):
         """
         ...
 
-    def release(self, credentials: Credentials, *, used: bool, read_id: str) -> None:
+    def release(self, claim: Claim, *, used: bool, read_id: str) -> None:
         """Count the reader off; returning means that the blocks were pinned until now.
 
         Args:
@@ -102,9 +106,9 @@ class OwnerService(Protocol):
         """
         ...
 
-    def renew(self, credentials: Credentials) -> None: ...
+    def renew(self, claim: Claim) -> None: ...
 
-    def abort_by_reader(self, credentials: Credentials, reason: str) -> None: ...
+    def abort_by_reader(self, claim: Claim, reason: str) -> None: ...
 
 
 class Interrupt:
@@ -214,8 +218,9 @@ class ControlChannel(ABC):
     """Control connection to one owner, after the handshake. Thread-safe; calls take turns.
 
     Calls raise ``HandoffRefused`` when the owner says so, ``PeerUnreachable`` when the connection
-    broke and ``DeadlineExceeded`` when no answer came within ``timeout_s``; after the latter two
-    the channel is of no more use.
+    broke, ``DeadlineExceeded`` when no answer came within ``timeout_s`` and ``OwnerUnproven`` when
+    the answer is not that of who knows the secret; after the latter three the channel is of no more
+    use.
     """
 
     info: PeerInfo
@@ -378,11 +383,19 @@ class ControlTransport(Transport):
         """
 
     @abstractmethod
-    def open_control(self, address: str, caller: Caller, timeout_s: float) -> ControlChannel:
-        """Connect and shake hands.
+    def open_control(
+        self, address: str, caller: Caller, credentials: Credentials, timeout_s: float
+    ) -> ControlChannel:
+        """Connect and shake hands: each end proves that it knows the secret of one hand-off.
+
+        Args:
+            credentials: of the hand-off, alive or over; the channel then serves others as well.
 
         Raises:
             PeerUnreachable: nobody listens there, or the connection broke.
             DeadlineExceeded: not within ``timeout_s``.
             ProtocolError: what answers does not speak this protocol.
+            OwnerUnproven: what answers does not know the secret.
+            HandoffRefused: the owner does not know the hand-off.
+            HandoffNotReady: it will, soon.
         """

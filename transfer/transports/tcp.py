@@ -7,7 +7,6 @@ next slice before it takes in the one before.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import deque
@@ -30,10 +29,12 @@ from transfer.transports.base import (
 )
 from transfer.transports.socket_options import SocketOptions
 from transfer.transports.span_cursor import SpanCursor
+from transfer.transports.tcp_connection import Connection, Question, unexpected
 from transfer.transports.tcp_control import TcpControl
-from transfer.transports.tcp_dialer import Dialer, unexpected
+from transfer.transports.tcp_dialer import Dialer
 from transfer.transports.tcp_listener import TcpListener
-from transfer.transports.tcp_stream import TcpStream, translated
+from transfer.transports.tcp_proofs import PROOF_BYTES
+from transfer.transports.tcp_stream import translated
 from transfer.transports.tcp_wire import MessageType
 from transfer.transports.tls import TlsContexts
 from transfer.types import Credentials, PeerInfo, ReadPlan
@@ -68,9 +69,10 @@ class TcpTransport(ControlTransport):
     ) -> Listener:
         return TcpListener(service, self._settings, self._options, self._tls, others or {})
 
-    def open_control(self, address: str, caller: Caller, timeout_s: float) -> TcpControl:
-        stream, info = self._dialer.connect(address, caller, timeout_s)
-        return TcpControl(stream, info)
+    def open_control(
+        self, address: str, caller: Caller, credentials: Credentials, timeout_s: float
+    ) -> TcpControl:
+        return TcpControl(self._dialer.connect(address, caller, credentials, timeout_s))
 
     def open_data(self, address: str, caller: Caller, control: ControlChannel) -> TcpData:
         return TcpData(address, caller, control.info, self._settings, self._dialer)
@@ -93,7 +95,7 @@ class TcpData(DataChannel):
         self._settings = settings
         self._dialer = dialer
         self._lock = threading.Lock()
-        self._idle: list[TcpStream] = []
+        self._idle: list[Connection] = []
         self._closed = False
 
     def __repr__(self) -> str:
@@ -112,7 +114,7 @@ class TcpData(DataChannel):
         deadline = time.monotonic() + timeout_s
         try:
             for _ in range(min(streams_wanted, len(slices))):
-                session.streams.append(self._take(deadline))
+                session.connections.append(self._take(credentials, deadline))
         except TransferError:
             session.close()
             raise
@@ -122,17 +124,17 @@ class TcpData(DataChannel):
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for stream in idle:
-            stream.close()
+        for connection in idle:
+            connection.stream.close()
 
-    def give_back(self, stream: TcpStream) -> None:
-        """A stream without requests under way is free for the next read."""
+    def give_back(self, connection: Connection) -> None:
+        """One without requests under way is free for the next read."""
         with self._lock:
             kept = not self._closed
             if kept:
-                self._idle.append(stream)
+                self._idle.append(connection)
         if not kept:
-            stream.close()
+            connection.stream.close()
 
     def _most_rows(self) -> int:
         """Of a request that fits the sockets' buffers: the owner does not take it in while it
@@ -141,20 +143,21 @@ class TcpData(DataChannel):
             return _MAX_REQUEST_ROWS
         return max(_MIN_REQUEST_ROWS, min(_MAX_REQUEST_ROWS, buffer_bytes // _BUFFER_BYTES_PER_ROW))
 
-    def _take(self, deadline: float) -> TcpStream:
+    def _take(self, credentials: Credentials, deadline: float) -> Connection:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
         left_s = deadline - time.monotonic()
-        stream, info = self._dialer.connect(self._address, self._caller, left_s)
+        connection = self._dialer.connect(self._address, self._caller, credentials, left_s)
+        info = connection.info
         if (info.peer, info.incarnation) != (self._info.peer, self._info.incarnation):
-            stream.close()
+            connection.stream.close()
             raise PeerUnreachable(
                 f"now {info.peer} {info.incarnation} answers at {self._address}",
                 phase=Phase.CONNECT,
                 peer=str(self._info.peer),
             )
-        return stream
+        return connection
 
 
 class TcpReadSession(ReadSession):
@@ -167,7 +170,7 @@ class TcpReadSession(ReadSession):
         credentials: Credentials,
         slices: deque[ReadPlan],
     ) -> None:
-        self.streams: list[TcpStream] = []
+        self.connections: list[Connection] = []
         self._channel = channel
         self._peer = peer
         self._credentials = credentials
@@ -200,28 +203,28 @@ class TcpReadSession(ReadSession):
         self._whole = True
 
     def close(self) -> None:
-        streams, self.streams = self.streams, []
-        for stream in streams:
+        connections, self.connections = self.connections, []
+        for connection in connections:
             if self._whole:
-                self._channel.give_back(stream)
+                self._channel.give_back(connection)
             else:
-                stream.close()
+                connection.stream.close()
 
     def _drive_all(self) -> None:
         helpers: list[threading.Thread] = []
         through = False
         try:
-            for number, stream in enumerate(self.streams[1:], 1):
+            for number, connection in enumerate(self.connections[1:], 1):
                 helper = threading.Thread(
-                    target=self._drive, args=(number, stream), name="baton-read", daemon=True
+                    target=self._drive, args=(number, connection), name="baton-read", daemon=True
                 )
                 try:
                     helper.start()
                 except RuntimeError:  # the system has no more: the others share its slices
                     break
                 helpers.append(helper)
-            if self.streams:
-                self._drive(0, self.streams[0])
+            if self.connections:
+                self._drive(0, self.connections[0])
             through = True
         finally:
             if not through:
@@ -231,17 +234,17 @@ class TcpReadSession(ReadSession):
                 helper.join()
 
     def _shut_down(self) -> None:
-        for stream in self.streams:
-            stream.shutdown()
+        for connection in self.connections:
+            connection.stream.shutdown()
 
-    def _drive(self, number: int, stream: TcpStream) -> None:
-        streams = len(self.streams)
+    def _drive(self, number: int, connection: Connection) -> None:
+        streams = len(self.connections)
         try:
             with (
                 translated(Phase.READ, self._peer, self._credentials.handoff_id),
-                stream.apart(number, streams, self._total_bytes // streams),
+                connection.stream.apart(number, streams, self._total_bytes // streams),
             ):
-                self._transfer(stream)
+                self._transfer(connection)
         except HandoffNotReady as error:
             self._note(error)
         except TransferError as error:
@@ -254,21 +257,20 @@ class TcpReadSession(ReadSession):
             if self._error is None:
                 self._error = error
 
-    def _transfer(self, stream: TcpStream) -> None:
-        asked: deque[tuple[int, SpanCursor]] = deque()
-        request_ids = itertools.count(1)
+    def _transfer(self, connection: Connection) -> None:
+        claim, secret = self._credentials.claim, self._credentials.secret
+        asked: deque[tuple[Question, SpanCursor]] = deque()
         not_ready: HandoffNotReady | None = None
         while True:
             while len(asked) < _PIPELINED_REQUESTS and (piece := self._next_slice()) is not None:
-                request_id = next(request_ids)
-                body = wire.encode_read(self._credentials, piece.remote)
-                stream.send(wire.message(MessageType.READ, request_id, body))
-                asked.append((request_id, SpanCursor(piece.local)))
+                content = wire.encode_read(claim, piece.remote)
+                question = connection.ask(MessageType.READ, content, secret)
+                asked.append((question, SpanCursor(piece.local)))
             if not asked:
                 break
-            request_id, cursor = asked.popleft()
+            question, cursor = asked.popleft()
             try:
-                self._receive_slice(stream, request_id, cursor)
+                self._receive_slice(connection, question, cursor)
             except HandoffNotReady as error:
                 # The answers still due are taken in: readers come back soon, for the same streams.
                 not_ready = error
@@ -282,15 +284,20 @@ class TcpReadSession(ReadSession):
         except IndexError:
             return None
 
-    def _receive_slice(self, stream: TcpStream, request_id: int, cursor: SpanCursor) -> None:
+    def _receive_slice(
+        self, connection: Connection, question: Question, cursor: SpanCursor
+    ) -> None:
+        stream, size = connection.stream, cursor.total_bytes
         header = wire.decode_header(stream.receive(wire.HEADER.size))
-        if header.request_id != request_id:
+        if header.request_id != question.id:
             raise unexpected(header, self._peer)
         if header.type is MessageType.ERROR:
             body = stream.receive(header.body_bytes)
             raise wire.decode_error(body, Phase.READ, self._peer, self._credentials.handoff_id)
-        if header.type is not MessageType.DATA or header.body_bytes != cursor.total_bytes:
+        if header.type is not MessageType.DATA or header.body_bytes != PROOF_BYTES + size:
             raise unexpected(header, self._peer)
+        proof = bytes(stream.receive(PROOF_BYTES))
+        connection.check(question, MessageType.DATA, proof, wire.data_content(size))
         stream.receive_spans(cursor, self._count)
 
     def _count(self, moved: int) -> None:

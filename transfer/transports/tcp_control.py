@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from transfer.errors import DeadlineExceeded, Phase
+from transfer.errors import DeadlineExceeded, Phase, TransferError
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import ControlChannel
-from transfer.transports.tcp_dialer import unexpected
+from transfer.transports.tcp_connection import Connection, Question, unexpected
+from transfer.transports.tcp_fields import MAX_READ_ROWS
 from transfer.transports.tcp_messages import MessageReader
-from transfer.transports.tcp_stream import TcpStream, translated
-from transfer.transports.tcp_wire import Header, MessageType
-from transfer.types import Credentials, PeerInfo, SpanArray
+from transfer.transports.tcp_stream import translated
+from transfer.transports.tcp_wire import MessageType
+from transfer.types import Credentials, SpanArray
 
 
 class TcpControl(ControlChannel):
     """See :class:`~transfer.transports.base.ControlChannel`."""
 
-    def __init__(self, stream: TcpStream, info: PeerInfo) -> None:
-        self.info = info
-        self._stream = stream
-        self._answers = MessageReader(stream, stall_s=0)
-        self._peer = str(info.peer)
+    def __init__(self, connection: Connection) -> None:
+        self.info = connection.info
+        self._connection = connection
+        self._answers = MessageReader(connection.stream, stall_s=0)
+        self._peer = str(connection.info.peer)
         self._turn = threading.Lock()
-        self._request_ids = itertools.count(1)
         self._broken = False
 
     def __repr__(self) -> str:
@@ -38,12 +37,15 @@ class TcpControl(ControlChannel):
 
     @property
     def hangup_fd(self) -> int:
-        return self._stream.fd
+        return self._connection.stream.fd
 
     def exchange(self, scheme: str, request: bytes, timeout_s: float) -> bytes:
         body = wire.encode_attach(scheme, request)
         answer = self._call(
-            MessageType.ATTACH, body, MessageType.ATTACHED, timeout_s, Phase.CONNECT
+            lambda deadline: self._connection.ask(MessageType.ATTACH, body, deadline=deadline),
+            MessageType.ATTACHED,
+            timeout_s,
+            Phase.CONNECT,
         )
         return bytes(answer)
 
@@ -58,48 +60,72 @@ class TcpControl(ControlChannel):
         deadline = time.monotonic() + timeout_s
         expected = MessageType.KEYS if keys_of else MessageType.OK
         answers = []
-        for at in range(0, spans.shape[0], wire.MAX_READ_ROWS):
-            part = spans[at : at + wire.MAX_READ_ROWS]
-            body = wire.encode_begin(credentials, read_id, keys_of, part)
+        for at in range(0, spans.shape[0], MAX_READ_ROWS):
+            part = spans[at : at + MAX_READ_ROWS]
+            body = wire.encode_begin(credentials.claim, read_id, keys_of, part)
             left_s = deadline - time.monotonic()
-            answer = self._call(MessageType.BEGIN, body, expected, left_s, Phase.READ, credentials)
-            answers.append(bytes(answer))
+            answers.append(
+                bytes(self._claim(MessageType.BEGIN, body, expected, left_s, credentials))
+            )
         return answers if keys_of else []
 
     def release(
         self, credentials: Credentials, *, used: bool, read_id: str, timeout_s: float
     ) -> None:
-        body = wire.encode_release(credentials, used=used, read_id=read_id)
-        self._call(MessageType.RELEASE, body, MessageType.OK, timeout_s, Phase.CONFIRM, credentials)
+        body = wire.encode_release(credentials.claim, used=used, read_id=read_id)
+        self._claim(
+            MessageType.RELEASE, body, MessageType.OK, timeout_s, credentials, Phase.CONFIRM
+        )
 
     def renew(self, credentials: Sequence[Credentials], timeout_s: float) -> list[bool]:
-        body = wire.encode_renew(credentials)
-        answer = self._call(MessageType.RENEW, body, MessageType.RENEWED, timeout_s, Phase.READ)
+        answer = self._call(
+            lambda deadline: self._connection.ask_to_renew(credentials, deadline),
+            MessageType.RENEWED,
+            timeout_s,
+            Phase.READ,
+        )
         return wire.decode_renewed(answer, len(credentials))
 
     def abort(self, credentials: Credentials, reason: str, timeout_s: float) -> None:
-        body = wire.encode_abort(credentials, reason)
-        self._call(MessageType.ABORT, body, MessageType.OK, timeout_s, Phase.READ, credentials)
+        body = wire.encode_abort(credentials.claim, reason)
+        self._claim(MessageType.ABORT, body, MessageType.OK, timeout_s, credentials)
 
     def shutdown(self) -> None:
         self._broken = True
-        self._stream.shutdown()
+        self._connection.stream.shutdown()
 
     def close(self) -> None:
         self.shutdown()
         with self._turn:
-            self._stream.close()
+            self._connection.stream.close()
 
-    def _call(
+    def _claim(
         self,
         request: MessageType,
         body: bytes,
         expected: MessageType,
         timeout_s: float,
+        credentials: Credentials,
+        phase: Phase = Phase.READ,
+    ) -> memoryview:
+        """A request about one hand-off."""
+        return self._call(
+            lambda deadline: self._connection.ask(request, body, credentials.secret, deadline),
+            expected,
+            timeout_s,
+            phase,
+            credentials.handoff_id,
+        )
+
+    def _call(
+        self,
+        ask: Callable[[float], Question],
+        expected: MessageType,
+        timeout_s: float,
         phase: Phase,
-        credentials: Credentials | None = None,
-    ) -> bytes | bytearray:
-        handoff_id = credentials.handoff_id if credentials else ""
+        handoff_id: str = "",
+    ) -> memoryview:
+        """The answer to what ``ask`` asks, without its proof, which was the right one."""
         deadline = time.monotonic() + timeout_s
         if not self._turn.acquire(timeout=max(0.0, timeout_s)):
             raise DeadlineExceeded(
@@ -111,26 +137,35 @@ class TcpControl(ControlChannel):
         whole = False
         try:
             with translated(phase, self._peer, handoff_id):
-                header, answer = self._exchange(request, body, deadline)
-            whole = header.type is expected or header.type is MessageType.ERROR
+                error, answer = self._exchange(ask, expected, deadline, phase, handoff_id)
+            whole = True
         finally:
             if not whole:  # what comes next on this connection is unknown
                 self._broken = True
             self._turn.release()
-        if header.type is MessageType.ERROR:
-            raise wire.decode_error(answer, phase, self._peer, handoff_id)
-        if not whole:
-            raise unexpected(header, self._peer)
+        if error is not None:
+            raise error
         return answer
 
     def _exchange(
-        self, request: MessageType, body: bytes, deadline: float
-    ) -> tuple[Header, bytes | bytearray]:
+        self,
+        ask: Callable[[float], Question],
+        expected: MessageType,
+        deadline: float,
+        phase: Phase,
+        handoff_id: str,
+    ) -> tuple[TransferError | None, memoryview]:
+        """The owner's error or its answer."""
         if self._broken:
             raise ConnectionAbortedError("the connection was shut down")
-        request_id = next(self._request_ids)
-        self._stream.send(wire.message(request, request_id, body), deadline)
-        header, answer = self._answers.next(deadline)
-        if header.request_id != request_id:
+        question = ask(deadline)
+        header, body = self._answers.next(deadline)
+        if header.request_id != question.id:
             raise unexpected(header, self._peer)
-        return header, answer
+        if header.type is MessageType.ERROR:
+            return wire.decode_error(body, phase, self._peer, handoff_id), memoryview(b"")
+        if header.type is not expected:
+            raise unexpected(header, self._peer)
+        proof, content = wire.split_proof(body)
+        self._connection.check(question, expected, proof, content)
+        return None, content

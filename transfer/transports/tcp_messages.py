@@ -41,12 +41,15 @@ class MessageReader:
         """What it holds, not taken yet or refused."""
         return bytes(self._buffer[self._begin : self._end])
 
-    def next(self, deadline: float | None = None) -> tuple[Header, bytes | bytearray]:
+    def next(
+        self, deadline: float | None = None, only: MessageType | None = None
+    ) -> tuple[Header, bytes | bytearray]:
         """Header and body of the next message, not of DATA.
 
         Args:
             deadline: monotonic time when it must be whole. Without it, the first byte is waited for
                 for ever, and the rest as long as it may stall.
+            only: the one type that may come; the body of another one is not taken in.
 
         Raises:
             OSError: the stream broke, ended or stalled.
@@ -56,6 +59,11 @@ class MessageReader:
             self._take_in_header(deadline)
         begin = self._begin + _HEADER_BYTES
         header = wire.decode_header(self._buffer[self._begin : begin])
+        if only is not None and header.type is not only:
+            raise ProtocolError(
+                f"{header.type.name} of {header.body_bytes} bytes came, not {only.name}",
+                phase=Phase.CONNECT,
+            )
         end = begin + header.body_bytes
         if end > self._end:
             return header, self._rest_of_body(header, deadline)

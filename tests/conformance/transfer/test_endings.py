@@ -37,7 +37,7 @@ from transfer.errors import (
 )
 from transfer.transports.base import Caller
 from transfer.transports.tcp import TcpTransport
-from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
+from transfer.types import Claim, PeerId, PeerInfo, ReadPlan
 
 STALL_AT_BYTES = 3 << 20
 
@@ -139,7 +139,7 @@ def test_an_offer_expires_without_anybody_asking(pair: Pair) -> None:
 def test_a_reader_aborts(pair: Pair) -> None:
     proof = pair.offer(readers=2)
     control = TcpTransport(pair.settings).open_control(
-        pair.owner.addresses[0], Caller(PeerId("proxy", 0), "p-1"), 2.0 * SLOWNESS
+        pair.owner.addresses[0], Caller(PeerId("proxy", 0), "p-1"), proof, 2.0 * SLOWNESS
     )
     try:
         control.abort(proof, "client gone", 2.0 * SLOWNESS)
@@ -292,8 +292,8 @@ def test_a_read_is_confirmed_again_if_the_first_answer_is_lost(
 
     with StallingProxy(pair.owner.addresses[0], limit_bytes=0) as proxy:
 
-        def release_and_cut(self: Owner, proof: Credentials, *, used: bool, read_id: str) -> None:
-            release(self, proof, used=used, read_id=read_id)
+        def release_and_cut(self: Owner, claim: Claim, *, used: bool, read_id: str) -> None:
+            release(self, claim, used=used, read_id=read_id)
             released.append(read_id)
             if len(released) == 1:
                 proxy.cut()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import threading
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import raw_connections
 from tests.support.false_owner import FalseOwner
+from tests.support.raw_connections import RawReader, until_closed
 from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import (
     Pair,
@@ -22,14 +23,11 @@ from tests.support.transfer_engines import (
     take_ended,
     wait_until,
 )
-from transfer.addressing import parse_address
 from transfer.errors import PeerUnreachable, ProtocolError, TransferError
 from transfer.transports import tcp_wire as wire
-from transfer.transports.base import Caller
+from transfer.transports.tcp_proofs import PROOF_BYTES
 from transfer.transports.tcp_wire import MessageType
-from transfer.types import Credentials, PeerId
-
-HELLO = wire.message(MessageType.HELLO, 0, wire.encode_hello(Caller(PeerId("stranger", 0), "s-1")))
+from transfer.types import Credentials
 
 
 @pytest.fixture
@@ -39,18 +37,17 @@ def case() -> TransferCase:
 
 
 def connect(pair: Pair) -> socket.socket:
-    address = parse_address(pair.owner.addresses[0])
-    return socket.create_connection((address.host, address.port), timeout=5)
+    return raw_connections.connect(pair.owner.addresses[0])
 
 
-def until_closed(sock: socket.socket) -> bytes:
-    received = b""
-    try:
-        while data := sock.recv(65_536):
-            received += data
-    except ConnectionResetError:
-        pass  # closed with our bytes unread
-    return received
+def greeting(proof: Credentials) -> bytes:
+    """A reader's first message."""
+    return wire.message(MessageType.HELLO, 0, raw_connections.hello(proof))
+
+
+def connections(pair: Pair) -> str:
+    """What the owner says of its connections."""
+    return repr(pair.owner._listeners[0])
 
 
 def test_garbage_is_cut_off_and_logged_once(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
@@ -65,14 +62,18 @@ def test_random_bytes_never_stop_the_listener(pair: Pair) -> None:
     @settings(max_examples=40, deadline=None)
     @given(st.binary(max_size=300), st.booleans(), st.sampled_from(MessageType))
     def check(data: bytes, greet: bool, type_: MessageType) -> None:
-        with connect(pair) as sock:
+        with contextlib.ExitStack() as opened:
             if greet:
-                data = HELLO + wire.encode_header(type_, 1, len(data) + 9) + data
+                sock = opened.enter_context(RawReader(pair.owner.addresses[0], proof)).sock
+                data = wire.encode_header(type_, 1, len(data) + 9) + data
+            else:
+                sock = opened.enter_context(connect(pair))
             with contextlib.suppress(OSError):  # cut off before all was sent
                 sock.sendall(data)
                 sock.shutdown(socket.SHUT_WR)
             until_closed(sock)
 
+    proof = pair.offer()
     check()
     succeeds(pair.read(pair.offer()))
     assert pair.local_is_remote()
@@ -80,7 +81,7 @@ def test_random_bytes_never_stop_the_listener(pair: Pair) -> None:
 
 def test_reads_before_the_handshake_get_nothing(pair: Pair) -> None:
     proof = pair.offer()
-    body = wire.encode_credentials(proof) + pair.remote.spans([0]).tobytes()
+    body = bytes(PROOF_BYTES) + wire.encode_read(proof.claim, pair.remote.spans([0]))
     with connect(pair) as sock:
         sock.sendall(wire.message(MessageType.READ, 1, body))
         assert until_closed(sock) == b""
@@ -91,68 +92,60 @@ def test_a_request_for_more_than_a_slice_may_have(pair: Pair) -> None:
     rows = pair.remote.spans([0] * 64)
     rows[:, 1] = pair.remote.bytes.nbytes
     rows = rows.repeat(4000, axis=0)
-    with connect(pair) as sock:
-        sock.sendall(HELLO)
-        body = wire.encode_credentials(proof) + rows.tobytes()
-        threading.Thread(
-            target=sock.sendall, args=(wire.message(MessageType.READ, 7, body),)
-        ).start()
-        answer = until_closed(sock)
-    header_at = answer.rindex(wire.MAGIC)
-    header = wire.decode_header(answer[header_at : header_at + wire.HEADER.size])
-    assert header.type is MessageType.ERROR
+    with RawReader(pair.owner.addresses[0], proof) as reader:
+        reader.ask(MessageType.READ, 7, wire.encode_read(proof.claim, rows))
+        answer = reader.receive()
+        assert answer is not None
+        assert answer.header.type is MessageType.ERROR
+        assert reader.receive() is None
     assert wait_until(lambda: pair.owner.offers()[0].state == "reading")
 
 
 def test_a_slow_stranger_is_cut_off(case: TransferCase) -> None:
     with engine_pair(settings=case.settings(stall_timeout_s=0.2)) as pair:
-        for data in (b"", b"BA", HELLO[:-1], HELLO + HELLO[:5]):
+        hello = greeting(pair.offer())
+        for data in (b"", b"BA", hello[:-1], hello, hello + hello[:5]):
             with connect(pair) as sock:
                 sock.sendall(data)
                 until_closed(sock)
         succeeds(pair.read(pair.offer()))
 
 
-def stuck_reader(pair: Pair) -> tuple[socket.socket, Credentials]:
+def stuck_reader(pair: Pair) -> tuple[RawReader, Credentials]:
     """A connection that asks for 16 MiB and takes in none of it."""
     proof = pair.offer()
     rows = pair.remote.spans([0] * 4)
     rows[:, 1] = pair.remote.bytes.nbytes
-    sock = connect(pair)
-    body = wire.encode_credentials(proof) + rows.tobytes()
-    sock.sendall(HELLO + wire.message(MessageType.READ, 1, body))
+    reader = RawReader(pair.owner.addresses[0], proof)
+    reader.ask(MessageType.READ, 1, wire.encode_read(proof.claim, rows))
     assert wait_until(lambda: pair.owner.offers()[0].state == "reading")
     time.sleep(0.05)
-    return sock, proof
+    return reader, proof
 
 
 def test_a_reader_that_takes_nothing_in_cannot_delay_the_end(case: TransferCase) -> None:
     with engine_pair(64, 65_536, settings=case.settings()) as pair:
-        sock, proof = stuck_reader(pair)
-        with sock:
+        reader, proof = stuck_reader(pair)
+        with reader:
             pair.owner.abort(proof.handoff_id, "given up")
             assert take_ended(pair.owner, 2.0)
 
 
 def test_a_reader_that_takes_nothing_in_is_cut_off(case: TransferCase) -> None:
     with engine_pair(64, 65_536, settings=case.settings(stall_timeout_s=0.2)) as pair:
-        sock, _ = stuck_reader(pair)
-        with sock:
-            assert wait_until(lambda: "0 connections" in repr(pair.owner._listeners[0]))
+        reader, _ = stuck_reader(pair)
+        with reader:
+            assert wait_until(lambda: "0 connections" in connections(pair))
 
 
 def test_connections_are_bounded(case: TransferCase) -> None:
     with engine_pair(settings=case.settings(max_connections=2)) as pair:
-        strangers = [connect(pair) for _ in range(2)]
-        try:
-            for stranger in strangers:
-                stranger.sendall(HELLO)
-                assert stranger.recv(10)
+        with contextlib.ExitStack() as opened:
+            for _ in range(2):
+                opened.enter_context(RawReader(pair.owner.addresses[0], pair.offer()))
+            assert wait_until(lambda: "2 connections" in connections(pair))
             fails(pair.read(pair.offer()), PeerUnreachable, "2 connections")
-        finally:
-            for stranger in strangers:
-                stranger.close()
-        assert wait_until(lambda: "0 connections" in repr(pair.owner._listeners[0]))
+        assert wait_until(lambda: "0 connections" in connections(pair))
         succeeds(pair.read(pair.offer()))
 
 

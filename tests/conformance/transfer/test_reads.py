@@ -20,19 +20,21 @@ from tests.support.transfer_engines import (
     succeeds,
     take_ended,
 )
-from transfer.engine.handoff import HandoffState
+from transfer.engine.handoff import HandoffState, Offer
 from transfer.errors import (
     FatalError,
     HandoffRefused,
     LayoutMismatch,
+    OwnerUnproven,
     PeerUnknown,
     Phase,
     RegistrationError,
+    TransferError,
     TransportUnavailable,
 )
 from transfer.settings import TransferSettings
-from transfer.spans import overlaps_itself
-from transfer.types import PeerId, PeerInfo, ReadPlan, SpanArray
+from transfer.spans import empty_spans, overlaps_itself
+from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan, SpanArray
 
 BLOCKS = 64
 MAX_LIST_BYTES = 64 << 20
@@ -188,8 +190,9 @@ def test_a_big_layout_arrives(pair: Pair) -> None:
         seen.append(info.layout)
         raise LayoutMismatch("not ours", phase=Phase.CONNECT)
 
-    with pair.engine("wordy", layout=layout):
-        proof = replace(pair.offer(), incarnation="wordy-1")
+    with pair.engine("wordy", layout=layout) as wordy:
+        proof = Credentials("f" * 32, "wordy-1", 1, "secret", "r")
+        wordy.offer(Offer(proof.handoff_id, 1, proof.secret, empty_spans(), 1, 30.0, 0))
         handle = pair.reader.submit_read(PeerId("wordy", 0), proof, planner, 5)
         fails(handle, LayoutMismatch, "not ours")
     assert seen == [layout]
@@ -293,18 +296,21 @@ def test_one_bad_span_fails_the_whole_read(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "why"),
+    ("wrong", "error", "why"),
     [
-        ({"secret": "0" * 32}, "wrong secret"),
-        ({"fence": 18}, "wrong fence"),
-        ({"incarnation": "owner-0"}, "owner-0"),
-        ({"handoff_id": "f" * 32}, "unknown"),
+        # Which of the two ends does not know it neither can tell.
+        ({"secret": "0" * 32}, OwnerUnproven, "has not proved"),
+        ({"fence": 18}, HandoffRefused, "wrong fence"),
+        ({"incarnation": "owner-0"}, HandoffRefused, "owner-0"),
+        ({"handoff_id": "f" * 32}, HandoffRefused, "unknown"),
     ],
-    ids=lambda value: str(value) if isinstance(value, str) else next(iter(value)),
+    ids=["secret", "fence", "incarnation", "handoff_id"],
 )
-def test_wrong_credentials_get_nothing(pair: Pair, wrong: dict[str, str | int], why: str) -> None:
+def test_wrong_credentials_get_nothing(
+    pair: Pair, wrong: dict[str, str | int], error: type[TransferError], why: str
+) -> None:
     proof = pair.offer()
-    fails(pair.read(replace(proof, **wrong)), HandoffRefused, why)  # type: ignore[arg-type]
+    fails(pair.read(replace(proof, **wrong)), error, why)  # type: ignore[arg-type]
     assert not pair.local.bytes.any()
     succeeds(pair.read(proof))
 

@@ -31,7 +31,7 @@ from tests.support.transfer_engines import (
     wait_until,
 )
 from transfer.addressing import parse_address
-from transfer.errors import ConfigurationError, PeerUnreachable, TlsRefused
+from transfer.errors import ConfigurationError, TlsRefused
 from transfer.settings import TransferSettings
 from transfer.transports import process_memory
 from transfer.transports.bounce import BounceBuffer
@@ -182,14 +182,6 @@ def _still_open(sock: socket.socket) -> bool:
         return bool(sock.recv(1000))
     except ConnectionResetError:
         return False
-
-
-def test_connections_are_bounded_before_the_handshake(case: TransferCase) -> None:
-    with engine_pair(settings=case.settings(max_connections=1)) as pair:
-        address = parse_address(pair.owner.addresses[0])
-        with socket.create_connection((address.host, address.port), timeout=5):
-            assert wait_until(lambda: "1 connections" in repr(pair.owner._listeners[0]))
-            fails(pair.read(pair.offer()), PeerUnreachable)
 
 
 def test_an_owner_that_says_nothing_costs_its_reader_no_more_than_the_deadline(

@@ -1,0 +1,127 @@
+"""What the bodies of messages are made of: numbers, texts, claims and rows of spans. Pure."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from transfer.errors import Phase, ProtocolError
+from transfer.transports.tcp_proofs import PROOF_BYTES, Buffer
+from transfer.types import Claim, SpanArray
+
+MAX_READ_ROWS = 262_144
+MAX_TEXT_BYTES = 512
+ROW_BYTES = 16
+
+U16 = struct.Struct("<H")
+U32 = struct.Struct("<I")
+# Fence, share and the length of the text.
+_CLAIM = struct.Struct("<QHH")
+_BETWEEN_TEXTS = "\0"
+_CLAIM_TEXTS = 3
+
+
+def encode_claim(claim: Claim) -> bytes:
+    if not 0 <= claim.fence < 1 << 64:
+        raise malformed(f"fence {claim.fence} does not fit 64 bits")
+    if not 0 < claim.share < 1 << 16:
+        raise malformed(f"share {claim.share} is not from 1 to {(1 << 16) - 1}")
+    text = _BETWEEN_TEXTS.join((claim.handoff_id, claim.incarnation, claim.reader))
+    if text.count(_BETWEEN_TEXTS) != _CLAIM_TEXTS - 1:
+        raise malformed("a claim with NUL in it")
+    data = _utf8(text, _CLAIM_TEXTS * MAX_TEXT_BYTES)
+    return _CLAIM.pack(claim.fence, claim.share, len(data)) + data
+
+
+class Fields:
+    """Takes a body apart from front to back."""
+
+    def __init__(self, body: Buffer) -> None:
+        self._body = body
+        self._at = 0
+
+    def _take(self, count: int) -> Buffer:
+        upto = self._at + count
+        if upto > len(self._body):
+            raise malformed(f"body of {len(self._body)} bytes ends within a field")
+        taken = self._body[self._at : upto]
+        self._at = upto
+        return taken
+
+    def u8(self) -> int:
+        return int(self._take(1)[0])
+
+    def u16(self) -> int:
+        return int(U16.unpack(self._take(2))[0])
+
+    def u32(self) -> int:
+        return int(U32.unpack(self._take(4))[0])
+
+    def flag(self) -> bool:
+        value = self.u8()
+        if value > 1:
+            raise malformed(f"flag of value {value}")
+        return value == 1
+
+    def text(self) -> str:
+        return self._utf8(self.u16(), MAX_TEXT_BYTES)
+
+    def claim(self) -> Claim:
+        fence, share, length = _CLAIM.unpack(self._take(_CLAIM.size))
+        if not share:
+            raise malformed("a claim with a share of 0")
+        texts = self._utf8(length, _CLAIM_TEXTS * MAX_TEXT_BYTES).split(_BETWEEN_TEXTS)
+        if len(texts) != _CLAIM_TEXTS:
+            raise malformed(f"a claim of {len(texts)} texts, not {_CLAIM_TEXTS}")
+        handoff_id, incarnation, reader = texts
+        return Claim(handoff_id, incarnation, fence, reader, share)
+
+    def rows(self) -> SpanArray:
+        size = len(self._body) - self._at
+        if size % ROW_BYTES or not 0 < size <= MAX_READ_ROWS * ROW_BYTES:
+            raise malformed(f"spans of {size} bytes are not 1 to {MAX_READ_ROWS} rows")
+        words = np.frombuffer(self._body, dtype="<u8", offset=self._at)
+        self._at += size
+        # In the body they lie at any address, which numpy is slow with.
+        return words.reshape(-1, 2).copy()
+
+    def proof(self) -> bytes:
+        return bytes(self._take(PROOF_BYTES))
+
+    def skip(self, count: int) -> None:
+        self._take(count)
+
+    def rest(self) -> bytes:
+        return bytes(self._take(len(self._body) - self._at))
+
+    def end(self) -> None:
+        if self._at != len(self._body):
+            raise malformed(f"{len(self._body) - self._at} bytes too many in the body")
+
+    def _utf8(self, length: int, limit: int) -> str:
+        if length > limit:
+            raise malformed(f"text of {length} bytes, at most {limit} are read")
+        try:
+            return str(self._take(length), "utf-8")
+        except UnicodeDecodeError:
+            raise malformed("text is not UTF-8") from None
+
+
+def encode_text(value: str) -> bytes:
+    data = _utf8(value, MAX_TEXT_BYTES)
+    return U16.pack(len(data)) + data
+
+
+def _utf8(value: str, limit: int) -> bytes:
+    try:
+        data = value.encode()
+    except UnicodeEncodeError:
+        raise malformed(f"{value!r} is not Unicode text") from None
+    if len(data) > limit:
+        raise malformed(f"text of {len(data)} bytes, at most {limit}")
+    return data
+
+
+def malformed(message: str) -> ProtocolError:
+    return ProtocolError(message, phase=Phase.READ)

@@ -1,0 +1,82 @@
+"""Proofs: MACs that only who knows a ticket's secret can make, each for one place of one
+connection. Pure.
+
+A proof is HMAC-SHA256 (RFC 2104) under the secret, over who makes it, the greeting of the
+connection with the nonces of both ends in it, type and id of the message, for an answer the proof
+of the request that it answers, and the rest of the message's body. So one that was overheard fits
+nothing else: no other connection, direction, type, request or content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import struct
+from typing import TypeAlias
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+PROOF_BYTES = 32
+NONCE_BYTES = 16
+
+_READER, _OWNER = 1, 2
+_NO_REQUEST = bytes(PROOF_BYTES)
+# Who, the greeting, type and id of the message, and the proof of the request.
+_PLACE = struct.Struct(f"<B32sBQ{PROOF_BYTES}s")
+_LENGTH = struct.Struct("<Q")
+
+
+class ConnectionProofs:
+    """Makes the proofs of one connection; either end compares what it gets with its own.
+
+    Args:
+        hello: the body with which the reader greeted.
+        welcome: what the owner answered, without its proof.
+    """
+
+    def __init__(self, hello: Buffer, welcome: Buffer) -> None:
+        greeting = hashlib.sha256(_LENGTH.pack(len(hello)))
+        greeting.update(hello)
+        greeting.update(welcome)
+        self._greeting = greeting.digest()
+
+    def __repr__(self) -> str:
+        return f"<ConnectionProofs {self._greeting.hex()[:8]}>"
+
+    def of_request(self, secret: str, type_: int, request_id: int, content: Buffer = b"") -> bytes:
+        """What a reader proves."""
+        return self._proof(secret, _READER, type_, request_id, _NO_REQUEST, content)
+
+    def of_answer(
+        self,
+        secret: str,
+        type_: int,
+        request_id: int,
+        request_proof: bytes = _NO_REQUEST,
+        content: Buffer = b"",
+    ) -> bytes:
+        """What an owner proves.
+
+        Args:
+            request_proof: of the request that is answered.
+        """
+        return self._proof(secret, _OWNER, type_, request_id, request_proof, content)
+
+    def _proof(
+        self,
+        secret: str,
+        who: int,
+        type_: int,
+        request_id: int,
+        request_proof: bytes,
+        content: Buffer,
+    ) -> bytes:
+        place = _PLACE.pack(who, self._greeting, type_, request_id, request_proof)
+        proof = hmac.new(secret.encode("utf-8", "surrogatepass"), place, "sha256")
+        proof.update(content)
+        return proof.digest()
+
+
+def same_proof(one: bytes, other: bytes) -> bool:
+    """Whether they are equal, in a time that does not tell where they differ."""
+    return hmac.compare_digest(one, other)
