@@ -27,7 +27,7 @@ def test_every_circumstance_makes_another_proof() -> None:
         PROOFS.of_answer(SECRET, RELEASE, 1, content=b"content"),
         PROOFS.of_answer(SECRET, RELEASE, 1, one, b"content"),
         # The same bytes of greeting, cut elsewhere; other nonces.
-        ConnectionProofs(b"hellow", b"elcome").of_request(SECRET, RELEASE, 1, b"content"),
+        ConnectionProofs(b"hell", b"owelcome").of_request(SECRET, RELEASE, 1, b"content"),
         ConnectionProofs(b"Hello", b"welcome").of_request(SECRET, RELEASE, 1, b"content"),
         ConnectionProofs(b"hello", b"Welcome").of_request(SECRET, RELEASE, 1, b"content"),
     ]
