@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-TICKET_VERSION = 2
+from transfer.ticket import TICKET_VERSION
 
 
 def tickets_to_params(tickets: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

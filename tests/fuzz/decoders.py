@@ -13,9 +13,9 @@ import numpy as np
 
 from transfer.addressing import parse_address
 from transfer.connector.layout import KVLayout
-from transfer.connector.ticket import tickets_from_params
 from transfer.discovery.record import decode_record, encode_record
 from transfer.errors import Phase
+from transfer.ticket import tickets_from_params
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Caller
 from transfer.transports.rdma import handshake

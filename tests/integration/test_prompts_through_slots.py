@@ -18,7 +18,7 @@ from transfer.connector.offers import EndedOffer, PromptOffers
 from transfer.connector.reads import EndedRead, PromptReads
 from transfer.connector.staging import STEP_BLOCKS, Staging
 from transfer.connector.stats import Outcome
-from transfer.connector.ticket import Ticket
+from transfer.ticket import Ticket
 from transfer.types import PeerId
 
 NUM_BLOCKS, NUM_SLOTS = 3 * STEP_BLOCKS, 2 * STEP_BLOCKS

@@ -10,9 +10,9 @@ from vllm.v1.request import RequestStatus
 
 from transfer.connector.metadata import BatonMetadata, WorkerHandshake
 from transfer.connector.scheduler import BatonScheduler
-from transfer.connector.ticket import Ticket, prompt_hash
 from transfer.connector.ticket_writer import TicketWriter
 from transfer.params import tickets_to_params
+from transfer.ticket import Ticket, prompt_hash
 
 BLOCK = 16
 TTL_S = 20.0

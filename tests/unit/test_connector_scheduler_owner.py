@@ -25,7 +25,7 @@ from tests.support.scheduler_requests import (
     schedule,
     tokens,
 )
-from transfer.connector.ticket import MAX_READERS, Medium, Ticket, prompt_hash
+from transfer.ticket import MAX_READERS, Medium, Ticket, prompt_hash
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tests.support.scheduler_requests import (
 )
 from transfer.connector.metadata import Holding, Verdict, WorkerReport
 from transfer.connector.stats import Outcome
-from transfer.connector.ticket import Medium, prompt_hash
+from transfer.ticket import Medium, prompt_hash
 
 REFUSED = Verdict(Outcome.REFUSED, recomputed_tokens=39)
 

@@ -23,7 +23,7 @@ from tests.support.scheduler_requests import (
 from transfer.connector.metadata import Holding, WorkerReport
 from transfer.connector.scheduler import BatonScheduler
 from transfer.connector.stats import Outcome
-from transfer.connector.ticket import Ticket
+from transfer.ticket import Ticket
 
 SLOTS = 4
 WAIT = (None, False)

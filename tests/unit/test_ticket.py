@@ -8,18 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfer.connector.ticket import (
+from transfer.engine.handoff import Offer
+from transfer.errors import ProtocolError
+from transfer.params import tickets_to_params
+from transfer.spans import empty_spans
+from transfer.ticket import (
     MAX_READERS,
     MAX_TICKETS,
+    TICKET_VERSION,
     Medium,
     Ticket,
     prompt_hash,
     tickets_from_params,
 )
-from transfer.engine.handoff import Offer
-from transfer.errors import ProtocolError
-from transfer.params import TICKET_VERSION, tickets_to_params
-from transfer.spans import empty_spans
 from transfer.types import Credentials
 
 TICKET = Ticket(

@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from transfer.connector.stats import Outcome, worse
-from transfer.connector.ticket import Ticket
+from transfer.ticket import Ticket
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,10 @@ from transfer.connector.packing import TOKENS
 from transfer.connector.pairing import Stretch, plan_read
 from transfer.connector.staging import Staging
 from transfer.connector.stats import Outcome
-from transfer.connector.ticket import Ticket
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.errors import DigestMismatch, HandoffRefused, LayoutMismatch, OwnerUnproven, Phase
+from transfer.ticket import Ticket
 from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
 
 logger = logging.getLogger(__name__)

@@ -26,9 +26,9 @@ from transfer.connector.metadata import (
 from transfer.connector.slot_queue import SlotQueue
 from transfer.connector.slots import SlotPool
 from transfer.connector.stats import Outcome, worse
-from transfer.connector.ticket import Ticket, tickets_from_params
 from transfer.connector.ticket_writer import TicketWriter, transfer_params
 from transfer.errors import ProtocolError
+from transfer.ticket import Ticket, tickets_from_params
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks

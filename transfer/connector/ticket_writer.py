@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transfer.connector.metadata import WorkerHandshake
-from transfer.connector.ticket import (
+from transfer.ticket import (
     MAX_READERS,
     MAX_TEXT_CHARS,
     Medium,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 from transfer.errors import Phase, ProtocolError
-from transfer.params import TICKET_VERSION
 
+TICKET_VERSION = 2
 MAX_BLOCKS = 1 << 20
 MAX_TICKETS = 1024
 MAX_READERS = 1024
