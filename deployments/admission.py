@@ -57,7 +57,7 @@ class PromptSize:
 
     @classmethod
     def of(cls, body: Any) -> PromptSize:
-        """The size of a request's prompts: of ``prompt``, or of ``messages`` and ``tools``."""
+        """The size of a request's prompt: of ``prompt``, or of ``messages`` and ``tools``."""
         parts = [getattr(body, name, None) for name in ("prompt", "messages", "tools")]
         return cls(sum(map(_characters, parts)), _token_ids(parts[0]))
 
@@ -105,12 +105,12 @@ class Admission:
         self._policy = policy or AdmissionPolicy()
         self._cost = PrefillCost()
         self._requests = 0
-        self._waiting: dict[Place, float] = {}
+        self._waiting: dict[Waiting, float] = {}
         self._characters, self._tokens = 4.0, 1.0
         self._seen: dict[str, float] = {}
         self._now = self._shared_s = 0.0
 
-    def enter(self, size: PromptSize, now: float, *, prefill: bool = True) -> Place:
+    def enter(self, now: float, *, prefill: bool = True) -> Place:
         """Lets a request in.
 
         Args:
@@ -130,12 +130,8 @@ class Admission:
                 f"{self._policy.max_prefill_wait_s:.0f} s are allowed",
                 retry_after_s=wait_s - self._policy.max_prefill_wait_s,
             )
-        self._pass_time(now)
-        place = Place(self, size, self._shared_s)
         self._requests += 1
-        if prefill:
-            self._waiting[place] = self.tokens(size)
-        return place
+        return Place(self)
 
     def tokens(self, size: PromptSize) -> float:
         """How many tokens a prompt probably has, by the prompts before it."""
@@ -146,24 +142,30 @@ class Admission:
         ahead = sum(self._cost.seconds(tokens) for tokens in self._waiting.values())
         return ahead / self._replicas(now)
 
-    # ---- of Place --------------------------------------------------------------------------------
+    # ---- of Place and Waiting --------------------------------------------------------------------
 
-    def _prefilled(self, place: Place, replica_id: str, tokens: int, now: float) -> None:
+    def _wait(self, size: PromptSize, now: float) -> Waiting:
+        self._pass_time(now)
+        waiting = Waiting(self, size, self._shared_s)
+        self._waiting[waiting] = self.tokens(size)
+        return waiting
+
+    def _prefilled(self, waiting: Waiting, replica_id: str, tokens: int, now: float) -> None:
         self._pass_time(now)
         self._seen[replica_id] = now
-        if self._waiting.pop(place, None) is None:
+        if self._waiting.pop(waiting, None) is None:
             return
-        self._cost.add(tokens, self._shared_s - place.since_shared_s)
-        if place.size.characters and tokens > place.size.tokens:
-            self._characters = self._characters * _FORGET + place.size.characters
-            self._tokens = self._tokens * _FORGET + tokens - place.size.tokens
+        self._cost.add(tokens, self._shared_s - waiting.since_shared_s)
+        size = waiting.size
+        if size.characters and tokens > size.tokens:
+            self._characters = self._characters * _FORGET + size.characters
+            self._tokens = self._tokens * _FORGET + tokens - size.tokens
 
-    def _not_prefilled(self, place: Place, now: float) -> None:
+    def _not_prefilled(self, waiting: Waiting, now: float) -> None:
         self._pass_time(now)
-        self._waiting.pop(place, None)
+        self._waiting.pop(waiting, None)
 
-    def _left(self, place: Place, now: float) -> None:
-        self._not_prefilled(place, now)
+    def _left(self) -> None:
         self._requests -= 1
 
     # ----------------------------------------------------------------------------------------------
@@ -187,25 +189,36 @@ class Admission:
 class Place:
     """A request's place. Call :meth:`leave` once, whatever happened."""
 
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._here = True
+
+    def wait(self, size: PromptSize, now: float) -> Waiting:
+        """One of its prompts begins to wait for prefill."""
+        return self._admission._wait(size, now)
+
+    def leave(self) -> None:
+        """Its answer has ended, in whichever way. Safe to call again."""
+        if self._here:
+            self._here = False
+            self._admission._left()
+
+
+class Waiting:
+    """A prompt that waits for prefill. Call one of its methods, whatever happened."""
+
     def __init__(self, admission: Admission, size: PromptSize, since_shared_s: float) -> None:
         self.size = size
         self.since_shared_s = since_shared_s
         self._admission = admission
-        self._here = True
 
     def prefilled(self, replica_id: str, tokens: int, now: float) -> None:
-        """A replica computed the prompts, which had so many tokens."""
+        """A replica computed the prompt, which had so many tokens."""
         self._admission._prefilled(self, replica_id, tokens, now)
 
     def not_prefilled(self, now: float) -> None:
-        """It waits for prefill no longer, or no longer undisturbed: its time says nothing."""
+        """It waits no longer, or no longer undisturbed: its time says nothing. Safe to repeat."""
         self._admission._not_prefilled(self, now)
-
-    def leave(self, now: float) -> None:
-        """Its answer has ended, in whichever way. Safe to call again."""
-        if self._here:
-            self._here = False
-            self._admission._left(self, now)
 
 
 def _characters(part: Any) -> int:

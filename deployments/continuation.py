@@ -26,7 +26,7 @@ _DONE = "data: [DONE]"
 # Fields that may have any value. All others must have their default: what a new field does to a
 # stream that is cut in two is not known. Left out with intent:
 #   logprobs: those of the tokens sent would be needed again;
-#   n, echo, several prompts: more than one text, or a text that is not the answer;
+#   n, echo: more than one text, or a text that is not the answer;
 #   presence_penalty, frequency_penalty, bad_words, repetition_detection: look at generated tokens,
 #     and the tokens sent count as prompt in the new engine (repetition_penalty looks at both);
 #   tools, response_format, structured_outputs: a grammar's or parser's state would be lost.
@@ -47,11 +47,11 @@ _ANY_VALUE = frozenset(
 
 
 def may_go_on(body: BaseModel) -> bool:
-    """Whether an answer to this request can go on at another replica after a part was sent."""
+    """Whether an answer to this request can go on at another replica after a part was sent.
+
+    If it has several prompts: each by itself.
+    """
     if not getattr(body, "stream", False):
-        return False
-    prompt = getattr(body, "prompt", None)
-    if isinstance(prompt, list) and not all(isinstance(item, int) for item in prompt):
         return False
     for name, field in type(body).model_fields.items():
         if name in _ANY_VALUE:

@@ -12,13 +12,14 @@ from typing import Any
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
 from deployments.continuation import STREAM_ERROR, StreamParts
-from deployments.generation import GenerationRequest, Output
+from deployments.generation import GenerationRequest, Output, WholeAnswer
 from deployments.links import LinkPolicy, Links
 from deployments.resumption import SENT_TOKEN_IDS
 from deployments.route_hint import RouteHint
 from deployments.server import BatonServer, own_replica_id
 from transfer import faults
-from transfer.params import ticket_owners
+from transfer.errors import ProtocolError
+from transfer.ticket import Ticket
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
@@ -57,10 +58,10 @@ class DecodeServer(BatonServer):
         """
         await faults.reach_async("decode.accepted")
         replica_id = own_replica_id()
-        owners = ticket_owners(request.body.kv_transfer_params)
-        if owners and not self._links.may_read(owners, time.monotonic()):
+        if request.body.kv_transfer_params is not None and not self._is_read(request):
+            # Before the engine hears of it: the router tells the owner at once.
             yield Output("", replica_id, unread=True)
-            request = request.with_tickets(())
+            request = request.with_ticket(None)
         parts = None
         if request.sent is not None:
             parts = StreamParts(request.method, request.sent, replica_id)
@@ -71,13 +72,27 @@ class DecodeServer(BatonServer):
                 if isinstance(content, str) and content.startswith(STREAM_ERROR):
                     # vLLM tells clients of its engine's death; here another one may go on.
                     await self.engine.check_health()
-                if parts is None or not isinstance(content, str):
-                    refused = isinstance(content, ErrorResponse)
-                    yield Output(content, replica_id, refused=refused)
+                if isinstance(content, ErrorResponse):
+                    yield Output(content, replica_id, refused=True)
+                elif not isinstance(content, str):
+                    yield Output(WholeAnswer(content.model_dump_json().encode()), replica_id)
+                elif parts is None:
+                    yield Output(content, replica_id)
                 elif (part := parts.take(content)) is not None:
                     yield part
         if parts is not None and (end := parts.end()) is not None:
             yield end
+
+    def _is_read(self, request: GenerationRequest) -> bool:
+        """Whether the engine gets the request's ticket."""
+        try:
+            ticket = Ticket.from_params(request.body.kv_transfer_params)
+        except ProtocolError as error:
+            logger.warning(
+                "ticket of request %s refused: %s", request.body.request_id, error.message
+            )
+            return False
+        return self._links.may_read(ticket.engine_id, time.monotonic())
 
 
 async def _unbatched(batches: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:

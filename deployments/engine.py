@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse as VLLMErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
+from vllm.inputs import split_enc_dec_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from deployments.generation import GenerationRequest
@@ -22,10 +23,19 @@ from transfer import faults
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """What a prefill left behind: a ticket for every prompt, or the reason why not."""
+    """What a prefill left behind: a ticket, nothing, or the reason why it was refused."""
 
-    tickets: tuple[dict[str, Any], ...] = ()
+    ticket: dict[str, Any] | None = None
     error: ErrorResponse | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """What an engine would compute for a request: its prompts, and with which adapter."""
+
+    serving: Any
+    prompts: list[Any]
+    lora_request: Any
 
 
 class BatonEngine(VLLMEngine):
@@ -79,60 +89,49 @@ class BatonEngine(VLLMEngine):
     def score(self, *args: Any) -> AsyncGenerator[Any, None]:
         return refusing(super().score(*args))
 
-    async def prefill(self, request: GenerationRequest) -> Prefilled:
-        """Computes the KV of a request's prompts and pins it for a decode engine.
+    async def check(self, request: GenerationRequest) -> ErrorResponse | None:
+        """Why a request would be refused, whatever its number of prompts; None if it would not."""
+        rendered = await self._rendered(request)
+        return rendered if isinstance(rendered, ErrorResponse) else None
 
-        The prompts are rendered by the same code that the decode side uses, then each is run for
-        one token with sampling parameters of our own. Nothing of the client's request is clamped
-        or rewritten, so nothing in it can contradict the clamp.
+    async def prefill(self, request: GenerationRequest, handoff_id: str) -> Prefilled:
+        """Computes the KV of a request's prompt and pins it for a decode engine.
+
+        The prompt is rendered by the same code that the decode side uses, then run for one token
+        with sampling parameters of our own. Nothing of the client's request is clamped or
+        rewritten, so nothing in it can contradict the clamp.
 
         Tokens that the client has already are computed with the prompt.
+
+        Args:
+            request: of one prompt.
+            handoff_id: what the ticket shall be called. Cancelled, it is given up by this name,
+                whether it was offered by then or not.
         """
-        chat, body = request.method == "chat", request.body
-        serving: Any = self._oai_serving_chat if chat else self._oai_serving_completion
-        if serving is None:
-            return Prefilled(error=self._make_error("This model does not generate text."))
-        try:
-            rendered = await (
-                serving.render_chat_request(body)
-                if chat
-                else serving.render_completion_request(body)
-            )
-            if isinstance(rendered, VLLMErrorResponse):
-                return Prefilled(error=_ray_error(rendered))
-            inputs = rendered[1] if chat else rendered
-            self._check_sampling(serving, body, inputs)
-            lora_request = serving._maybe_get_adapters(body)
-        except Exception as error:
-            if (refused := refusal(error)) is None:
-                raise
-            return Prefilled(error=refused)
+        rendered = await self._rendered(request)
+        if isinstance(rendered, ErrorResponse):
+            return Prefilled(error=rendered)
+        (prompt,) = rendered.prompts
+        body = request.body
         raw_request = RawRequestInfo.to_starlette_request_optional(request.http)
-        readers = body.n or 1
-        runs = [
-            asyncio.ensure_future(
-                self._prefill_one(
-                    with_sent(prompt, request.sent.token_ids) if request.sent else prompt,
-                    request_id=f"prefill-{body.request_id}-{index}",
-                    readers=readers,
-                    lora_request=lora_request,
-                    priority=serving._get_priority(body, raw_request),
-                )
-            )
-            for index, prompt in enumerate(inputs)
-        ]
         try:
-            tickets = await asyncio.gather(*runs)
+            ticket = await self._prefill_one(
+                with_sent(prompt, request.sent.token_ids) if request.sent else prompt,
+                request_id=f"prefill-{body.request_id}",
+                handoff_id=handoff_id,
+                readers=body.n or 1,
+                lora_request=rendered.lora_request,
+                priority=rendered.serving._get_priority(body, raw_request),
+            )
             await faults.reach_async("prefill.answering")
+        except asyncio.CancelledError:
+            await self.abort_handoffs([handoff_id])
+            raise
         except Exception as error:
-            await self._give_up(runs)
             if (refused := refusal(error)) is None:
                 raise
             return Prefilled(error=refused)
-        except BaseException:
-            await self._give_up(runs)
-            raise
-        return Prefilled(tickets=tuple(ticket for ticket in tickets if ticket is not None))
+        return Prefilled(ticket)
 
     async def abort_handoffs(self, handoff_ids: list[str]) -> int:
         """Gives up offers of this engine; returns how many were still pinned."""
@@ -149,7 +148,14 @@ class BatonEngine(VLLMEngine):
         return int(self._engine_client.get_num_unfinished_requests())
 
     async def _prefill_one(
-        self, prompt: Any, *, request_id: str, readers: int, lora_request: Any, priority: int
+        self,
+        prompt: Any,
+        *,
+        request_id: str,
+        handoff_id: str,
+        readers: int,
+        lora_request: Any,
+        priority: int,
     ) -> dict[str, Any] | None:
         params = SamplingParams(
             max_tokens=1,
@@ -160,6 +166,7 @@ class BatonEngine(VLLMEngine):
                 "kv_transfer_params": {
                     "do_remote_decode": True,
                     "do_remote_prefill": False,
+                    "handoff_id": handoff_id,
                     "readers": readers,
                 }
             },
@@ -171,17 +178,31 @@ class BatonEngine(VLLMEngine):
             ticket = output.kv_transfer_params
         return ticket
 
-    async def _give_up(self, runs: Sequence[asyncio.Future[dict[str, Any] | None]]) -> None:
-        """Ends what is running and what was offered already."""
-        for run in runs:
-            run.cancel()
-        results = await asyncio.gather(*runs, return_exceptions=True)
-        offered = [item["handoff_id"] for item in results if isinstance(item, dict)]
-        if offered:
-            await self.abort_handoffs(offered)
+    async def _rendered(self, request: GenerationRequest) -> _Rendered | ErrorResponse:
+        """The request's prompts as the engine gets them, or why it would not take them."""
+        chat, body = request.method == "chat", request.body
+        serving: Any = self._oai_serving_chat if chat else self._oai_serving_completion
+        if serving is None:
+            return self._make_error("This model does not generate text.")
+        try:
+            rendered = await (
+                serving.render_chat_request(body)
+                if chat
+                else serving.render_completion_request(body)
+            )
+            if isinstance(rendered, VLLMErrorResponse):
+                return _ray_error(rendered)
+            prompts = rendered[1] if chat else rendered
+            self._check_inputs(serving, body, prompts)
+            return _Rendered(serving, prompts, serving._maybe_get_adapters(body))
+        except Exception as error:
+            if (refused := refusal(error)) is None:
+                raise
+            return refused
 
-    def _check_sampling(self, serving: Any, request: Any, inputs: list[Any]) -> None:
+    def _check_inputs(self, serving: Any, request: Any, inputs: list[Any]) -> None:
         """Refuses here what decode would refuse later, before prefill is spent on it."""
+        processor = self._engine_client.input_processor
         wanted = getattr(request, "max_completion_tokens", None)
         for prompt in inputs:
             max_tokens = get_max_tokens(
@@ -193,7 +214,8 @@ class BatonEngine(VLLMEngine):
                 truncate_prompt_tokens=request.truncate_prompt_tokens,
             )
             params = request.to_sampling_params(max_tokens, serving.default_sampling_params)
-            self._engine_client.input_processor._validate_params(params, ("generate",))
+            processor._validate_params(params, ("generate",))
+            processor._validate_model_inputs(*split_enc_dec_input(prompt))
 
 
 def _ray_error(error: VLLMErrorResponse) -> ErrorResponse:

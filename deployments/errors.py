@@ -45,6 +45,10 @@ class ContinuationMismatch(Exception):
     """The stream that should go on does not begin with what the client has."""
 
 
+class AnswerUnreadable(Exception):
+    """What a replica answered is not what its API says."""
+
+
 class Overloaded(Exception):
     """Too much is waiting already; nobody has worked on this request.
 

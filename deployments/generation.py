@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from transfer.params import tickets_to_params
+from transfer.ticket import Ticket
 
 if TYPE_CHECKING:
     # Ray and vLLM stay out of a process that calls replicas otherwise than by Serve handles.
@@ -40,17 +40,31 @@ class GenerationRequest:
         http: what the replicas need to know of the HTTP request.
         sent: set if the stream may go on at another replica, then with all that the client has by
             now; None: it must not.
+        client_id: what the client calls it, of any length; empty: nothing. For answers and logs:
+            replicas get names of Baton's own.
     """
 
     method: Method
     body: Any
     http: RawRequestInfo | None = None
     sent: Sent | None = None
+    client_id: str = ""
 
-    def with_tickets(self, tickets: Sequence[dict[str, Any]]) -> GenerationRequest:
-        """This request for a decode replica: the tickets in the body's ``kv_transfer_params``."""
-        params = tickets_to_params(tickets)
-        return replace(self, body=self.body.model_copy(update={"kv_transfer_params": params}))
+    def named(self, request_id: str) -> GenerationRequest:
+        """This request as replicas shall call it."""
+        return self._with(request_id=request_id)
+
+    def with_prompt(self, prompt: Any) -> GenerationRequest:
+        """The same request for one of its prompts."""
+        return self._with(prompt=prompt)
+
+    def with_ticket(self, ticket: Ticket | None) -> GenerationRequest:
+        """This request for a decode replica: the ticket in the body's ``kv_transfer_params``."""
+        params = None if ticket is None else ticket.to_params()
+        return self._with(kv_transfer_params=params)
+
+    def _with(self, **fields: Any) -> GenerationRequest:
+        return replace(self, body=self.body.model_copy(update=fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +73,26 @@ class PrefillAnswer:
 
     Attributes:
         replica_id: who holds the blocks.
-        tickets: one per prompt, as JSON objects; fewer if a prompt left none.
+        ticket: as it came, not checked; None if the prompt left none.
         error: the reason why the request was refused, in OpenAI's form.
     """
 
     replica_id: str
-    tickets: tuple[dict[str, Any], ...] = ()
+    ticket: Any = None
     error: Any | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WholeAnswer:
+    """An answer that is not a stream, as it goes to the client.
+
+    Attributes:
+        content: JSON.
+    """
+
+    content: bytes
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +100,10 @@ class Output:
     """A part of a decode replica's answer.
 
     Attributes:
-        content: one response object, or server-sent events, framed; may be empty.
+        content: a :class:`WholeAnswer`, or server-sent events, framed; may be empty. If
+            ``refused``, whatever the replica says it with.
         replica_id: who decodes.
-        unread: nothing but this: the tickets will not be read, the prompts are computed here.
+        unread: nothing but this: the ticket will not be read, the prompt is computed here.
         refused: ``content`` is an error: the request itself is at fault, and no other replica
             would take it.
         token_ids: the tokens of the answer that came with it.

@@ -1,84 +1,35 @@
-"""The coordinator: carries out what the hand-off's state machine says, one request at a time."""
+"""The coordinator: takes requests in, and carries each of their prompts through its hand-off."""
 
 from __future__ import annotations
 
-import asyncio
-import json
+import functools
 import logging
-import random
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
-from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
-from deployments.admission import UNBOUNDED, Admission, Place, PromptSize
-from deployments.background import Background
+from deployments.admission import UNBOUNDED, Admission, Place
+from deployments.caller import Caller
 from deployments.errors import (
-    ContinuationMismatch,
+    AnswerUnreadable,
     NoReplica,
     Overloaded,
     ReplicaLost,
     ServiceUnavailable,
 )
-from deployments.generation import GenerationRequest, Output, PrefillAnswer, Transcript
-from deployments.handoff_state import (
-    Answer,
-    CallDecode,
-    CallPrefill,
-    ClientGone,
-    DecodeEnded,
-    DecodeLost,
-    FirstChunk,
-    GiveUp,
-    Handoff,
-    Instruction,
-    Prefilled,
-    PrefillLost,
-    Refused,
-    RetryPolicy,
-    Start,
-    TicketsUnread,
-)
-from transfer import faults
+from deployments.generation import GenerationRequest, WholeAnswer
+from deployments.handoff_state import RetryPolicy
+from deployments.interleave import interleaved
+from deployments.merging import MergedStream, merged_answer
+from deployments.passage import Passage, refused_stream, stream_error
+from deployments.prompts import samples_of, split
+from deployments.router_event import RouterEvent
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
-
-class Caller(Protocol):
-    """What calls replicas: :class:`~deployments.replica.ReplicaCaller` does it through Serve.
-
-    All from one event loop. Cancelling a call, or closing its iterator, ends the work at the
-    replica; tickets that a cancelled prefill leaves behind all the same are the caller's to abort.
-    """
-
-    async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
-        """Has a replica not in ``exclude`` compute the prompts. Raises NoReplica, ReplicaLost."""
-        ...
-
-    def decode(
-        self, request: GenerationRequest, exclude: frozenset[str]
-    ) -> AsyncGenerator[Output, None]:
-        """Streams a replica's answer. Raises NoReplica, ReplicaLost, the latter at any time."""
-        ...
-
-    async def abort(self, replica_id: str, handoff_ids: tuple[str, ...]) -> int:
-        """Tells the owner; returns how many were pinned. Raises NoReplica, ReplicaLost."""
-        ...
-
-
-class RouterEvent(Enum):
-    """What a router counts; all of it is out of the ordinary."""
-
-    REFUSED = "refused"
-    PREFILL_LOST = "prefill_lost"
-    NO_PREFILL = "no_prefill"
-    DECODE_LOST = "decode_lost"
-    NO_DECODE = "no_decode"
-    TICKETS_UNREAD = "tickets_unread"
-    STREAM_RESUMED = "stream_resumed"
-    STREAM_BROKEN = "stream_broken"
+PROMPTS_AT_ONCE = 16
 
 
 class Coordinator:
@@ -86,9 +37,10 @@ class Coordinator:
 
     Args:
         caller: calls replicas.
-        policy: retry budget of every request.
+        policy: retry budget of every prompt.
         admission: who is let in; without one, everybody.
         count: told of every :class:`RouterEvent`.
+        prompts_at_once: how many of one request's prompts are under way at the same time.
     """
 
     def __init__(
@@ -97,12 +49,14 @@ class Coordinator:
         policy: RetryPolicy,
         admission: Admission | None = None,
         count: Callable[[RouterEvent], None] = lambda event: None,
+        *,
+        prompts_at_once: int = PROMPTS_AT_ONCE,
     ) -> None:
         self._count = count
         self._caller = caller
         self._admission = admission or Admission(UNBOUNDED)
-        self._policy = policy
-        self._background = Background()
+        self._prompts_at_once = prompts_at_once
+        self._passage = Passage(caller, policy, count)
 
     async def run(
         self, request: GenerationRequest, *, bypass: bool = False
@@ -113,168 +67,83 @@ class Coordinator:
         frees the blocks.
 
         Args:
-            bypass: skip prefill; decode computes the prompt itself.
+            bypass: skip prefill; decode computes all prompts itself.
 
         Raises:
             Overloaded: it was not let in; no replica saw it.
             ServiceUnavailable: no replica could serve it; nothing was sent.
         """
-        size = PromptSize.of(request.body)
         try:
-            place = self._admission.enter(size, time.monotonic(), prefill=not bypass)
+            place = self._admission.enter(time.monotonic(), prefill=not bypass)
         except Overloaded:
             self._count(RouterEvent.REFUSED)
             raise
-        handoff = Handoff(self._policy, random.random)
-        transcript = Transcript(request.sent)
+        parts = [request] if bypass else split(request)
         try:
-            instructions = handoff.on(Start(bypass))
-            while instructions:
-                step = self._carry_out_notices(instructions)
-                if step is None:
-                    return
-                await asyncio.sleep(getattr(step, "pause_s", 0.0))
-                request = replace(request, sent=transcript.sent())
-                match step:
-                    case CallPrefill():
-                        instructions = await self._prefill(handoff, step, request, place)
-                    case CallDecode():
-                        instructions = []
-                        attempt = self._decode(handoff, step, request, transcript)
-                        async with aclosing(attempt):
-                            async for item in attempt:
-                                if isinstance(item, _Next):
-                                    instructions = item.instructions
-                                else:
-                                    yield item
-                    case Answer(error=None, streaming=False):
-                        raise ServiceUnavailable("no decode replica could serve the request")
-                    case Answer(error=error, streaming=False):
-                        yield error
-                        return
-                    case Answer(error=error):
-                        self._count(RouterEvent.STREAM_BROKEN)
-                        yield _stream_error(error)
-                        return
+            if len(parts) == 1:
+                items = self._passage.run(request, place, bypass=bypass)
+            else:
+                items = self._several(request, parts, place)
+            async with aclosing(items):
+                async for item in items:
+                    yield item
         finally:
-            place.leave(time.monotonic())
-            self._carry_out_notices(handoff.on(ClientGone()))
+            place.leave()
 
     async def drain(self) -> None:
         """Waits until all notices to owners are through."""
-        await self._background.drain()
+        await self._passage.drain()
 
     # ------------------------------------------------------------------------------------------
 
-    async def _prefill(
-        self, handoff: Handoff, step: CallPrefill, request: GenerationRequest, place: Place
-    ) -> list[Instruction]:
-        await faults.reach_async("router.queued")
-        try:
-            answer = await self._caller.prefill(request, step.exclude)
-        except ReplicaLost as lost:
-            logger.warning("%s; trying another", lost)
-            self._count(RouterEvent.PREFILL_LOST)
-            place.not_prefilled(time.monotonic())
-            return handoff.on(PrefillLost(lost.replica_id))
-        except NoReplica as missing:
-            logger.warning("%s; decode computes the prompt", missing)
-            self._count(RouterEvent.NO_PREFILL)
-            place.not_prefilled(time.monotonic())
-            return handoff.on(PrefillLost(None))
-        if answer.error is not None:
-            place.not_prefilled(time.monotonic())
-            return handoff.on(Refused(answer.error))
-        tokens = sum(int(ticket.get("num_tokens", 0)) for ticket in answer.tickets)
-        place.prefilled(answer.replica_id, tokens, time.monotonic())
-        return handoff.on(Prefilled(answer.replica_id, answer.tickets))
-
-    async def _decode(
-        self,
-        handoff: Handoff,
-        step: CallDecode,
-        request: GenerationRequest,
-        transcript: Transcript,
+    async def _several(
+        self, request: GenerationRequest, parts: list[GenerationRequest], place: Place
     ) -> AsyncGenerator[Any, None]:
-        if step.tickets:
-            await faults.reach_async("router.ticket", step.tickets[0].get("remote_engine_id", ""))
-        number = 0
-        outputs = self._caller.decode(request.with_tickets(step.tickets), step.exclude)
+        """Runs every prompt by itself and merges what comes.
+
+        What is wrong with one of them refuses all, as it would on one server: before any is
+        computed, and before a stream begins.
+        """
+        refusal = await self._refusal(request)
+        if refusal is not None:
+            yield refusal
+            return
+        passages = [
+            functools.partial(self._passage.run, part, place, bypass=False) for part in parts
+        ]
+        answers: dict[int, bytes] = {}
+        stream = MergedStream(samples_of(getattr(request.body, "n", None)))
+        streaming = False
+        items = interleaved(passages, self._prompts_at_once)
         try:
-            async with aclosing(outputs):
-                async for output in outputs:
-                    if output.unread:
-                        self._count(RouterEvent.TICKETS_UNREAD)
-                        self._carry_out_notices(handoff.on(TicketsUnread()))
-                        continue
-                    number += 1
-                    await faults.reach_async("router.stream" if number > 1 else "router.output")
-                    if number == 1:
-                        if output.refused:
-                            yield _Next(handoff.on(Refused(output.content)))
-                            return
-                        handoff.on(FirstChunk())
-                        if request.sent is not None and request.sent.created is not None:
-                            self._count(RouterEvent.STREAM_RESUMED)
-                    transcript.add(output)
-                    if output.content:
-                        yield output.content
-        except ReplicaLost as lost:
-            self._count(RouterEvent.DECODE_LOST)
-            resumable = transcript.sent() is not None
-            logger.warning(
-                "%s%s", lost, "; trying another" if not number or resumable else " in mid-stream"
-            )
-            yield _Next(handoff.on(DecodeLost(lost.replica_id, resumable)))
+            async with aclosing(items):
+                async for prompt, item in items:
+                    if isinstance(item, str):
+                        events = stream.take(prompt, item)
+                        streaming = True
+                        if events:
+                            yield events
+                        if stream.failed:
+                            break
+                    elif isinstance(item, WholeAnswer) and item.status == 200:
+                        answers[prompt] = item.content
+                    else:
+                        yield refused_stream(item) if streaming else item
+                        return
+            if not streaming:
+                yield WholeAnswer(merged_answer([answers[n] for n in range(len(parts))]))
+                return
+        except (ServiceUnavailable, AnswerUnreadable) as error:
+            if not streaming:
+                raise ServiceUnavailable(str(error)) from error
+            self._count(RouterEvent.STREAM_BROKEN)
+            yield stream_error(error)
             return
-        except ContinuationMismatch as mismatch:
-            yield _Next(handoff.on(Refused(mismatch)))
-            return
-        except NoReplica as missing:
-            logger.warning("%s", missing)
-            self._count(RouterEvent.NO_DECODE)
-            yield _Next(handoff.on(DecodeLost(None)))
-            return
-        yield _Next(handoff.on(DecodeEnded()))
+        yield stream.end()
 
-    def _carry_out_notices(self, instructions: list[Instruction]) -> Instruction | None:
-        """Sends notices to owners in the background; returns the one step that is left, if any."""
-        step = None
-        for instruction in instructions:
-            if isinstance(instruction, GiveUp):
-                self._background.start(self._give_up(instruction))
-            else:
-                step = instruction
-        return step
-
-    async def _give_up(self, notice: GiveUp) -> None:
+    async def _refusal(self, request: GenerationRequest) -> Any | None:
         try:
-            pinned = await self._caller.abort(notice.replica_id, notice.handoff_ids)
-        except (NoReplica, ReplicaLost) as gone:
-            logger.info("hand-offs %s not given up: %s", notice.handoff_ids, gone)
-        else:
-            logger.info("gave up %s: %d were pinned", notice.handoff_ids, pinned)
-
-
-class _Next:
-    """Marks the end of a decode attempt among its chunks."""
-
-    __slots__ = ("instructions",)
-
-    def __init__(self, instructions: list[Instruction]) -> None:
-        self.instructions = instructions
-
-
-def _stream_error(error: Any) -> str:
-    """A final event in the form of OpenAI's streaming errors.
-
-    Args:
-        error: why the stream cannot go on: a replica's refusal, an exception, or None if the
-            replica was lost.
-    """
-    told = getattr(getattr(error, "error", None), "message", error)
-    message = "the decode replica was lost while it answered"
-    if told is not None:
-        message = f"{message}, and no other one could go on: {told}"
-    body = {"message": message, "type": "server_error", "param": None, "code": 503}
-    return f"data: {json.dumps({'error': body})}\n\ndata: [DONE]\n\n"
+            return await self._caller.check(request.named(uuid.uuid4().hex))
+        except (NoReplica, ReplicaLost) as error:
+            logger.warning("%s; the prompts were not checked beforehand", error)
+            return None

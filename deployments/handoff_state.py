@@ -1,14 +1,14 @@
-"""One request's way through prefill and decode, as a pure state machine.
+"""One prompt's way through prefill and decode, as a pure state machine.
 
     start ──> prefilling ──> decoding ──> streaming ──> finished
                  │  ▲ ▲          │  ▲         │
                  └──┘ │          └──┘         │
               another │       another decode  ├──> finished with an error event
               replica │       replica, same   │
-                      │       tickets         │
+                      │       ticket          │
                       └───────────────────────┘ prompt and tokens sent, from the start elsewhere
 
-Events go in, instructions come out; :mod:`deployments.handoff` carries them out. Three things never
+Events go in, instructions come out; :mod:`deployments.passage` carries them out. Three things never
 happen, whatever the order of events: a ticket is left behind without being told so to its owner, a
 request ends without an answer, two prefills of one request run at the same time.
 """
@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+from transfer.ticket import Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +59,10 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A prefill replica answered with tickets."""
+    """A prefill replica answered; ``ticket`` None: with nothing that could be read."""
 
     replica_id: str
-    tickets: tuple[dict[str, Any], ...]
+    ticket: Ticket | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +81,12 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class FirstChunk:
-    """Decode produced output, so it has read a ticket; with one reader in all, the only one."""
+    """Decode produced output, so a reader of the ticket has read; with one reader, all have."""
 
 
 @dataclass(frozen=True, slots=True)
-class TicketsUnread:
-    """The decode replica that has the call will not read the tickets and computes by itself."""
+class TicketUnread:
+    """The decode replica that has the call will not read the ticket and computes by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ Event = (
     | Prefilled
     | PrefillLost
     | Refused
-    | TicketsUnread
+    | TicketUnread
     | FirstChunk
     | DecodeLost
     | DecodeEnded
@@ -133,19 +135,19 @@ class CallPrefill:
 
 @dataclass(frozen=True, slots=True)
 class CallDecode:
-    """Call a decode replica, none of ``exclude``, after a pause; with tickets if there are any."""
+    """Call a decode replica, none of ``exclude``, after a pause; with a ticket if there is one."""
 
-    tickets: tuple[dict[str, Any], ...]
+    ticket: Ticket | None
     exclude: frozenset[str]
     pause_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Tell the owner that these hand-offs will not be read."""
+    """Tell the owner that this hand-off will not be read."""
 
     replica_id: str
-    handoff_ids: tuple[str, ...]
+    ticket: Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +186,8 @@ class Handoff:
     policy: RetryPolicy
     random: Callable[[], float]
     stage: Stage = Stage.NEW
-    _tickets: tuple[dict[str, Any], ...] = ()
-    _owner: str | None = None
+    _ticket: Ticket | None = None
+    _owner: str = ""
     _bypass: bool = False
     _sent: bool = False
     _prefill_failures: int = 0
@@ -201,10 +203,8 @@ class Handoff:
             case Start(bypass=bypass) if self.stage is Stage.NEW:
                 self._bypass = bypass
                 return [self._begin()]
-            case Prefilled(replica_id=replica_id, tickets=tickets) if (
-                self.stage is Stage.PREFILLING
-            ):
-                self._owner, self._tickets = replica_id, tickets
+            case Prefilled(replica_id=replica_id, ticket=ticket) if self.stage is Stage.PREFILLING:
+                self._owner, self._ticket = replica_id, ticket
                 return [self._decode()]
             case PrefillLost(replica_id=replica_id) if self.stage is Stage.PREFILLING:
                 return self._prefill_lost(replica_id)
@@ -214,12 +214,12 @@ class Handoff:
                 self.stage is Stage.STREAMING
             ):
                 return self._stream_lost(replica_id, resumable)
-            case TicketsUnread() if self.stage is Stage.DECODING:
+            case TicketUnread() if self.stage is Stage.DECODING:
                 return self._give_up()
             case FirstChunk() if self.stage is Stage.DECODING:
                 self.stage, self._sent = Stage.STREAMING, True
-                if _readers(self._tickets) == 1:
-                    self._tickets = ()
+                if self._ticket is not None and self._ticket.readers == 1:
+                    self._ticket = None
                 return []
             case Refused(error=error) if self.stage in (Stage.PREFILLING, Stage.DECODING):
                 return [*self._finish(), Answer(error, self._sent)]
@@ -227,7 +227,7 @@ class Handoff:
                 # Ended without a single chunk: the client must not be left without an answer.
                 return [*self._finish(), Answer(None, self._sent)]
             case DecodeEnded() if self.stage is Stage.STREAMING:
-                self._tickets = ()
+                self._ticket = None
                 return self._finish()
             case ClientGone():
                 return self._finish()
@@ -246,14 +246,15 @@ class Handoff:
     def _decode(self) -> CallDecode:
         self.stage = Stage.DECODING
         pause_s = self.policy.pause_s(self._decode_failures, self.random)
-        return CallDecode(self._tickets, frozenset(self._decode_excluded), pause_s)
+        return CallDecode(self._ticket, frozenset(self._decode_excluded), pause_s)
 
     def _prefill_lost(self, replica_id: str | None) -> list[Instruction]:
         self._prefill_failures += 1
-        if replica_id is None or self._prefill_failures >= self.policy.attempts:
-            return [self._decode()]
-        self._prefill_excluded.add(replica_id)
-        return [self._prefill()]
+        if replica_id is not None:
+            self._prefill_excluded.add(replica_id)
+            if self._prefill_failures < self.policy.attempts:
+                return [self._prefill()]
+        return [self._decode()]
 
     def _decode_lost(self, replica_id: str | None) -> list[Instruction]:
         self._decode_failures += 1
@@ -281,19 +282,11 @@ class Handoff:
         return self._give_up()
 
     def _give_up(self) -> list[Instruction]:
-        owner, tickets = self._owner, self._tickets
-        self._owner, self._tickets = None, ()
-        if owner is None or not tickets:
-            return []
-        return [GiveUp(owner, tuple(ticket["handoff_id"] for ticket in tickets))]
+        ticket, self._ticket = self._ticket, None
+        return [] if ticket is None else [GiveUp(self._owner, ticket)]
 
     def _late(self, event: Event) -> list[Instruction]:
         if isinstance(event, Prefilled):
-            self._owner, self._tickets = event.replica_id, event.tickets
+            self._owner, self._ticket = event.replica_id, event.ticket
             return self._give_up()
         return []
-
-
-def _readers(tickets: tuple[dict[str, Any], ...]) -> int:
-    """How many reads the tickets are for: several prompts, or several samples of one."""
-    return sum(int(ticket.get("readers", 1)) for ticket in tickets)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deployments.generation import Method
+from deployments.prompts import samples_of
 
 PATHS: dict[Method, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
@@ -46,20 +47,8 @@ class JsonBody:
         return replace(self, fields={**fields, **given})
 
 
-@dataclass(frozen=True, slots=True)
-class HttpAnswer:
-    """A whole answer of a server, to be passed on as it is."""
-
-    status: int
-    headers: Mapping[str, str]
-    content: bytes
-
-
-def prefill_bodies(method: Method, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a prefill server is asked: one request for each prompt, each for one token.
-
-    vLLM's answer has one ticket, however many prompts the request has.
-    """
+def prefill_body(method: Method, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a prefill server is asked for a request of one prompt: one token."""
     kept = {key: value for key, value in fields.items() if key not in _ONLY_FOR_DECODE}
     kept |= {
         "stream": False,
@@ -67,25 +56,17 @@ def prefill_bodies(method: Method, fields: Mapping[str, Any]) -> list[dict[str, 
         "kv_transfer_params": {
             "do_remote_decode": True,
             "do_remote_prefill": False,
-            "readers": _samples(fields),
+            "readers": samples_of(fields.get("n")),
         },
     }
     if method == "chat":
-        return [{**kept, "max_completion_tokens": 1}]
-    return [{**kept, "prompt": prompt} for prompt in _prompts(fields.get("prompt"))]
+        kept["max_completion_tokens"] = 1
+    return kept
 
 
 def answers(fields: Mapping[str, Any]) -> int:
-    """How many choices the answer to a request has."""
-    return len(_prompts(fields.get("prompt"))) * _samples(fields)
-
-
-def _samples(fields: Mapping[str, Any]) -> int:
-    n = fields.get("n")
-    return n if type(n) is int and n > 0 else 1
-
-
-def _prompts(prompt: Any) -> list[Any]:
-    """A text or a list of token ids is one prompt; a list of those is several."""
+    """How many choices the answer to a request has, whatever its number of prompts."""
+    prompt = fields.get("prompt")
     several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-    return list(prompt) if several else [prompt]
+    prompts = len(prompt) if several and isinstance(prompt, list) else 1
+    return prompts * samples_of(fields.get("n"))

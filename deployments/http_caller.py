@@ -5,30 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 import aiohttp
 
-from deployments.background import Background
 from deployments.errors import NoReplica, ReplicaLost
-from deployments.generation import GenerationRequest, Output, PrefillAnswer
-from deployments.http_body import PATHS, HttpAnswer, answers, prefill_bodies
+from deployments.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
+from deployments.http_body import PATHS, answers, prefill_body
 from deployments.http_servers import HttpServers, Role
 from deployments.stream_end import LAST_EVENT, StreamEnd
 from deployments.ticket_notices import TicketNotices
 from transfer.errors import TransferError
+from transfer.ticket import Ticket
 
 logger = logging.getLogger(__name__)
-
-KEEP_TICKETS_S = 120.0
-"""How long a ticket is remembered so that it can be given up; then its offer is over anyway."""
 
 HEALTH_TIMEOUT_S = 2.0
 
 _PASSED_ON = ("content-type", "retry-after", "www-authenticate")
 _UNAVAILABLE = (502, 503, 504)
+# Of a rendering. Other statuses say that the server has no such route, or trouble of its own.
+_REFUSED = (400, 401, 403, 413, 422, 429)
 _EVENT_END = b"\n\n"
 
 
@@ -50,33 +48,54 @@ class HttpCaller:
         self._session = session
         self._servers = servers
         self._notices = notices
-        self._issued: dict[str, tuple[float, dict[str, Any]]] = {}
-        self._background = Background()
+
+    async def check(self, request: GenerationRequest) -> WholeAnswer | None:
+        """Why a server would refuse a request; None if it would not, or cannot say.
+
+        Raises:
+            NoReplica, ReplicaLost: nobody could be asked.
+        """
+        role: Role = "prefill" if self._servers.pick("prefill", ()) else "decode"
+        url = self._pick(role, frozenset())
+        path = PATHS[request.method] + "/render"
+        try:
+            async with self._session.post(
+                url + path, json=request.body.fields, headers=request.body.headers
+            ) as response:
+                if response.status not in _REFUSED:
+                    return None
+                return await _whole(response)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise _lost(role, url, error) from error
 
     async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
-        """Has one prefill server compute the prompts; see :class:`deployments.handoff.Caller`."""
+        """Has one prefill server compute the prompt; see :class:`deployments.caller.Caller`."""
         url = self._pick("prefill", exclude)
+        fields = prefill_body(request.method, request.body.fields)
         with self._servers.calling(url):
-            calls = [
-                asyncio.ensure_future(self._prefill_one(url, request, fields))
-                for fields in prefill_bodies(request.method, request.body.fields)
-            ]
-            complete = False
             try:
-                answers = await asyncio.gather(*calls)
-                refusal = next((item for item in answers if isinstance(item, HttpAnswer)), None)
-                complete = refusal is None
-            finally:
-                if not complete:
-                    self._background.start(self._give_up(url, calls))
-        return PrefillAnswer(
-            url, tuple(item for item in answers if isinstance(item, dict)), refusal
-        )
+                async with self._session.post(
+                    url + PATHS[request.method], json=fields, headers=request.body.headers
+                ) as response:
+                    answer = await _whole(response)
+            except (aiohttp.ClientError, TimeoutError) as error:
+                raise _lost("prefill", url, error) from error
+        if answer.status >= 500:
+            raise ReplicaLost("prefill", url, f"it answered {answer.status}")
+        if answer.status != 200:
+            return PrefillAnswer(url, error=answer)
+        try:
+            ticket = json.loads(answer.content).get("kv_transfer_params")
+        except (ValueError, AttributeError) as error:
+            raise ReplicaLost("prefill", url, "its answer is no JSON object") from error
+        if ticket is None:
+            logger.warning("%s answered without a ticket; decode computes the prompt", url)
+        return PrefillAnswer(url, ticket)
 
     async def decode(
         self, request: GenerationRequest, exclude: frozenset[str]
     ) -> AsyncGenerator[Output, None]:
-        """Streams a decode server's answer; see :class:`deployments.handoff.Caller`."""
+        """Streams a decode server's answer; see :class:`deployments.caller.Caller`."""
         url = self._pick("decode", exclude)
         body = request.body
         with self._servers.calling(url):
@@ -107,26 +126,19 @@ class HttpCaller:
             except (aiohttp.ClientError, TimeoutError) as error:
                 raise _lost("decode", url, error) from error
 
-    async def abort(self, replica_id: str, handoff_ids: tuple[str, ...]) -> int:
-        """Tells the owner of these hand-offs that they will not be read.
+    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
+        """Tells the owner of this hand-off that it will not be read.
 
         Raises:
-            ReplicaLost: it could not be told; the offers expire.
+            ReplicaLost: it could not be told; the offer expires.
         """
-        known = [self._issued.pop(handoff_id, None) for handoff_id in handoff_ids]
-        tickets = [entry[1] for entry in known if entry is not None]
         if self._notices is None:
             raise ReplicaLost("prefill", replica_id, "without etcd, only expiry frees its blocks")
-        for ticket in tickets:
-            try:
-                await asyncio.to_thread(self._notices.abort, ticket)
-            except TransferError as error:
-                raise ReplicaLost("prefill", replica_id, str(error)) from error
-        return len(tickets)
-
-    async def drain(self) -> None:
-        """Waits until all notices are through."""
-        await self._background.drain()
+        try:
+            await asyncio.to_thread(self._notices.abort, Ticket.from_params(ticket))
+        except TransferError as error:
+            raise ReplicaLost("prefill", replica_id, str(error)) from error
+        return 1
 
     # ------------------------------------------------------------------------------------------
 
@@ -145,54 +157,10 @@ class HttpCaller:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def _prefill_one(
-        self, url: str, request: GenerationRequest, fields: dict[str, Any]
-    ) -> dict[str, Any] | HttpAnswer | None:
-        """The ticket, the refusal, or None if the server made no ticket."""
-        try:
-            async with self._session.post(
-                url + PATHS[request.method], json=fields, headers=request.body.headers
-            ) as response:
-                answer = await _whole(response)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise _lost("prefill", url, error) from error
-        if answer.status >= 500:
-            raise ReplicaLost("prefill", url, f"it answered {answer.status}")
-        if answer.status != 200:
-            return answer
-        try:
-            ticket = json.loads(answer.content).get("kv_transfer_params")
-        except (ValueError, AttributeError) as error:
-            raise ReplicaLost("prefill", url, "its answer is no JSON object") from error
-        if not isinstance(ticket, dict) or not isinstance(ticket.get("handoff_id"), str):
-            logger.warning("%s answered without a ticket; decode computes the prompt", url)
-            return None
-        self._remember(ticket)
-        return ticket
 
-    def _remember(self, ticket: dict[str, Any]) -> None:
-        now = time.monotonic()
-        while self._issued:
-            oldest = next(iter(self._issued))
-            if self._issued[oldest][0] > now - KEEP_TICKETS_S:
-                break
-            del self._issued[oldest]
-        self._issued[ticket["handoff_id"]] = (now, ticket)
-
-    async def _give_up(
-        self, url: str, calls: Sequence[asyncio.Future[dict[str, Any] | HttpAnswer | None]]
-    ) -> None:
-        for call in calls:
-            call.cancel()
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        offered = tuple(item["handoff_id"] for item in results if isinstance(item, dict))
-        if offered:
-            await self.abort(url, offered)
-
-
-async def _whole(response: aiohttp.ClientResponse) -> HttpAnswer:
+async def _whole(response: aiohttp.ClientResponse) -> WholeAnswer:
     headers = {name: response.headers[name] for name in _PASSED_ON if name in response.headers}
-    return HttpAnswer(response.status, headers, await response.read())
+    return WholeAnswer(await response.read(), response.status, headers)
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[str]:

@@ -59,12 +59,12 @@ class Links:
                     stopped.append(owner)
         return stopped
 
-    def may_read(self, owners: Iterable[str], now: float) -> bool:
-        """Whether to read from all of these owners. A True after a pause is the one trial."""
+    def may_read(self, owner: str, now: float) -> bool:
+        """Whether to read from this owner. A True after a pause is the one trial."""
         stopped = [
             link
-            for (owner, _), link in self._links.items()
-            if owner in set(owners) and link.stopped is not None
+            for (name, _), link in self._links.items()
+            if name == owner and link.stopped is not None
         ]
         if any(now - (link.stopped or 0.0) < self._policy.pause_s for link in stopped):
             return False

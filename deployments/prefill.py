@@ -11,17 +11,20 @@ from transfer import faults
 class PrefillServer(BatonServer):
     """Only prefills. Its engine's connector is a ``kv_producer``."""
 
-    async def prefill(self, hint: RouteHint, request: GenerationRequest) -> PrefillAnswer:
-        """Computes the request's prompts; their blocks stay pinned until read or given up.
+    async def prefill(
+        self, hint: RouteHint, request: GenerationRequest, handoff_id: str
+    ) -> PrefillAnswer:
+        """Computes the request's prompt; its blocks stay pinned until read or given up.
 
         Args:
             hint: for the router, not used here.
+            handoff_id: names the hand-off, so that it can be given up without its ticket.
         """
         await self._maybe_add_request_id_to_request(request.body)
         await self._maybe_resolve_lora_from_multiplex()
         await faults.reach_async("prefill.computing")
-        done = await self.engine.prefill(request)
-        return PrefillAnswer(own_replica_id(), done.tickets, done.error)
+        done = await self.engine.prefill(request, handoff_id)
+        return PrefillAnswer(own_replica_id(), done.ticket, done.error)
 
     async def abort_handoffs(self, hint: RouteHint, handoff_ids: list[str]) -> int:
         """Lets go of blocks that nobody will read; returns how many offers were still pinned."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -30,6 +30,13 @@ RETRY_PICK_S = 0.2
 """How long to wait for a replica of a side that had none a moment ago."""
 
 
+class _Dispatched(NamedTuple):
+    """A call that a replica has, or will get."""
+
+    replica_id: str
+    response: Any
+
+
 class ReplicaCaller:
     """Calls prefill and decode replicas.
 
@@ -48,35 +55,48 @@ class ReplicaCaller:
         self._missing: set[str] = set()
 
     async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
-        """Has one prefill replica compute the prompts.
+        """Has one prefill replica compute the prompt.
 
         Raises:
             NoReplica: none took the call in time.
             ReplicaLost: the one that took it died.
         """
-        calls: list[Any] = []
-        hint = RouteHint(exclude=exclude)
-        call = self._background.start(self._unary("prefill", "prefill", hint, request, calls=calls))
+        calls: list[_Dispatched] = []
+        hint, handoff_id = RouteHint(exclude=exclude), uuid4().hex
+        call = self._background.start(
+            self._unary("prefill", "prefill", hint, request, handoff_id, calls=calls)
+        )
         try:
             answer: PrefillAnswer = await asyncio.shield(call)
         except asyncio.CancelledError:
-            for response in calls:
-                response.cancel()
+            for dispatched in calls:
+                dispatched.response.cancel()
+                # Its answer may be on the way already, or come before the word to cancel.
+                self._background.start(self._give_up(dispatched.replica_id, handoff_id))
             if not calls:
                 call.cancel()
-            self._background.start(self._reclaim(call))
             raise
         return answer
 
-    async def abort(self, replica_id: str, handoff_ids: Sequence[str]) -> int:
+    async def check(self, request: GenerationRequest) -> Any | None:
+        """Why a replica would refuse a request; None if it would not.
+
+        Raises:
+            NoReplica, ReplicaLost: neither side could say.
+        """
+        try:
+            return await self._unary("prefill", "check_request", RouteHint(), request)
+        except (NoReplica, ReplicaLost):
+            return await self._unary("decode", "check_request", RouteHint(), request)
+
+    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
         """Tells the very replica that holds the blocks that they will not be read.
 
         Raises:
             NoReplica: it is gone, and its blocks with it.
             ReplicaLost: it died on this call.
         """
-        hint = RouteHint(only=replica_id)
-        return int(await self._unary("prefill", "abort_handoffs", hint, list(handoff_ids)))
+        return await self._give_up(replica_id, ticket["handoff_id"])
 
     async def ready(self, role: str, timeout_s: float) -> str:
         """Asks one replica of ``role`` whether it can really serve; returns its id.
@@ -121,16 +141,9 @@ class ReplicaCaller:
                 if not finished:
                     response.cancel()
 
-    async def _reclaim(self, call: asyncio.Task[PrefillAnswer]) -> None:
-        """Gives back what a prefill answered after its caller had left."""
-        await asyncio.wait([call])
-        if call.cancelled() or call.exception() is not None:
-            return
-        answer = call.result()
-        if answer.tickets:
-            await self.abort(
-                answer.replica_id, [str(ticket["handoff_id"]) for ticket in answer.tickets]
-            )
+    async def _give_up(self, replica_id: str, handoff_id: str) -> int:
+        hint = RouteHint(only=replica_id)
+        return int(await self._unary("prefill", "abort_handoffs", hint, [handoff_id]))
 
     async def _unary(
         self,
@@ -138,14 +151,14 @@ class ReplicaCaller:
         method_name: str,
         hint: RouteHint,
         *args: Any,
-        calls: list[Any] | None = None,
+        calls: list[_Dispatched] | None = None,
     ) -> Any:
         handle = self._handles[role].options(method_name=method_name)
         async with AsyncExitStack() as stack:
             selection = await self._select(stack, role, handle, hint)
             response = handle.dispatch(selection, hint, *args)
             if calls is not None:
-                calls.append(response)
+                calls.append(_Dispatched(selection.replica_id, response))
             try:
                 return await response
             except asyncio.CancelledError:

@@ -14,6 +14,7 @@ from ray.serve.llm.deployment import LLMServer
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments.background import Background
+from deployments.generation import GenerationRequest
 from deployments.health import EngineHealth
 from deployments.route_hint import RouteHint
 
@@ -66,6 +67,11 @@ class BatonServer(LLMServer):
             "unfinished_requests": self.engine.unfinished_requests(),
         }
         return [{**status, **replica} for status in statuses]
+
+    async def check_request(self, hint: RouteHint, request: GenerationRequest) -> Any | None:
+        """Why this engine would refuse a request; None if it would not. Computes nothing."""
+        await self._maybe_resolve_lora_from_multiplex()
+        return await self.engine.check(request)
 
     async def ready(self, hint: RouteHint) -> str:
         """Answers with the replica's id if it can really serve, raises otherwise."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
-from typing import Any
 
 from transfer.discovery.base import Discovery
 from transfer.errors import PeerUnknown, Phase
 from transfer.settings import TransferSettings
+from transfer.ticket import Ticket
 from transfer.transports.base import Caller
 from transfer.transports.registry import Transports
 from transfer.types import Credentials, PeerId
@@ -31,7 +30,7 @@ class TicketNotices:
         self._control = Transports(settings)
         self._name = Caller(PeerId(f"proxy-{uuid.uuid4().hex}", 0), uuid.uuid4().hex)
 
-    def abort(self, ticket: Mapping[str, Any]) -> None:
+    def abort(self, ticket: Ticket) -> None:
         """Ends one hand-off on all ranks of its owner. Blocks; from any thread.
 
         Raises:
@@ -39,14 +38,14 @@ class TicketNotices:
             TransferError: it could not be told.
         """
         credentials = Credentials(
-            handoff_id=ticket["handoff_id"],
-            incarnation=ticket["incarnation"],
-            fence=ticket["fence"],
-            secret=ticket["secret"],
+            handoff_id=ticket.handoff_id,
+            incarnation=ticket.incarnation,
+            fence=ticket.fence,
+            secret=ticket.secret,
             reader=f"{self._name.peer}",
         )
-        for rank in range(ticket["tp_size"]):
-            owner = PeerId(ticket["remote_engine_id"], rank)
+        for rank in range(ticket.tp_size):
+            owner = PeerId(ticket.engine_id, rank)
             record = self._discovery.lookup(owner)
             if record is None:
                 raise PeerUnknown("it left", phase=Phase.DISCOVER, peer=str(owner))

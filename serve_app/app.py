@@ -102,6 +102,7 @@ def build_app(args: dict[str, Any]) -> Application:
             max_requests=router.max_requests, max_prefill_wait_s=router.max_prefill_wait_s
         ),
         max_prompts=router.max_prompts,
+        prompts_at_once=router.prompts_at_once,
         max_tokenize_length=router.max_tokenize_length,
         pick_timeout_s=router.pick_timeout_s,
         health_timeout_s=router.health_timeout_s,

@@ -162,6 +162,7 @@ class RouterSettings(Section):
     )
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16 << 20
     max_prompts: Annotated[int, Field(ge=1)] = 128
+    prompts_at_once: Annotated[int, Field(ge=1)] = 16
     max_bytes_in_flight: Annotated[int, Field(ge=1024)] = 256 << 20
     body_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     max_tokenize_length: Annotated[int, Field(ge=1)] = 1 << 20

@@ -23,7 +23,6 @@ from ray.llm._internal.serve.core.ingress.ingress import (
     router_request_timeout,
 )
 from ray.llm._internal.serve.core.ingress.middleware import SetRequestIdMiddleware
-from ray.llm._internal.serve.core.ingress.utils import NON_STREAMING_RESPONSE_TYPES
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.llm._internal.serve.observability.metrics.fast_api_metrics import (
     add_http_metrics_middleware,
@@ -37,10 +36,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from deployments.admission import Admission, AdmissionPolicy
 from deployments.continuation import may_go_on
 from deployments.errors import NoReplica, ReplicaLost
-from deployments.generation import GenerationRequest, Method, Sent
-from deployments.handoff import Coordinator, RouterEvent
+from deployments.generation import GenerationRequest, Method, Sent, WholeAnswer
+from deployments.handoff import Coordinator
 from deployments.handoff_state import RetryPolicy
 from deployments.replica import ReplicaCaller
+from deployments.router_event import RouterEvent
 from serve_app import request_models
 from serve_app.body_limits import BodyLimits
 from serve_app.edge import Fault, header_fault
@@ -54,8 +54,6 @@ from serve_app.sse import as_events
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 Body: TypeAlias = ChatCompletionRequest | CompletionRequest
-
-_COMPLETE: Any = (ErrorResponse, *NON_STREAMING_RESPONSE_TYPES)
 
 
 class Ingress(OpenAiIngress):
@@ -71,6 +69,7 @@ class Ingress(OpenAiIngress):
         policy: retry budget of a request.
         admission: bounds of what is let in.
         max_prompts: prompts times samples in one request.
+        prompts_at_once: of one request, how many are under way at the same time.
         max_tokenize_length: characters to be tokenized, or tokens to be detokenized, in a request.
         pick_timeout_s: how long a request waits for a replica that can take it.
         health_timeout_s: how long ``/health`` waits for a side's answer.
@@ -85,13 +84,16 @@ class Ingress(OpenAiIngress):
         policy: RetryPolicy,
         admission: AdmissionPolicy,
         max_prompts: int,
+        prompts_at_once: int,
         max_tokenize_length: int,
         pick_timeout_s: float,
         health_timeout_s: float,
     ) -> None:
         super().__init__({model_card.id: decode}, {model_card.id: model_card})
         self._caller = ReplicaCaller(prefill, decode, pick_timeout_s=pick_timeout_s)
-        self._coordinator = Coordinator(self._caller, policy, Admission(admission), _count)
+        self._coordinator = Coordinator(
+            self._caller, policy, Admission(admission), _count, prompts_at_once=prompts_at_once
+        )
         self._max_prompts = max_prompts
         self._max_tokenize_length = max_tokenize_length
         self._health_timeout_s = health_timeout_s
@@ -168,7 +170,6 @@ class Ingress(OpenAiIngress):
     async def _generate(self, method: Method, body: Body, request: Request) -> Response:
         if refused := self._refusal(body, request):
             return refused
-        body.request_id = request.state.request_id
         reason = bypass_reason(body)
         chunks = self._coordinator.run(
             GenerationRequest(
@@ -176,16 +177,17 @@ class Ingress(OpenAiIngress):
                 body,
                 RawRequestInfo.from_starlette_request(request),
                 sent=Sent() if may_go_on(body) else None,
+                client_id=request.state.request_id,
             ),
             bypass=reason is not None,
         )
         first = await anext(aiter(chunks))
-        if isinstance(first, _COMPLETE):
+        if isinstance(first, WholeAnswer | ErrorResponse):
             async for _ in chunks:
                 logger.error("a complete answer was followed by more: %r", _)
             if isinstance(first, ErrorResponse):
                 return _error(first, body)
-            return JSONResponse(first.model_dump())
+            return Response(first.content, first.status, dict(first.headers))
         return StreamingResponse(as_events(_closing(first, chunks)), media_type="text/event-stream")
 
     async def _ask_decode(self, method: str, body: Any, request: Request) -> Response:

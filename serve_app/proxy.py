@@ -15,10 +15,10 @@ import aiohttp
 from aiohttp import web
 
 from deployments.errors import ServiceUnavailable
-from deployments.generation import GenerationRequest, Method
+from deployments.generation import GenerationRequest, Method, WholeAnswer
 from deployments.handoff import Coordinator
 from deployments.handoff_state import RetryPolicy
-from deployments.http_body import PATHS, HttpAnswer, JsonBody, answers
+from deployments.http_body import PATHS, JsonBody, answers
 from deployments.http_caller import HttpCaller
 from deployments.http_servers import HttpServers, Role
 from deployments.ticket_notices import TicketNotices
@@ -42,7 +42,7 @@ _CONNECT_TIMEOUT_S: Final = 2.0
 _HEALTH_TIMEOUT_S: Final = 5.0
 # vLLM closes connections that were idle for 5 s; a request must not meet that on its way.
 _IDLE_S: Final = 2.0
-_PASSED_ON: Final = ("Authorization", "X-Request-Id", "traceparent", "tracestate")
+_PASSED_ON: Final = ("Authorization", "traceparent", "tracestate")
 _ROLES: Final[tuple[Role, Role]] = ("prefill", "decode")
 
 # A server whose machine is gone says nothing; the kernel asks it after 5 s of silence.
@@ -103,7 +103,6 @@ class Proxy:
             self._coordinator = Coordinator(caller, self._options.policy)
             yield
             await self._coordinator.drain()
-            await caller.drain()
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         return await self._generate("completions", request)
@@ -181,10 +180,11 @@ class Proxy:
     ) -> web.StreamResponse:
         body = JsonBody(fields, self._headers(request))
         reason = bypass_reason(body)
-        chunks = self._coordinator.run(GenerationRequest(method, body), bypass=reason is not None)
+        asked = GenerationRequest(method, body, client_id=_client_id(body, request))
+        chunks = self._coordinator.run(asked, bypass=reason is not None)
         async with aclosing(chunks):
             first = await anext(chunks)
-            if isinstance(first, HttpAnswer):
+            if isinstance(first, WholeAnswer):
                 return web.Response(
                     body=first.content, status=first.status, headers=dict(first.headers)
                 )
@@ -220,6 +220,12 @@ def _fields(request: web.Request, content: bytes) -> dict[str, Any]:
         what = f"{answers(fields)} prompts and samples are more than {MAX_ANSWERS}"
         raise _bad_request(Fault("prompt", f"{what}; send several requests"))
     return fields
+
+
+def _client_id(body: JsonBody, request: web.Request) -> str:
+    """What the client calls its request, as vLLM looks for it."""
+    given = request.headers.get("X-Request-Id", body.fields.get("request_id"))
+    return given if isinstance(given, str) else ""
 
 
 async def _with_first(first: Any, chunks: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:

@@ -17,7 +17,6 @@ from transfer.errors import Phase, ProtocolError
 
 TICKET_VERSION = 2
 MAX_BLOCKS = 1 << 20
-MAX_TICKETS = 1024
 MAX_READERS = 1024
 MAX_SECONDS = 1 << 50
 MAX_TEXT_CHARS = 512
@@ -130,13 +129,15 @@ class Ticket:
         }
 
     @classmethod
-    def from_params(cls, params: Mapping[str, Any]) -> Self:
+    def from_params(cls, params: Any) -> Self:
         """Checks and reads what :meth:`to_params` wrote.
 
         Raises:
-            ProtocolError: unknown version, or a field missing, of the wrong type or out of range;
-                the message names the field.
+            ProtocolError: no JSON object, unknown version, or a field missing, of the wrong type or
+                out of range; the message names the field.
         """
+        if not isinstance(params, Mapping):
+            raise _bad("a ticket must be a JSON object")
         fields = _Fields(params)
         version = fields.integer("version", 0, 1 << 31)
         if version != TICKET_VERSION:
@@ -168,21 +169,15 @@ class Ticket:
         )
 
 
-def tickets_from_params(params: Mapping[str, Any]) -> tuple[Ticket, ...]:
-    """The tickets in ``params``; several when one request carries several prompts.
+def is_handoff_id(name: Any) -> bool:
+    """Whether a hand-off can be called that."""
+    return isinstance(name, str) and _HEX32.match(name) is not None
 
-    Raises:
-        ProtocolError: as :meth:`Ticket.from_params`.
-    """
-    bundle = params.get("tickets")
-    if bundle is None:
-        return (Ticket.from_params(params),)
-    if not isinstance(bundle, list) or not 1 <= len(bundle) <= MAX_TICKETS:
-        raise _bad(f"tickets must be a list of 1 to {MAX_TICKETS} tickets")
-    for item in bundle:
-        if not isinstance(item, Mapping):
-            raise _bad("tickets must hold JSON objects")
-    return tuple(Ticket.from_params(item) for item in bundle)
+
+def handoff_id_of(params: Any) -> str | None:
+    """The id in what should be a ticket, read or not; None if there is none to tell an owner of."""
+    name = params.get("handoff_id") if isinstance(params, Mapping) else None
+    return name if isinstance(name, str) and name else None
 
 
 class _Fields:

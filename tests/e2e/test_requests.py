@@ -389,6 +389,10 @@ def test_metrics_of_baton_and_vllm_appear(app: BatonApp) -> None:
     assert metric(text, "ray_baton_transfer_bytes_total") == app.totals("decode")["bytes"]
     assert metric(text, "ray_baton_transfer_tokens_total") == app.totals("decode")["tokens"]
     assert metric(text, "ray_baton_recomputed_tokens_total") == 0
+    # Everything that was offered was read or given back: no wait was ended by expiry.
+    assert metric(text, "ray_baton_handoffs_total", side="owner", outcome="released") >= read
+    assert metric(text, "ray_baton_handoffs_total", side="owner", outcome="expired") == 0
+    assert app.totals("prefill").get("owner_expired", 0) == 0
     assert metric(text, "ray_baton_transfer_seconds_count") >= read
     assert metric(text, "ray_baton_handoff_seconds_count") >= read
     assert metric(text, "ray_baton_pinned_blocks") == 0

@@ -15,7 +15,7 @@ from transfer.addressing import parse_address
 from transfer.connector.layout import KVLayout
 from transfer.discovery.record import decode_record, encode_record
 from transfer.errors import Phase
-from transfer.ticket import tickets_from_params
+from transfer.ticket import Ticket
 from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Caller
 from transfer.transports.rdma import handshake
@@ -98,7 +98,7 @@ def _ticket(data: bytes) -> object:
         params = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    return tickets_from_params(params) if isinstance(params, dict) else None
+    return Ticket.from_params(params)
 
 
 def _text(data: bytes) -> str:
@@ -132,7 +132,7 @@ DECODERS = {
     "kv layout": Decoder(KVLayout.decode, (LAYOUT.encode(),)),
     "ticket": Decoder(
         _ticket,
-        (json.dumps(TICKET).encode(), json.dumps({"tickets": [TICKET, TICKET]}).encode()),
+        (json.dumps(TICKET).encode(), json.dumps({**TICKET, "readers": 3}).encode()),
     ),
     "discovery record": Decoder(decode_record, (encode_record(RECORD),)),
     "tcp address": Decoder(

@@ -24,9 +24,12 @@ from tests.support.scripted_servers import (
     TICKET,
     Server,
     Step,
+    completes,
     dead,
     empty,
+    events_of,
     hangs,
+    new_ticket,
     says,
     streams,
     streams_for_ever,
@@ -139,6 +142,7 @@ def test_a_request_goes_through_prefill_and_decode() -> None:
             )
             assert (status, json.loads(text)) == (200, {"id": "cmpl-1", "choices": [{"text": "é"}]})
             (asked,) = it.prefill[0].bodies
+            name = asked.pop("request_id")
             assert asked == {
                 "model": "m",
                 "prompt": "Hi",
@@ -152,6 +156,8 @@ def test_a_request_goes_through_prefill_and_decode() -> None:
                 },
             }
             (decoded,) = it.decode[0].bodies
+            # Servers know the request by a name of the proxy's own.
+            assert decoded.pop("request_id") == name != "r1"
             assert decoded == {
                 "model": "m",
                 "prompt": "Hi",
@@ -164,7 +170,7 @@ def test_a_request_goes_through_prefill_and_decode() -> None:
             for server in (*it.prefill, *it.decode):
                 assert server.paths == ["/v1/completions"]
                 assert server.headers[0]["Authorization"] == "Bearer k"
-                assert server.headers[0]["X-Request-Id"] == "r1"
+                assert "X-Request-Id" not in server.headers[0]
                 assert "Cookie" not in server.headers[0]
 
     run(main())
@@ -182,21 +188,58 @@ def test_chat_is_clamped_by_both_names() -> None:
     run(main())
 
 
-@pytest.mark.parametrize(
-    ("prompt", "asked"),
-    [
-        (["a", "b"], ["a", "b"]),
-        ([1, 2, 3], [[1, 2, 3]]),
-        ([[1, 2], [3]], [[1, 2], [3]]),
-    ],
-)
-def test_every_prompt_gets_a_ticket(prompt: Any, asked: list[Any]) -> None:
+@pytest.mark.parametrize("name", ["mine", "n" * 600, 'a "quote"'])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_answer_has_the_clients_name_for_it(name: str, stream: bool) -> None:
     async def main() -> None:
-        async with setup([ticket()], [says(choices=[])]) as it:
-            assert (await it.ask(prompt=prompt))[0] == 200
-            assert [body["prompt"] for body in it.prefill[0].bodies] == asked
-            params = it.decode[0].bodies[0]["kv_transfer_params"]
-            assert params.get("tickets", [params]) == [TICKET] * len(asked)
+        async with setup([ticket()], [completes]) as it:
+            _, text, _ = await it.ask(stream=stream, headers={"X-Request-Id": name})
+            assert json.dumps(f"cmpl-{name}") in text
+            _, text, _ = await it.ask(stream=stream, request_id="in the body")
+            assert '"cmpl-in the body"' in text
+            assert len({body["request_id"] for body in it.decode[0].bodies}) == 2
+
+    run(main())
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [[1, 2], [3]], ["same", "same"]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_prompt_is_a_handoff_of_its_own(prompt: Any, stream: bool) -> None:
+    async def main() -> None:
+        async with setup([new_ticket], [completes]) as it:
+            status, text, _ = await it.ask(prompt=prompt, stream=stream, n=2)
+            assert status == 200
+            checked, *asked = it.prefill[0].bodies
+            assert it.prefill[0].paths[0] == "/v1/completions/render"
+            assert checked["prompt"] == prompt
+            assert sorted(body["prompt"] for body in asked) == sorted(prompt)
+            decoded = it.decode[0].bodies
+            assert sorted(body["prompt"] for body in decoded) == sorted(prompt)
+            assert len({body["kv_transfer_params"]["handoff_id"] for body in decoded}) == 2
+            assert len({body["request_id"] for body in decoded}) == 2
+            choices = (
+                [choice for event in events_of(text) for choice in event["choices"]]
+                if stream
+                else json.loads(text)["choices"]
+            )
+            assert sorted(choice["index"] for choice in choices) == [0, 1, 2, 3]
+            assert {choice["index"]: choice["text"] for choice in choices} == {
+                index: f"{prompt[index // 2]}" for index in range(4)
+            }
+            assert not stream or text.count(DONE) == 1
+
+    run(main())
+
+
+def test_one_wrong_prompt_refuses_all_before_any_is_computed() -> None:
+    bad = says(400, error={"message": "prompt 2 is too long"})
+
+    async def main() -> None:
+        async with setup([bad], [hangs]) as it:
+            status, text, _ = await it.ask(prompt=["a", "b", "c"], stream=True)
+            assert (status, json.loads(text)["error"]["message"]) == (400, "prompt 2 is too long")
+            assert len(it.prefill[0].bodies) == 1
+            assert it.decode[0].bodies == []
 
     run(main())
 

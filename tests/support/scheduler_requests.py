@@ -11,7 +11,6 @@ from vllm.v1.request import RequestStatus
 from transfer.connector.metadata import BatonMetadata, WorkerHandshake
 from transfer.connector.scheduler import BatonScheduler
 from transfer.connector.ticket_writer import TicketWriter
-from transfer.params import tickets_to_params
 from transfer.ticket import Ticket, prompt_hash
 
 BLOCK = 16
@@ -135,9 +134,8 @@ def schedule(scheduler: BatonScheduler, request: Any, local_tokens: int = 0) -> 
     return count, is_async
 
 
-def decode_request(token_ids: list[int], *brought: Ticket, **fields: Any) -> Any:
-    params = tickets_to_params([ticket.to_params() for ticket in brought])
-    return make_request(token_ids, params, **fields)
+def decode_request(token_ids: list[int], ticket: Ticket, **fields: Any) -> Any:
+    return make_request(token_ids, ticket.to_params(), **fields)
 
 
 NOTHING = BatonMetadata()

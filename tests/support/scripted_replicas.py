@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,11 @@ from deployments.errors import ReplicaLost
 from deployments.generation import GenerationRequest, Output, PrefillAnswer, Sent
 from deployments.handoff import Coordinator
 from deployments.handoff_state import RetryPolicy
+from tests.support.tickets import make_ticket
 
-T1: dict[str, Any] = {"handoff_id": "h1", "version": 1}
-T2: dict[str, Any] = {"handoff_id": "h2", "version": 1}
+T1: dict[str, Any] = make_ticket("1").to_params()
+T2: dict[str, Any] = make_ticket("2").to_params()
+SHARED: dict[str, Any] = make_ticket("3", readers=2).to_params()
 BAD = ErrorResponse(error=ErrorInfo(message="temperature: too hot", type="bad", code=400))
 CHUNKS = ["data: one\n\n", "data: two\n\n", "data: [DONE]\n\n"]
 INFO = RawRequestInfo(headers={"x-request-id": "r1"})
@@ -36,18 +38,27 @@ class FakeCaller:
     Attributes:
         prefills: what each prefill call does: answer, raise, or hang.
         decodes: what each decode call does, chunk by chunk.
+        checks: what each check of several prompts says.
         held: unset, notices to owners do not come back.
     """
 
     prefills: list[Any] = field(default_factory=list)
     decodes: list[Sequence[Any]] = field(default_factory=list)
+    checks: list[Any] = field(default_factory=list)
     log: list[tuple[Any, ...]] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     sent: list[Sent | None] = field(default_factory=list)
-    aborted: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    aborted: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     abort_error: Exception | None = None
     held: asyncio.Event | None = None
     open_calls: int = 0
+
+    async def check(self, request: GenerationRequest) -> Any | None:
+        self.log.append(("check", request.method, request.http, set()))
+        step = self.checks.pop(0) if self.checks else None
+        if isinstance(step, Exception):
+            raise step
+        return step
 
     async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
         self.log.append(("prefill", request.method, request.http, set(exclude)))
@@ -79,17 +90,13 @@ class FakeCaller:
         finally:
             self.open_calls -= 1
 
-    def refusal(self, chunk: Any) -> Any | None:
-        first = chunk[0] if isinstance(chunk, list) else chunk
-        return first if isinstance(first, ErrorResponse) else None
-
-    async def abort(self, replica_id: str, handoff_ids: tuple[str, ...]) -> int:
+    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
         if self.held is not None:
             await self.held.wait()
-        self.aborted.append((replica_id, handoff_ids))
+        self.aborted.append((replica_id, dict(ticket)))
         if self.abort_error is not None:
             raise self.abort_error
-        return len(handoff_ids)
+        return 1
 
     async def _play(self, step: Any) -> None:
         if step == HANG:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
 
-TICKET = {"handoff_id": "h1", "remote_engine_id": "p", "readers": 1}
+from tests.support.tickets import make_ticket
+
+TICKET = make_ticket().to_params()
 EVENTS = [
     'data: {"choices": [{"text": "é"}]}\n\n',
     'data: {"choices": [{"text": "", "finish_reason": "stop"}]}\n\n',
@@ -67,6 +70,35 @@ def says(status: int = 200, **document: Any) -> Step:
 
 def ticket(server_ticket: Any = TICKET) -> Step:
     return says(kv_transfer_params=server_ticket, choices=[])
+
+
+async def new_ticket(server: Server, request: web.Request) -> web.StreamResponse:
+    """A prefill server that gives out tickets of different hand-offs."""
+    made = make_ticket(handoff_id=f"{len(server.bodies):032x}").to_params()
+    return web.json_response({"kv_transfer_params": made, "choices": []})
+
+
+async def completes(server: Server, request: web.Request) -> web.StreamResponse:
+    """Answers with the prompt, for every sample; streamed if that is asked for."""
+    body = await request.json()
+    choices = [
+        {"index": index, "text": f"{body['prompt']}", "finish_reason": "stop"}
+        for index in range(body.get("n") or 1)
+    ]
+    content = {"id": f"cmpl-{body['request_id']}", "created": 7}
+    if not body.get("stream"):
+        return web.json_response({**content, "choices": choices})
+    events = [f"data: {json.dumps({**content, 'choices': [choice]})}\n\n" for choice in choices]
+    return await streams(*(event.encode() for event in (*events, DONE)))(server, request)
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The events of a stream, without its end."""
+    return [
+        json.loads(event.removeprefix("data: "))
+        for event in text.split("\n\n")
+        if event and event + "\n\n" != DONE
+    ]
 
 
 def streams(*pieces: bytes, cut: bool = False) -> Step:

@@ -19,6 +19,7 @@ from deployments.admission import (
     Place,
     PrefillCost,
     PromptSize,
+    Waiting,
 )
 from deployments.errors import Overloaded
 
@@ -112,22 +113,22 @@ class Prefill:
         self.admission = admission
         self.free_at = [0.0] * replicas
         self.seconds = seconds
-        self.due: list[tuple[float, int, Place]] = []
+        self.due: list[tuple[float, int, Waiting]] = []
 
     def run_until(self, now: float) -> None:
-        for at, replica, place in sorted(self.due, key=lambda item: item[0]):
+        for at, replica, waiting in sorted(self.due, key=lambda item: item[0]):
             if at <= now:
-                place.prefilled(f"p{replica}", 1000, at)
-                self.due.remove((at, replica, place))
+                waiting.prefilled(f"p{replica}", 1000, at)
+                self.due.remove((at, replica, waiting))
 
     def arrive(self, now: float) -> float:
         """A request comes; returns how long it really waits."""
         self.run_until(now)
-        place = self.admission.enter(TOKENS, now)
+        waiting = self.admission.enter(now).wait(TOKENS, now)
         replica = min(range(len(self.free_at)), key=self.free_at.__getitem__)
         wait_s = max(0.0, self.free_at[replica] - now)
         self.free_at[replica] = max(now, self.free_at[replica]) + self.seconds
-        self.due.append((self.free_at[replica], replica, place))
+        self.due.append((self.free_at[replica], replica, waiting))
         return wait_s
 
 
@@ -167,38 +168,52 @@ def test_request_that_would_wait_too_long_is_told_when_to_come_again() -> None:
 def test_long_prompt_is_let_in_when_nothing_is_before_it() -> None:
     admission = Admission(AdmissionPolicy(max_prefill_wait_s=1.0))
     for tokens in (100, 1000):
-        place = admission.enter(PromptSize(tokens=tokens), 0.0)
-        place.prefilled("p1", tokens, tokens / 100)
-        place.leave(tokens / 100)
+        place = admission.enter(0.0)
+        place.wait(PromptSize(tokens=tokens), 0.0).prefilled("p1", tokens, tokens / 100)
+        place.leave()
 
-    admission.enter(PromptSize(tokens=10**6), 100.0)
+    admission.enter(100.0).wait(PromptSize(tokens=10**6), 100.0)
 
     with pytest.raises(Overloaded):
-        admission.enter(PromptSize(tokens=1), 100.0)
+        admission.enter(100.0)
 
 
 def test_number_of_requests_is_bounded_until_they_end() -> None:
     admission = Admission(AdmissionPolicy(max_requests=2))
-    first = admission.enter(TOKENS, 0.0)
-    second = admission.enter(TOKENS, 0.0, prefill=False)
-    first.prefilled("p1", 1000, 1.0)
+    first = admission.enter(0.0)
+    second = admission.enter(0.0, prefill=False)
+    first.wait(TOKENS, 0.0).prefilled("p1", 1000, 1.0)
     with pytest.raises(Overloaded, match="2 requests"):
-        admission.enter(TOKENS, 1.0)
+        admission.enter(1.0)
 
-    second.leave(2.0)
-    second.leave(2.0)
+    second.leave()
+    second.leave()
 
-    admission.enter(TOKENS, 2.0)
+    admission.enter(2.0)
     with pytest.raises(Overloaded):
-        admission.enter(TOKENS, 2.0, prefill=False)
+        admission.enter(2.0, prefill=False)
+
+
+def test_request_with_several_prompts_counts_once_and_each_prompt_waits() -> None:
+    admission = Admission(AdmissionPolicy(max_requests=2, max_prefill_wait_s=5.0))
+    first = admission.enter(0.0)
+    first.wait(TOKENS, 0.0).prefilled("p1", 1000, 2.0)
+    waiting = [first.wait(TOKENS, 2.0) for _ in range(3)]
+    assert admission.wait_s(2.0) == pytest.approx(6.0)
+    with pytest.raises(Overloaded, match="prefill is busy"):
+        admission.enter(2.0)
+
+    waiting[0].not_prefilled(2.0)
+
+    admission.enter(2.0)
 
 
 def test_length_of_text_is_learned() -> None:
     admission = Admission(UNBOUNDED)
     for _ in range(200):
-        place = admission.enter(PromptSize(characters=300), 0.0)
-        place.prefilled("p1", 200, 0.0)
-        place.leave(0.0)
+        place = admission.enter(0.0)
+        place.wait(PromptSize(characters=300), 0.0).prefilled("p1", 200, 0.0)
+        place.leave()
 
     assert admission.tokens(PromptSize(characters=3000)) == pytest.approx(2000, rel=0.1)
     assert admission.tokens(PromptSize(characters=300, tokens=7)) == pytest.approx(207, rel=0.1)
@@ -206,12 +221,13 @@ def test_length_of_text_is_learned() -> None:
 
 def test_disturbed_prefill_says_nothing() -> None:
     admission = Admission(UNBOUNDED)
-    place = admission.enter(TOKENS, 0.0)
-    place.not_prefilled(500.0)
-    place.prefilled("p2", 1000, 501.0)
-    place.leave(502.0)
+    place = admission.enter(0.0)
+    waiting = place.wait(TOKENS, 0.0)
+    waiting.not_prefilled(500.0)
+    waiting.prefilled("p2", 1000, 501.0)
+    place.leave()
 
-    admission.enter(TOKENS, 503.0)
+    admission.enter(503.0).wait(TOKENS, 503.0)
     assert admission.wait_s(503.0) == 0.0
 
 
@@ -223,48 +239,46 @@ class AnyTraffic(RuleBasedStateMachine):
         self.admission = Admission(AdmissionPolicy(max_requests=4, max_prefill_wait_s=10.0))
         self.now = 0.0
         self.here: list[Place] = []
-        self.waiting: set[Place] = set()
+        self.waiting: list[Waiting] = []
 
     @rule(seconds=st.floats(0, 20))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(tokens=st.integers(1, 10**6), prefill=st.booleans())
-    def comes(self, tokens: int, prefill: bool) -> None:
+    @rule(tokens=st.lists(st.integers(1, 10**6), max_size=3))
+    def comes(self, tokens: list[int]) -> None:
         full = len(self.here) >= 4
-        long = prefill and self.admission.wait_s(self.now) > 10.0
-        size = PromptSize(tokens=tokens)
+        long = bool(tokens) and self.admission.wait_s(self.now) > 10.0
         if full or long:
             with pytest.raises(Overloaded):
-                self.admission.enter(size, self.now, prefill=prefill)
+                self.admission.enter(self.now, prefill=bool(tokens))
             return
-        place = self.admission.enter(size, self.now, prefill=prefill)
+        place = self.admission.enter(self.now, prefill=bool(tokens))
         self.here.append(place)
-        if prefill:
-            self.waiting.add(place)
+        self.waiting += [place.wait(PromptSize(tokens=count), self.now) for count in tokens]
 
-    @precondition(lambda self: self.here)
+    @precondition(lambda self: self.waiting)
     @rule(data=st.data(), replica=st.sampled_from("abc"), tokens=st.integers(0, 10**6))
     def prefilled(self, data: st.DataObject, replica: str, tokens: int) -> None:
-        place = data.draw(st.sampled_from(self.here))
-        place.prefilled(replica, tokens, self.now)
-        self.waiting.discard(place)
+        waiting = data.draw(st.sampled_from(self.waiting))
+        waiting.prefilled(replica, tokens, self.now)
+        self.waiting.remove(waiting)
 
-    @precondition(lambda self: self.here)
+    @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def disturbed(self, data: st.DataObject) -> None:
-        place = data.draw(st.sampled_from(self.here))
-        place.not_prefilled(self.now)
-        self.waiting.discard(place)
+        waiting = data.draw(st.sampled_from(self.waiting))
+        waiting.not_prefilled(self.now)
+        waiting.not_prefilled(self.now)
+        self.waiting.remove(waiting)
 
     @precondition(lambda self: self.here)
     @rule(data=st.data())
     def leaves(self, data: st.DataObject) -> None:
         place = data.draw(st.sampled_from(self.here))
-        place.leave(self.now)
-        place.leave(self.now)
+        place.leave()
+        place.leave()
         self.here.remove(place)
-        self.waiting.discard(place)
 
     @invariant()
     def never_stuck(self) -> None:

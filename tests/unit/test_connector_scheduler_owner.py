@@ -90,6 +90,23 @@ def test_only_blocks_of_the_prompt_are_offered(length: int) -> None:
     assert ticket.block_ids == tuple(range(blocks_for(length)))
 
 
+def test_whoever_asks_for_a_prefill_may_name_the_handoff() -> None:
+    scheduler = make_scheduler("producer")
+
+    def named(name: Any) -> str:
+        _, params = finish(scheduler, tokens(40), params={**OFFER, "handoff_id": name})
+        assert params is not None
+        return Ticket.from_params(params).handoff_id
+
+    assert named("ab" * 16) == "ab" * 16
+    assert named("cd" * 16) == "cd" * 16
+    # Two hand-offs of one name would be the engine's end.
+    assert named("ab" * 16) not in ("ab" * 16, "cd" * 16)
+    odd: list[Any] = [None, 5, "", "AB" * 16, "ab" * 17, ["ab" * 16], {}]
+    for nonsense in odd:
+        assert named(nonsense) != nonsense
+
+
 def test_a_long_request_id_leaves_a_ticket_that_can_be_read() -> None:
     _, params = finish(
         make_scheduler("producer"),

@@ -363,41 +363,12 @@ def test_malformed_ticket_is_refused_and_the_prompt_computed(change: dict[str, A
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(NOTHING, verdicts=[REFUSED])
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_prompt_picks_its_ticket_from_a_bundle(index: int) -> None:
+@pytest.mark.parametrize("prompt", [[0], tokens(40)])
+def test_request_that_the_engine_turned_away_forfeits_its_ticket(prompt: list[int]) -> None:
+    # vLLM makes up a request of prompt [0] for it; the ticket may even be of that prompt.
     scheduler = make_scheduler("consumer")
-    prompts = [tokens(40), tokens(40, start=9), tokens(BLOCK)]
-    bundle = [make_ticket(prompt, handoff=str(i)) for i, prompt in enumerate(prompts)]
-    request = decode_request(prompts[index], *bundle)
-    scheduler.on_new_request(request)
-
-    schedule(scheduler, request)
-
-    metadata = scheduler.take_metadata(idle=False)
-    (read,) = metadata.reads
-    assert read.ticket == bundle[index]
-    # The others belong to the other prompts of the same call.
-    assert metadata == dataclasses.replace(NOTHING, reads=[read])
-
-
-def test_prompt_that_is_not_in_the_bundle_is_computed_and_leaves_the_bundle_alone() -> None:
-    scheduler = make_scheduler("consumer")
-    bundle = [make_ticket(tokens(40, start=s), handoff=str(s)) for s in (1, 2)]
-    request = decode_request(tokens(40, start=3), *bundle)
-
-    scheduler.on_new_request(request)
-
-    assert schedule(scheduler, request) == (0, False)
-    assert scheduler.take_metadata(idle=False) == dataclasses.replace(NOTHING, verdicts=[REFUSED])
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_request_that_the_engine_turned_away_forfeits_all_its_tickets(count: int) -> None:
-    # vLLM makes up a request of prompt [0] for it; one of the tickets may even be of that prompt.
-    scheduler = make_scheduler("consumer")
-    prompts = [[0], tokens(40), tokens(BLOCK)][:count]
-    bundle = [make_ticket(prompt, handoff=str(i)) for i, prompt in enumerate(prompts)]
-    request = decode_request([0], *bundle, abort_immediately=True)
+    ticket = make_ticket(prompt)
+    request = decode_request([0], ticket, abort_immediately=True)
 
     scheduler.on_new_request(request)
     request.status = RequestStatus.FINISHED_ABORTED
@@ -405,7 +376,7 @@ def test_request_that_the_engine_turned_away_forfeits_all_its_tickets(count: int
 
     assert scheduler.has_pending
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
-        NOTHING, forfeits=[Holding("request-1", ticket) for ticket in bundle]
+        NOTHING, forfeits=[Holding("request-1", ticket)]
     )
 
 

@@ -11,12 +11,14 @@ import pytest
 from deployments.admission import Admission, AdmissionPolicy
 from deployments.errors import NoReplica, Overloaded, ServiceUnavailable
 from deployments.generation import Output, PrefillAnswer, Sent
-from deployments.handoff import Coordinator, RouterEvent
+from deployments.handoff import Coordinator
+from deployments.router_event import RouterEvent
 from tests.support.scripted_replicas import (
     BAD,
     CHUNKS,
     INFO,
     POLICY,
+    SHARED,
     T1,
     T2,
     FakeCaller,
@@ -32,7 +34,7 @@ from tests.support.scripted_replicas import (
 
 
 def test_ticket_of_prefill_goes_to_decode_and_chunks_to_the_client() -> None:
-    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [CHUNKS])
+    caller = FakeCaller([PrefillAnswer("p1", T1)], [CHUNKS])
     request = make_request()
 
     assert served(caller, request=request) == CHUNKS
@@ -47,17 +49,9 @@ def test_ticket_of_prefill_goes_to_decode_and_chunks_to_the_client() -> None:
     assert caller.aborted == []
 
 
-def test_tickets_of_several_prompts_travel_together() -> None:
-    caller = FakeCaller([PrefillAnswer("p1", (T1, T2))], [CHUNKS])
-
-    assert served(caller) == CHUNKS
-    assert caller.brought()[1]["tickets"] == [T1, T2]
-    assert caller.aborted == []
-
-
 def test_complete_response_is_passed_on() -> None:
     response = object()
-    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[response]])
+    caller = FakeCaller([PrefillAnswer("p1", T1)], [[response]])
 
     assert served(caller) == [response]
 
@@ -71,7 +65,7 @@ def test_bypass_goes_to_decode_alone() -> None:
 
 
 def test_lost_prefill_replica_is_ruled_out_and_another_one_tried() -> None:
-    caller = FakeCaller([lost("p1", "prefill"), PrefillAnswer("p2", (T1,))], [CHUNKS])
+    caller = FakeCaller([lost("p1", "prefill"), PrefillAnswer("p2", T1)], [CHUNKS])
 
     assert served(caller) == CHUNKS
     assert caller.calls() == [("prefill", set()), ("prefill", {"p1"}), ("decode", set())]
@@ -84,7 +78,7 @@ def test_lost_prefill_replica_is_ruled_out_and_another_one_tried() -> None:
         [NoReplica("prefill", 5.0)],
         [lost("p1", "prefill"), NoReplica("prefill", 0.0)],
         [lost("p1", "prefill"), lost("p2", "prefill"), lost("p3", "prefill")],
-        [PrefillAnswer("p1", ())],
+        [PrefillAnswer("p1")],
     ],
     ids=["none there", "only one there", "all lost", "no ticket"],
 )
@@ -106,10 +100,10 @@ def test_request_that_prefill_refuses_never_reaches_decode() -> None:
 
 
 def test_request_that_decode_refuses_gives_its_blocks_up() -> None:
-    caller = FakeCaller([PrefillAnswer("p1", (T1, T2))], [[BAD]])
+    caller = FakeCaller([PrefillAnswer("p1", SHARED)], [[BAD]])
 
     assert served(caller) == [BAD]
-    assert caller.aborted == [("p1", ("h1", "h2"))]
+    assert caller.aborted == [("p1", SHARED)]
     assert len(caller.calls()) == 2
 
 
@@ -124,9 +118,7 @@ def test_request_that_decode_refuses_gives_its_blocks_up() -> None:
 def test_decode_lost_before_its_first_chunk_is_replaced_with_the_same_tickets(
     failures: list[Exception], excluded: list[set[str]]
 ) -> None:
-    caller = FakeCaller(
-        [PrefillAnswer("p1", (T1,))], [*([failure] for failure in failures), CHUNKS]
-    )
+    caller = FakeCaller([PrefillAnswer("p1", T1)], [*([failure] for failure in failures), CHUNKS])
 
     assert served(caller) == CHUNKS
     assert caller.calls() == [("prefill", set()), *(("decode", names) for names in excluded)]
@@ -136,10 +128,10 @@ def test_decode_lost_before_its_first_chunk_is_replaced_with_the_same_tickets(
 
 def test_tickets_that_decode_leaves_unread_are_given_up_at_once() -> None:
     unread = Output("", "d1", unread=True)
-    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[unread, *CHUNKS]])
+    caller = FakeCaller([PrefillAnswer("p1", T1)], [[unread, *CHUNKS]])
 
     assert served(caller) == CHUNKS
-    assert caller.aborted == [("p1", ("h1",))]
+    assert caller.aborted == [("p1", T1)]
     assert len(caller.calls()) == 2
 
 
@@ -153,15 +145,15 @@ def test_tickets_that_decode_leaves_unread_are_given_up_at_once() -> None:
     ids=["all lost", "none there", "ends without a chunk"],
 )
 def test_no_decode_is_an_error_and_the_blocks_are_given_up(decodes: list[Any]) -> None:
-    caller = FakeCaller([PrefillAnswer("p1", (T1,))], list(decodes))
+    caller = FakeCaller([PrefillAnswer("p1", T1)], list(decodes))
 
     assert served(caller, raises=ServiceUnavailable) == []
     assert len(caller.calls()) == 1 + len(decodes)
-    assert caller.aborted == [("p1", ("h1",))]
+    assert caller.aborted == [("p1", T1)]
 
 
 def test_decode_lost_in_mid_stream_ends_the_stream_with_an_error_event() -> None:
-    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[CHUNKS[0], lost("d1")]])
+    caller = FakeCaller([PrefillAnswer("p1", T1)], [[CHUNKS[0], lost("d1")]])
 
     first, last = served(caller)
 
@@ -176,10 +168,10 @@ def test_decode_lost_in_mid_stream_ends_the_stream_with_an_error_event() -> None
 
 
 def test_error_of_a_kind_we_do_not_know_passes_and_the_blocks_are_given_up() -> None:
-    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[KeyError("a bug in a replica")]])
+    caller = FakeCaller([PrefillAnswer("p1", T1)], [[KeyError("a bug in a replica")]])
 
     assert served(caller, raises=KeyError) == []
-    assert caller.aborted == [("p1", ("h1",))]
+    assert caller.aborted == [("p1", T1)]
 
 
 # ---- what the router counts ----------------------------------------------------------------------
@@ -188,7 +180,7 @@ def test_error_of_a_kind_we_do_not_know_passes_and_the_blocks_are_given_up() -> 
 def test_router_counts_what_is_out_of_the_ordinary() -> None:
     unread = Output("", "d1", unread=True)
     caller = FakeCaller(
-        [lost("p1", "prefill"), PrefillAnswer("p2", (T1,)), NoReplica("prefill", 1.0)],
+        [lost("p1", "prefill"), PrefillAnswer("p2", T1), NoReplica("prefill", 1.0)],
         [
             [NoReplica("decode", 1.0)],
             [unread, part("a", 1, created=7), lost("d1")],
@@ -225,7 +217,7 @@ def test_router_counts_what_is_out_of_the_ordinary() -> None:
 
 
 def test_client_does_not_wait_for_notices_but_drain_does() -> None:
-    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[BAD]])
+    caller = FakeCaller([PrefillAnswer("p1", T1)], [[BAD]])
 
     async def main() -> None:
         caller.held = asyncio.Event()
@@ -240,7 +232,7 @@ def test_client_does_not_wait_for_notices_but_drain_does() -> None:
         caller.held.set()
         await draining
 
-        assert caller.aborted == [("p1", ("h1",))]
+        assert caller.aborted == [("p1", T1)]
 
     drive(main())
 
@@ -251,15 +243,15 @@ def test_drain_with_nothing_to_do_returns() -> None:
 
 @pytest.mark.parametrize("gone", [NoReplica("prefill", 5.0), lost("p1", "prefill")])
 def test_owner_that_is_gone_needs_no_notice(gone: Exception) -> None:
-    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[BAD]], abort_error=gone)
+    caller = FakeCaller([PrefillAnswer("p1", T1)], [[BAD]], abort_error=gone)
 
     assert served(caller) == [BAD]
-    assert caller.aborted == [("p1", ("h1",))]
+    assert caller.aborted == [("p1", T1)]
 
 
 def test_requests_do_not_see_each_other() -> None:
     caller = FakeCaller(
-        [lost("p1", "prefill"), PrefillAnswer("p2", (T1,)), PrefillAnswer("p1", (T2,))],
+        [lost("p1", "prefill"), PrefillAnswer("p2", T1), PrefillAnswer("p1", T2)],
         [CHUNKS, CHUNKS],
     )
 

@@ -14,7 +14,7 @@ from tests.support.scripted_replicas import BAD, T1, T2, FakeCaller, lost, part,
 
 def test_broken_stream_goes_on_with_what_the_client_has() -> None:
     caller = FakeCaller(
-        [PrefillAnswer("p1", (T1,)), PrefillAnswer("p2", (T2,))],
+        [PrefillAnswer("p1", T1), PrefillAnswer("p2", T2)],
         [[part("a", 1), part("bc", 2, 3), lost("d1")], [Output("", "d2"), part("d", 4)]],
     )
 
@@ -82,7 +82,7 @@ def test_failed_continuation_ends_with_one_error(then: list[Any]) -> None:
 
 def test_prefill_that_refuses_the_longer_prompt_ends_the_stream() -> None:
     caller = FakeCaller(
-        [PrefillAnswer("p1", (T1,)), PrefillAnswer("p1", error=BAD)],
+        [PrefillAnswer("p1", T1), PrefillAnswer("p1", error=BAD)],
         [[part("a", 1), lost("d1")]],
     )
 

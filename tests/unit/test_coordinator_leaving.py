@@ -13,8 +13,8 @@ from tests.support.scripted_replicas import (
     CHUNKS,
     HANG,
     POLICY,
+    SHARED,
     T1,
-    T2,
     FakeCaller,
     drive,
     generation,
@@ -53,25 +53,25 @@ def test_client_leaves_during_prefill() -> None:
 
 
 def test_client_leaves_before_the_first_chunk() -> None:
-    caller = FakeCaller([PrefillAnswer("p1", (T1, T2))], [[HANG]])
+    caller = FakeCaller([PrefillAnswer("p1", SHARED)], [[HANG]])
 
     left_while_waiting(caller)
 
     assert caller.calls() == [("prefill", set()), ("decode", set())]
-    assert caller.aborted == [("p1", ("h1", "h2"))]
+    assert caller.aborted == [("p1", SHARED)]
 
 
 def test_client_leaves_during_a_pause() -> None:
-    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[lost("d1")]])
+    caller = FakeCaller([PrefillAnswer("p1", T1)], [[lost("d1")]])
 
     left_while_waiting(caller, RetryPolicy(backoff_s=60.0, backoff_max_s=60.0))
 
     assert caller.calls() == [("prefill", set()), ("decode", set())]
-    assert caller.aborted == [("p1", ("h1",))]
+    assert caller.aborted == [("p1", T1)]
 
 
 def test_client_leaves_in_mid_stream_while_a_chunk_is_awaited() -> None:
-    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[CHUNKS[0], HANG]])
+    caller = FakeCaller([PrefillAnswer("p1", T1)], [[CHUNKS[0], HANG]])
 
     async def main() -> None:
         chunks = Coordinator(caller, POLICY).run(generation())
@@ -90,7 +90,7 @@ def test_client_leaves_in_mid_stream_while_a_chunk_is_awaited() -> None:
 
 
 def test_closing_in_mid_stream_ends_the_decode_call_before_it_returns() -> None:
-    caller = FakeCaller([PrefillAnswer("p1", (T1,))], [[CHUNKS[0], HANG]])
+    caller = FakeCaller([PrefillAnswer("p1", T1)], [[CHUNKS[0], HANG]])
 
     async def main() -> None:
         chunks = Coordinator(caller, POLICY).run(generation())

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -26,28 +25,28 @@ from deployments.handoff_state import (
     RetryPolicy,
     Stage,
     Start,
-    TicketsUnread,
+    TicketUnread,
 )
+from tests.support.tickets import make_ticket
+from transfer.ticket import Ticket
 
 POLICY = RetryPolicy(attempts=3, backoff_s=0.1, backoff_max_s=0.3, jitter=0.0)
-T1: dict[str, Any] = {"handoff_id": "h1"}
-T2: dict[str, Any] = {"handoff_id": "h2"}
-PREFILLED = Prefilled("p1", (T1, T2))
-GIVE_UP = GiveUp("p1", ("h1", "h2"))
+T1, T2 = make_ticket("1"), make_ticket("2")
+TWO_READERS = make_ticket("3", readers=2)
+PREFILLED = Prefilled("p1", TWO_READERS)
+GIVE_UP = GiveUp("p1", TWO_READERS)
 
 
 def prefill(*exclude: str, pause_s: float = 0.0) -> CallPrefill:
     return CallPrefill(frozenset(exclude), pause_s)
 
 
-def decode(*exclude: str, tickets: tuple[Any, ...] = (), pause_s: float = 0.0) -> CallDecode:
-    return CallDecode(tickets, frozenset(exclude), pause_s)
+def decode(*exclude: str, ticket: Ticket | None = None, pause_s: float = 0.0) -> CallDecode:
+    return CallDecode(ticket, frozenset(exclude), pause_s)
 
 
 Step = tuple[Event, list[Instruction]]
-BOTH = (T1, T2)
-TWO_READERS = ({**T1, "readers": 2},)
-TO_DECODE: list[Step] = [(Start(), [prefill()]), (PREFILLED, [decode(tickets=BOTH)])]
+TO_DECODE: list[Step] = [(Start(), [prefill()]), (PREFILLED, [decode(ticket=TWO_READERS)])]
 TO_STREAM: list[Step] = [*TO_DECODE, (FirstChunk(), [])]
 
 PATHS: dict[str, list[Step]] = {
@@ -55,13 +54,13 @@ PATHS: dict[str, list[Step]] = {
     "bypass": [(Start(bypass=True), [decode()]), (FirstChunk(), []), (DecodeEnded(), [])],
     "prefill leaves no ticket": [
         (Start(), [prefill()]),
-        (Prefilled("p1", ()), [decode()]),
+        (Prefilled("p1", None), [decode()]),
         (ClientGone(), []),
     ],
     "prefill lost once": [
         (Start(), [prefill()]),
         (PrefillLost("p0"), [prefill("p0", pause_s=0.1)]),
-        (PREFILLED, [decode(tickets=BOTH)]),
+        (PREFILLED, [decode(ticket=TWO_READERS)]),
         (FirstChunk(), []),
         (DecodeEnded(), []),
     ],
@@ -87,51 +86,45 @@ PATHS: dict[str, list[Step]] = {
     ],
     "decode lost before the first chunk": [
         *TO_DECODE,
-        (DecodeLost("d0"), [decode("d0", tickets=BOTH, pause_s=0.1)]),
+        (DecodeLost("d0"), [decode("d0", ticket=TWO_READERS, pause_s=0.1)]),
         (FirstChunk(), []),
         (DecodeEnded(), []),
     ],
     "decode lost until the budget is spent": [
         *TO_DECODE,
-        (DecodeLost("d0"), [decode("d0", tickets=BOTH, pause_s=0.1)]),
-        (DecodeLost("d1"), [decode("d0", "d1", tickets=BOTH, pause_s=0.2)]),
+        (DecodeLost("d0"), [decode("d0", ticket=TWO_READERS, pause_s=0.1)]),
+        (DecodeLost("d1"), [decode("d0", "d1", ticket=TWO_READERS, pause_s=0.2)]),
         (DecodeLost("d2"), [GIVE_UP, Answer(None)]),
     ],
     "all decode replicas ruled out: a replacement may be one of them": [
         *TO_DECODE,
-        (DecodeLost("d0"), [decode("d0", tickets=BOTH, pause_s=0.1)]),
-        (DecodeLost(None), [decode(tickets=BOTH, pause_s=0.2)]),
+        (DecodeLost("d0"), [decode("d0", ticket=TWO_READERS, pause_s=0.1)]),
+        (DecodeLost(None), [decode(ticket=TWO_READERS, pause_s=0.2)]),
         (FirstChunk(), []),
         (DecodeEnded(), []),
     ],
     "never a decode replica": [
         *TO_DECODE,
-        (DecodeLost(None), [decode(tickets=BOTH, pause_s=0.1)]),
-        (DecodeLost(None), [decode(tickets=BOTH, pause_s=0.2)]),
+        (DecodeLost(None), [decode(ticket=TWO_READERS, pause_s=0.1)]),
+        (DecodeLost(None), [decode(ticket=TWO_READERS, pause_s=0.2)]),
         (DecodeLost(None), [GIVE_UP, Answer(None)]),
     ],
-    "decode lost in mid-stream, two prompts": [
+    "decode lost in mid-stream, two samples": [
         *TO_STREAM,
         (DecodeLost("d0"), [GIVE_UP, Answer(None, streaming=True)]),
     ],
-    "decode lost in mid-stream, one prompt": [
+    "decode lost in mid-stream, one sample": [
         (Start(), [prefill()]),
-        (Prefilled("p1", BOTH[:1]), [decode(tickets=BOTH[:1])]),
+        (Prefilled("p1", T1), [decode(ticket=T1)]),
         (FirstChunk(), []),
         (DecodeLost("d0"), [Answer(None, streaming=True)]),
     ],
-    "decode lost in mid-stream, two samples of one prompt": [
-        (Start(), [prefill()]),
-        (Prefilled("p1", TWO_READERS), [decode(tickets=TWO_READERS)]),
-        (FirstChunk(), []),
-        (DecodeLost("d0"), [GiveUp("p1", ("h1",)), Answer(None, streaming=True)]),
-    ],
     "stream goes on elsewhere": [
         (Start(), [prefill()]),
-        (Prefilled("p1", BOTH[:1]), [decode(tickets=BOTH[:1])]),
+        (Prefilled("p1", T1), [decode(ticket=T1)]),
         (FirstChunk(), []),
         (DecodeLost("d0", resumable=True), [prefill()]),
-        (Prefilled("p2", BOTH[1:]), [decode("d0", tickets=BOTH[1:], pause_s=0.1)]),
+        (Prefilled("p2", T2), [decode("d0", ticket=T2, pause_s=0.1)]),
         (FirstChunk(), []),
         (DecodeEnded(), []),
     ],
@@ -146,7 +139,7 @@ PATHS: dict[str, list[Step]] = {
         (Start(), [prefill()]),
         (PrefillLost("p0"), [prefill("p0", pause_s=0.1)]),
         (PrefillLost("p1"), [prefill("p0", "p1", pause_s=0.2)]),
-        (Prefilled("p2", BOTH[:1]), [decode(tickets=BOTH[:1])]),
+        (Prefilled("p2", T1), [decode(ticket=T1)]),
         (FirstChunk(), []),
         (DecodeLost("d0", resumable=True), [prefill("p0", "p1")]),
         (PrefillLost("p2"), [prefill("p0", "p1", "p2", pause_s=0.1)]),
@@ -183,17 +176,17 @@ PATHS: dict[str, list[Step]] = {
         *TO_STREAM,
         (DecodeLost("d0", resumable=True), [GIVE_UP, prefill()]),
         (ClientGone(), []),
-        (Prefilled("p2", BOTH[:1]), [GiveUp("p2", ("h1",))]),
+        (Prefilled("p2", T1), [GiveUp("p2", T1)]),
     ],
-    "decode leaves the tickets unread": [
+    "decode leaves the ticket unread": [
         *TO_DECODE,
-        (TicketsUnread(), [GIVE_UP]),
+        (TicketUnread(), [GIVE_UP]),
         (FirstChunk(), []),
         (DecodeEnded(), []),
     ],
-    "decode leaves the tickets unread and is lost": [
+    "decode leaves the ticket unread and is lost": [
         *TO_DECODE,
-        (TicketsUnread(), [GIVE_UP]),
+        (TicketUnread(), [GIVE_UP]),
         (DecodeLost("d0"), [decode("d0", pause_s=0.1)]),
         (ClientGone(), []),
     ],
@@ -209,17 +202,17 @@ PATHS: dict[str, list[Step]] = {
     "client gone before the first chunk": [*TO_DECODE, (ClientGone(), [GIVE_UP])],
     "client gone between two decode replicas": [
         *TO_DECODE,
-        (DecodeLost("d0"), [decode("d0", tickets=BOTH, pause_s=0.1)]),
+        (DecodeLost("d0"), [decode("d0", ticket=TWO_READERS, pause_s=0.1)]),
         (ClientGone(), [GIVE_UP]),
         (ClientGone(), []),
     ],
     "client gone in mid-stream: decode has the blocks": [
         (Start(), [prefill()]),
-        (Prefilled("p1", BOTH[:1]), [decode(tickets=BOTH[:1])]),
+        (Prefilled("p1", T1), [decode(ticket=T1)]),
         (FirstChunk(), []),
         (ClientGone(), []),
     ],
-    "client gone in mid-stream: one of two prompts may be unread": [
+    "client gone in mid-stream: one of two samples may be unread": [
         *TO_STREAM,
         (ClientGone(), [GIVE_UP]),
     ],
@@ -321,9 +314,8 @@ class AnyOrder(RuleBasedStateMachine):
             self.running, self.streaming = None, False
         for instruction in self.handoff.on(event):
             match instruction:
-                case GiveUp(replica_id=replica_id, handoff_ids=handoff_ids):
-                    assert handoff_ids
-                    self.given_up += [(replica_id, handoff_id) for handoff_id in handoff_ids]
+                case GiveUp(replica_id=replica_id, ticket=ticket):
+                    self.given_up.append((replica_id, ticket.handoff_id))
                 case Answer():
                     self.answers.append(instruction)
                 case CallPrefill() | CallDecode():
@@ -333,6 +325,11 @@ class AnyOrder(RuleBasedStateMachine):
                     self.calls.append(instruction)
                     if isinstance(instruction, CallPrefill):
                         self.rounds[-1].append(instruction)
+
+    def held(self) -> set[str]:
+        """The hand-off that the running call has the ticket of."""
+        ticket = self.running.ticket if isinstance(self.running, CallDecode) else None
+        return set() if ticket is None else {ticket.handoff_id}
 
     def finished(self) -> bool:
         return self.handoff.stage is Stage.FINISHED
@@ -353,14 +350,16 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.decoding() if bypass else self.prefilling()
 
     @precondition(prefilling)
-    @rule(replica=st.sampled_from("abcde"), count=st.integers(0, 3))
-    def prefill_answers(self, replica: str, count: int) -> None:
-        ids = [f"{replica}-{len(self.offered)}-{index}" for index in range(count)]
-        self.offered.update(dict.fromkeys(ids, replica))
-        self.tell(Prefilled(replica, tuple({"handoff_id": handoff_id} for handoff_id in ids)))
+    @rule(replica=st.sampled_from("abcde"), readers=st.integers(0, 3))
+    def prefill_answers(self, replica: str, readers: int) -> None:
+        ticket = None
+        if readers:
+            ticket = make_ticket(handoff_id=f"{replica}-{len(self.offered)}", readers=readers)
+            self.offered[ticket.handoff_id] = replica
+        self.tell(Prefilled(replica, ticket))
         if self.client_here:
             assert isinstance(self.running, CallDecode)
-            assert [ticket["handoff_id"] for ticket in self.running.tickets] == ids
+            assert self.running.ticket == ticket
 
     @precondition(prefilling)
     @rule(replica=st.sampled_from("abcde"))
@@ -384,11 +383,11 @@ class AnyOrder(RuleBasedStateMachine):
 
     @precondition(lambda self: self.decoding() and not self.streaming)
     @rule()
-    def tickets_unread(self) -> None:
+    def ticket_unread(self) -> None:
         before = self.running
         assert isinstance(before, CallDecode)
-        self.tell(TicketsUnread(), ends_call=False)
-        self.running = replace(before, tickets=())
+        self.tell(TicketUnread(), ends_call=False)
+        self.running = replace(before, ticket=None)
 
     @precondition(lambda self: self.decoding() and not self.streaming)
     @rule()
@@ -396,8 +395,9 @@ class AnyOrder(RuleBasedStateMachine):
         assert isinstance(self.running, CallDecode)
         if self.client_here:
             # One reader in all: it has read. Several: nobody knows which one spoke first.
-            if len(self.running.tickets) == 1:
-                self.consumed.add(self.running.tickets[0]["handoff_id"])
+            ticket = self.running.ticket
+            if ticket is not None and ticket.readers == 1:
+                self.consumed.add(ticket.handoff_id)
             self.streaming = self.sent = True
         self.tell(FirstChunk(), ends_call=False)
 
@@ -411,7 +411,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.tell(DecodeLost(replica, resumable))
         if isinstance(self.running, CallDecode):
             assert self.running.exclude == before.exclude | {replica}
-            assert self.running.tickets == before.tickets
+            assert self.running.ticket == before.ticket
 
     @precondition(lambda self: self.decoding() and not self.streaming)
     @rule()
@@ -421,7 +421,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.tell(DecodeLost(None))
         if isinstance(self.running, CallDecode):
             assert not self.running.exclude
-            assert self.running.tickets == before.tickets
+            assert self.running.ticket == before.ticket
 
     @precondition(lambda self: self.streaming)
     @rule(replica=st.sampled_from("vwxyz"), resumable=st.booleans())
@@ -442,7 +442,7 @@ class AnyOrder(RuleBasedStateMachine):
     def decode_ends(self) -> None:
         assert isinstance(self.running, CallDecode)
         if self.streaming and self.client_here:
-            self.consumed.update(ticket["handoff_id"] for ticket in self.running.tickets)
+            self.consumed |= self.held()
         self.tell(DecodeEnded())
 
     @rule()
@@ -462,7 +462,7 @@ class AnyOrder(RuleBasedStateMachine):
                 DecodeLost("v", resumable=True),
                 DecodeLost(None),
                 DecodeEnded(),
-                TicketsUnread(),
+                TicketUnread(),
                 ClientGone(),
             ]
         )
@@ -481,8 +481,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert len(told) == len(set(told)), "given up twice"
         assert not self.consumed & set(told), "given up although decode has it"
         assert all(self.offered[handoff_id] == owner for owner, handoff_id in self.given_up)
-        held = {t["handoff_id"] for t in getattr(self.running, "tickets", ())}
-        assert self.consumed | set(told) | held >= set(self.offered), "left behind"
+        assert self.consumed | set(told) | self.held() >= set(self.offered), "left behind"
         if self.finished():
             assert self.consumed | set(told) == set(self.offered)
 
@@ -501,8 +500,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert len(self.answers) <= 1
         assert all(answer.streaming == self.sent for answer in self.answers)
         if isinstance(self.running, CallDecode) and self.client_here:
-            mine = {ticket["handoff_id"] for ticket in self.running.tickets}
-            assert not mine & {handoff_id for _, handoff_id in self.given_up}
+            assert not self.held() & {handoff_id for _, handoff_id in self.given_up}
 
     @invariant()
     def budgets_and_pauses_are_kept(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deployments.http_body import JsonBody, prefill_bodies
+from deployments.http_body import JsonBody, prefill_body
 from deployments.http_servers import HttpServers
 from serve_app import cli
 from serve_app.proxy_command import discovery_config, server_urls
@@ -67,7 +67,7 @@ def test_servers_are_found_by_role_once_for_all_ranks() -> None:
     ("n", "readers"), [(None, 1), (3, 3), (0, 1), (-1, 1), ("3", 1), (True, 1)]
 )
 def test_every_sample_reads_the_ticket(n: Any, readers: int) -> None:
-    (body,) = prefill_bodies("completions", {"prompt": "x", "n": n})
+    body = prefill_body("completions", {"prompt": "x", "n": n})
 
     assert body["kv_transfer_params"]["readers"] == readers
     assert "n" not in body
@@ -75,7 +75,7 @@ def test_every_sample_reads_the_ticket(n: Any, readers: int) -> None:
 
 def test_what_the_prompt_is_rendered_from_stays() -> None:
     kept = {"model": "m", "messages": [], "tools": [{}], "chat_template_kwargs": {}, "user": "u"}
-    (body,) = prefill_bodies("chat", {**kept, "stream": True, "min_tokens": 9, "logprobs": True})
+    body = prefill_body("chat", {**kept, "stream": True, "min_tokens": 9, "logprobs": True})
 
     assert {name: body[name] for name in kept} == kept
     assert not body["stream"]
@@ -84,9 +84,9 @@ def test_what_the_prompt_is_rendered_from_stays() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"prompt": ""}, {"prompt": []}, {"prompt": {"a": 1}}])
 def test_prompts_that_make_no_sense_are_left_to_the_engine(fields: dict[str, Any]) -> None:
-    (body,) = prefill_bodies("completions", fields)
+    body = prefill_body("completions", fields)
 
-    assert body["prompt"] == fields.get("prompt")
+    assert body.get("prompt") == fields.get("prompt")
 
 
 def test_a_body_is_read_like_a_model() -> None:

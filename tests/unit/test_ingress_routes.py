@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -25,19 +25,17 @@ from ray.llm._internal.serve.core.ingress.ingress import make_fastapi_ingress
 
 from deployments.admission import AdmissionPolicy
 from deployments.errors import NoReplica, ReplicaLost
-from deployments.generation import GenerationRequest, Output, PrefillAnswer
+from deployments.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
 from deployments.handoff_state import RetryPolicy
 from serve_app.body_limits import BodyLimits
 from serve_app.ingress import Ingress, ingress_app
 from tests.support.malformed_requests import JUNK, bodies
+from tests.support.tickets import make_ticket
 
-TICKET: dict[str, Any] = {"handoff_id": "h1", "version": 1}
+TICKET: dict[str, Any] = make_ticket().to_params()
 ONE, DONE = 'data: {"text": "one"}\n\n', "data: [DONE]\n\n"
-ANSWER = CompletionResponse(
-    model="demo",
-    choices=[],
-    usage={"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1},
-)
+ANSWER = "answer"
+"""In a script: a completion with the name by which the replica knows the request."""
 COMPLETION: dict[str, Any] = {"model": "demo", "prompt": "Once"}
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
 KV_PARAMS, CONTENT = "kv_transfer_params", "messages.0.content.0.text"
@@ -50,13 +48,17 @@ HANG = "hang"
 class FakeCaller:
     """Stands in for ReplicaCaller: replicas that answer by a script."""
 
-    prefilled: PrefillAnswer = field(default_factory=lambda: PrefillAnswer("p1", (TICKET,)))
+    prefilled: PrefillAnswer = field(default_factory=lambda: PrefillAnswer("p1", TICKET))
     chunks: Sequence[Any] = ()
     calls: list[tuple[str, str, Any]] = field(default_factory=list)
-    aborted: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    aborted: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     not_ready: dict[str, Exception] = field(default_factory=dict)
     decoding: int = 0
     begun: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def check(self, request: GenerationRequest) -> Any | None:
+        self.calls.append(("check", request.method, request.body))
+        return None
 
     async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
         self.calls.append(("prefill", request.method, request.body))
@@ -74,17 +76,15 @@ class FakeCaller:
                     raise chunk
                 if chunk == HANG:
                     await asyncio.Event().wait()
+                if chunk == ANSWER:
+                    chunk = _answer(request.body.request_id)
                 yield Output(chunk, "d1", refused=isinstance(chunk, ErrorResponse))
         finally:
             self.decoding -= 1
 
-    def refusal(self, chunk: Any) -> Any | None:
-        first = chunk[0] if isinstance(chunk, list) else chunk
-        return first if isinstance(first, ErrorResponse) else None
-
-    async def abort(self, replica_id: str, handoff_ids: tuple[str, ...]) -> int:
-        self.aborted.append((replica_id, handoff_ids))
-        return len(handoff_ids)
+    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
+        self.aborted.append((replica_id, dict(ticket)))
+        return 1
 
     async def ready(self, role: str, timeout_s: float) -> str:
         if role in self.not_ready:
@@ -93,6 +93,16 @@ class FakeCaller:
 
     def sides(self) -> list[str]:
         return [side for side, _, _ in self.calls]
+
+
+def _answer(request_id: str) -> WholeAnswer:
+    response = CompletionResponse(
+        id=f"cmpl-{request_id}",
+        model="demo",
+        choices=[],
+        usage={"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1},
+    )
+    return WholeAnswer(response.model_dump_json().encode())
 
 
 class Endpoint:
@@ -130,6 +140,7 @@ class Endpoint:
             policy=RetryPolicy(attempts=2, backoff_s=0.0),
             admission=AdmissionPolicy(max_requests=max_requests),
             max_prompts=4,
+            prompts_at_once=2,
             max_tokenize_length=100,
             pick_timeout_s=1.0,
             health_timeout_s=1.0,
@@ -360,24 +371,28 @@ def test_models_are_listed(endpoint: Endpoint) -> None:
     assert [card["id"] for card in listed["data"]] == ["demo"]
 
 
+@pytest.mark.parametrize("name", ["r7", "r" * 600, 'say "no" \\ more'])
 @pytest.mark.parametrize(
     ("path", "body", "method"),
     [("/v1/completions", COMPLETION, "completions"), ("/v1/chat/completions", CHAT, "chat")],
 )
 def test_complete_answer_goes_through_prefill_and_decode(
-    endpoint: Endpoint, path: str, body: dict[str, Any], method: str
+    endpoint: Endpoint, path: str, body: dict[str, Any], method: str, name: str
 ) -> None:
     endpoint.caller.chunks = [ANSWER]
 
-    response = endpoint.ask("POST", path, json=body, headers={"x-request-id": "r7"})
+    response = endpoint.ask("POST", path, json=body, headers={"x-request-id": name})
 
     assert response.status_code == 200
-    assert response.json()["id"] == ANSWER.id
+    assert response.headers["content-type"] == "application/json"
+    assert response.json()["id"] == f"cmpl-{name}"
     assert [(side, name) for side, name, _ in endpoint.caller.calls] == [
         ("prefill", method),
         ("decode", method),
     ]
-    assert [request.request_id for _, _, request in endpoint.caller.calls] == ["r7", "r7"]
+    # Replicas know it by a name of Baton's own.
+    assert len({request.request_id for _, _, request in endpoint.caller.calls}) == 1
+    assert len(endpoint.caller.calls[0][2].request_id) == 32
     assert endpoint.caller.calls[1][2].kv_transfer_params == TICKET
 
 
@@ -410,7 +425,7 @@ def test_refusal_of_an_engine_keeps_its_status(endpoint: Endpoint, stream: bool)
     assert response.status_code == 400
     assert response.json()["error"]["message"] == "too long"
     assert response.json()["error"]["type"] == "invalid_request_error"
-    assert endpoint.caller.aborted == [("p1", ("h1",))]
+    assert endpoint.caller.aborted == [("p1", TICKET)]
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 
 from transfer.engine.handoff import Offer
 from transfer.errors import ProtocolError
-from transfer.params import tickets_to_params
 from transfer.spans import empty_spans
 from transfer.ticket import (
     MAX_READERS,
-    MAX_TICKETS,
     TICKET_VERSION,
     Medium,
     Ticket,
+    handoff_id_of,
     prompt_hash,
-    tickets_from_params,
 )
 from transfer.types import Credentials
 
@@ -87,16 +85,16 @@ json_values = st.recursive(
 )
 
 
-def outcome(params: dict[str, Any]) -> tuple[Ticket, ...] | ProtocolError:
+def outcome(params: Any) -> Ticket | ProtocolError:
     try:
-        return tickets_from_params(params)
+        return Ticket.from_params(params)
     except ProtocolError as error:
         return error
 
 
-def refusal(params: dict[str, Any]) -> str:
+def refusal(params: Any) -> str:
     with pytest.raises(ProtocolError) as caught:
-        tickets_from_params(params)
+        Ticket.from_params(params)
     return caught.value.message
 
 
@@ -223,59 +221,33 @@ def test_unknown_version_is_refused_before_anything_else_is_read(version: int) -
     assert message == f"ticket version {version} is not supported, only {TICKET_VERSION}"
 
 
-# ---- bundles -------------------------------------------------------------------------------------
-
-
-def test_no_ticket_makes_no_params() -> None:
-    assert tickets_to_params([]) is None
-
-
-def test_one_ticket_travels_as_it_is() -> None:
-    params = tickets_to_params([GOOD])
-
-    assert params == GOOD
-    assert params is not GOOD
-
-
-def test_bundle_round_trip_keeps_order() -> None:
-    other = dataclasses.replace(TICKET, handoff_id="9" * 32, fence=8)
-    params = tickets_to_params([GOOD, other.to_params()])
-
-    assert params is not None
-    assert params["do_remote_prefill"] is True
-    assert tickets_from_params(json.loads(json.dumps(params))) == (TICKET, other)
-
-
-@pytest.mark.parametrize("bundle", [[], {}, "tickets", 3, [GOOD] * (MAX_TICKETS + 1)])
-def test_malformed_bundle_is_refused(bundle: Any) -> None:
-    assert refusal({"tickets": bundle}) == f"tickets must be a list of 1 to {MAX_TICKETS} tickets"
-
-
-@pytest.mark.parametrize("item", [None, 1, "ticket", [GOOD]])
-def test_bundle_of_other_things_is_refused(item: Any) -> None:
-    assert refusal({"tickets": [GOOD, item]}) == "tickets must hold JSON objects"
-
-
-def test_one_bad_ticket_spoils_the_bundle() -> None:
-    assert "fence" in refusal({"tickets": [GOOD, {**GOOD, "fence": 0}]})
-
-
-def test_bundles_do_not_nest() -> None:
-    assert refusal({"tickets": [{"tickets": [GOOD]}]}) == "the ticket has no version"
+@pytest.mark.parametrize("params", [None, True, 3, "ticket", [GOOD], [], 0.5])
+def test_what_is_no_object_is_refused(params: Any) -> None:
+    assert refusal(params) == "a ticket must be a JSON object"
 
 
 # ---- whatever comes in ---------------------------------------------------------------------------
 
 
-@given(st.dictionaries(st.sampled_from([*GOOD, "tickets"]) | st.text(max_size=5), json_values))
-def test_any_params_give_tickets_or_protocol_error(params: dict[str, Any]) -> None:
+@given(
+    st.dictionaries(st.sampled_from(sorted(GOOD)) | st.text(max_size=5), json_values) | json_values
+)
+def test_any_params_give_a_ticket_or_protocol_error(params: Any) -> None:
     result = outcome(params)
 
-    if isinstance(result, ProtocolError):
-        assert result.message
-    else:
-        assert result
-        assert all(isinstance(ticket, Ticket) for ticket in result)
+    assert result.message if isinstance(result, ProtocolError) else result.handoff_id
+
+
+@given(json_values | st.fixed_dictionaries({"handoff_id": json_values}))
+def test_whatever_names_a_handoff_can_be_told_to_its_owner(params: Any) -> None:
+    name = handoff_id_of(params)
+
+    assert name is None or params["handoff_id"] == name
+
+
+def test_the_id_of_a_ticket_that_cannot_be_read() -> None:
+    assert handoff_id_of({**GOOD, "version": 99}) == GOOD["handoff_id"]
+    assert handoff_id_of({}) is handoff_id_of([GOOD]) is handoff_id_of({"handoff_id": 5}) is None
 
 
 @given(
@@ -296,7 +268,7 @@ def test_good_ticket_with_changes_reads_back_or_is_refused(
         assert any(name in result.message for name in blamed)
     else:
         # What was let through means what it said, and can be sent on.
-        written = json.loads(json.dumps(result[0].to_params(), allow_nan=False))
+        written = json.loads(json.dumps(result.to_params(), allow_nan=False))
         assert {name: written[name] for name in REQUIRED} == {
             name: params[name] for name in REQUIRED
         }

@@ -28,7 +28,7 @@ from transfer.connector.slots import SlotPool
 from transfer.connector.stats import Outcome, worse
 from transfer.connector.ticket_writer import TicketWriter, transfer_params
 from transfer.errors import ProtocolError
-from transfer.ticket import Ticket, tickets_from_params
+from transfer.ticket import Ticket
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -131,14 +131,20 @@ class BatonScheduler:
         if not self._consumer or not params.get("do_remote_prefill"):
             return
         try:
-            tickets = tickets_from_params(params)
+            ticket = Ticket.from_params(params)
         except ProtocolError as error:
+            # Nobody can be told: what cannot be read names no hand-off.
             logger.warning("ticket of request %s refused: %s", request.request_id, error.message)
             self._refuse(request)
             return
-        ticket = self._matching(request, tickets)
-        if ticket is not None:
+        if request.abort_immediately:
+            # The engine's way to say that it will not run the request that brought it.
+            self._pending.forfeits.append(Holding(request.request_id, ticket))
+        elif self._fits(request, ticket):
             self._inbound[request.request_id] = _Inbound(ticket)
+        else:
+            self._pending.forfeits.append(Holding(request.request_id, ticket))
+            self._refuse(request)
 
     def _readable_tokens(self, request: Request, num_computed_tokens: int) -> int:
         inbound = self._inbound.get(request.request_id)
@@ -255,30 +261,24 @@ class BatonScheduler:
 
     # ------------------------------------------------------------------------------------------
 
-    def _matching(self, request: Request, tickets: tuple[Ticket, ...]) -> Ticket | None:
-        """The ticket of this very prompt; others are refused, for their bytes mean other text."""
-        everything = [Holding(request.request_id, ticket) for ticket in tickets]
-        if request.abort_immediately:
-            # The engine's way to say that it will not run the request that brought them.
-            self._pending.forfeits += everything
-            return None
-        wanted = self._tickets.prompt_hash_of(request)
-        for ticket in tickets:
-            if (ticket.prompt_hash, ticket.num_tokens) == (
-                wanted,
-                request.num_prompt_tokens,
-            ) and self._divides(ticket.block_size):
-                return ticket
-        if len(tickets) == 1:
-            self._pending.forfeits += everything
-        logger.warning(
-            "request %s brought no ticket of its prompt in blocks of %d tokens, a multiple or an "
-            "even part of them",
-            request.request_id,
-            self._block_size,
-        )
-        self._refuse(request)
-        return None
+    def _fits(self, request: Request, ticket: Ticket) -> bool:
+        """Whether the ticket is of this very prompt; another's bytes mean other text."""
+        if (ticket.prompt_hash, ticket.num_tokens) != (
+            self._tickets.prompt_hash_of(request),
+            request.num_prompt_tokens,
+        ):
+            logger.warning("request %s brought a ticket of another prompt", request.request_id)
+            return False
+        if not self._divides(ticket.block_size):
+            logger.warning(
+                "request %s brought a ticket in blocks of %d tokens, which is no multiple and no "
+                "even part of %d",
+                request.request_id,
+                ticket.block_size,
+                self._block_size,
+            )
+            return False
+        return True
 
     def _refuse(self, request: Request) -> None:
         recomputed = max(0, request.num_prompt_tokens - 1)

@@ -14,6 +14,7 @@ from transfer.ticket import (
     MAX_TEXT_CHARS,
     Medium,
     Ticket,
+    is_handoff_id,
     prompt_hash,
 )
 
@@ -22,8 +23,14 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+_REMEMBERED_IDS = 1 << 16
+
+
 class TicketWriter:
     """Gives every ticket an id, a secret and the next fence.
+
+    Whoever asks for a prefill may name the hand-off, to be able to give it up before its ticket
+    has come. A name that is none, or that was used before, is not taken.
 
     Args:
         engine_id: of this engine, fresh for every replica.
@@ -52,6 +59,7 @@ class TicketWriter:
         self._adapter_fingerprint = adapter_fingerprint
         self._clock = clock
         self._fence = 0
+        self._used: dict[str, None] = {}
 
     def write(
         self,
@@ -68,12 +76,13 @@ class TicketWriter:
         named = self.prompt_hash_of(request)
         if named is None:
             return None
-        readers = transfer_params(request).get("readers", 1)
+        params = transfer_params(request)
+        readers = params.get("readers", 1)
         if type(readers) is not int or not 1 <= readers <= MAX_READERS:
             readers = 1
         self._fence += 1
         return Ticket(
-            handoff_id=uuid.uuid4().hex,
+            handoff_id=self._fresh(params.get("handoff_id")),
             engine_id=self._engine_id,
             incarnation=handshake.incarnation,
             fence=self._fence,
@@ -112,6 +121,15 @@ class TicketWriter:
             adapter=adapter,
             cache_salt=request.cache_salt or "",
         )
+
+    def _fresh(self, wanted: Any) -> str:
+        """An id that this engine has not used."""
+        if not is_handoff_id(wanted) or wanted in self._used:
+            wanted = uuid.uuid4().hex
+        self._used[wanted] = None
+        if len(self._used) > _REMEMBERED_IDS:
+            del self._used[next(iter(self._used))]
+        return str(wanted)
 
 
 def transfer_params(request: Request) -> Mapping[str, Any]:

@@ -1,0 +1,138 @@
+"""The answers to a request's prompts, put together as one vLLM server puts them together. Pure.
+
+The rules are those of ``OpenAIServingCompletion`` in vLLM 0.29
+(``vllm/entrypoints/openai/completion/serving.py``): choices are counted over all prompts, with the
+samples of one prompt next to each other; tokens are summed; id and time of creation are one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deployments.errors import AnswerUnreadable
+
+DONE = "data: [DONE]\n\n"
+
+_DATA = "data: "
+_EVENT_END = "\n\n"
+_TOTALS = ("prompt_tokens", "completion_tokens", "total_tokens")
+
+
+def merged_answer(answers: Sequence[bytes]) -> bytes:
+    """One completion from those of all prompts, in the prompts' order.
+
+    Raises:
+        AnswerUnreadable: one of them is no completion.
+    """
+    documents = [_completion(answer) for answer in answers]
+    choices = [choice for document in documents for choice in document["choices"]]
+    usages = [document["usage"] for document in documents if document.get("usage")]
+    first = documents[0]
+    merged = {
+        **first,
+        "choices": [{**choice, "index": index} for index, choice in enumerate(choices)],
+        # What vLLM says of cached tokens is of the last prompt.
+        "usage": _summed(usages, details_of=usages[-1]) if usages else first.get("usage"),
+    }
+    if "metrics" in merged:
+        merged["metrics"] = None  # of one stream of tokens; there are several
+    return json.dumps(merged, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+class MergedStream:
+    """One stream of completion events from those of all prompts.
+
+    Args:
+        samples: choices of each prompt.
+
+    Attributes:
+        failed: an event told of an error, which ends the stream.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.failed = False
+        self._samples = samples
+        self._created: Any = None
+        self._first: int | None = None
+        self._totals: dict[int, dict[str, Any]] = {}
+
+    def take(self, prompt: int, events: str) -> str:
+        """Whole events of one prompt's stream; returns what the client gets of them.
+
+        Args:
+            prompt: its place among the prompts, from 0.
+
+        Raises:
+            AnswerUnreadable: an event is not of a completion.
+        """
+        whole = filter(None, events.split(_EVENT_END))
+        return "".join(self._event(prompt, event) for event in whole)
+
+    def end(self) -> str:
+        """What comes after the last event of all prompts."""
+        if self.failed or not self._totals:
+            return DONE
+        first = self._first if self._first in self._totals else min(self._totals)
+        usages = [self._totals[prompt]["usage"] for prompt in sorted(self._totals)]
+        last = {
+            **self._totals[first],
+            # What vLLM says of cached tokens is of the prompt that came first.
+            "usage": _summed(usages, details_of=self._totals[first]["usage"]),
+        }
+        last.pop("metrics", None)
+        return self._framed(last) + DONE
+
+    def _event(self, prompt: int, event: str) -> str:
+        if self.failed or event + _EVENT_END == DONE:
+            return ""
+        if not event.startswith(_DATA):
+            return event + _EVENT_END
+        content = _object(event.removeprefix(_DATA))
+        if "error" in content:
+            self.failed = True
+            return event + _EVENT_END
+        if self._first is None:
+            self._first, self._created = prompt, content.get("created")
+        choices = _choices(content)
+        if not choices:
+            if isinstance(content.get("usage"), dict):
+                self._totals[prompt] = content
+            return ""
+        for choice in choices:
+            choice["index"] = choice.get("index", 0) + prompt * self._samples
+        return self._framed(content)
+
+    def _framed(self, content: dict[str, Any]) -> str:
+        if self._created is not None:
+            content["created"] = self._created
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        return f"{_DATA}{text}{_EVENT_END}"
+
+
+def _completion(answer: bytes) -> dict[str, Any]:
+    document = _object(answer)
+    _choices(document)
+    return document
+
+
+def _object(text: str | bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise AnswerUnreadable(f"an answer is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise AnswerUnreadable("an answer is not a JSON object")
+    return content
+
+
+def _choices(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    choices = content.get("choices")
+    if not isinstance(choices, list) or not all(isinstance(one, dict) for one in choices):
+        raise AnswerUnreadable("an answer has no list of choices")
+    return choices
+
+
+def _summed(usages: Sequence[Mapping[str, Any]], details_of: Mapping[str, Any]) -> dict[str, Any]:
+    return {**details_of, **{name: sum(one.get(name) or 0 for one in usages) for name in _TOTALS}}

@@ -1,0 +1,286 @@
+"""One prompt's way through replicas: carries out what its state machine says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from typing import Any
+
+from deployments.admission import Place, PromptSize, Waiting
+from deployments.background import Background
+from deployments.caller import Caller
+from deployments.errors import ContinuationMismatch, NoReplica, ReplicaLost, ServiceUnavailable
+from deployments.generation import GenerationRequest, PrefillAnswer, Transcript, WholeAnswer
+from deployments.handoff_state import (
+    Answer,
+    CallDecode,
+    CallPrefill,
+    ClientGone,
+    DecodeEnded,
+    DecodeLost,
+    FirstChunk,
+    GiveUp,
+    Handoff,
+    Instruction,
+    Prefilled,
+    PrefillLost,
+    Refused,
+    RetryPolicy,
+    Start,
+    TicketUnread,
+)
+from deployments.router_event import RouterEvent
+from transfer import faults
+from transfer.errors import ProtocolError
+from transfer.ticket import Ticket, handoff_id_of
+
+logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
+
+
+class Passage:
+    """Carries prompts through prefill and decode, each by itself.
+
+    Args:
+        caller: calls replicas.
+        policy: retry budget of every prompt.
+        count: told of every :class:`RouterEvent`.
+    """
+
+    def __init__(
+        self, caller: Caller, policy: RetryPolicy, count: Callable[[RouterEvent], None]
+    ) -> None:
+        self._caller = caller
+        self._policy = policy
+        self._count = count
+        self._background = Background()
+
+    async def run(
+        self, request: GenerationRequest, place: Place, *, bypass: bool
+    ) -> AsyncGenerator[Any, None]:
+        """Yields what the client gets: a whole answer, a refusal, or server-sent events, framed.
+
+        Closing the iterator, or cancelling the task that consumes it, aborts both engines and
+        frees the blocks.
+
+        Args:
+            request: of one prompt, unless it bypasses prefill.
+
+        Raises:
+            ServiceUnavailable: no replica could serve it; nothing was sent.
+        """
+        own = uuid.uuid4().hex
+        renamed = _Renamed(own, request.client_id)
+        request = request.named(own)
+        handoff = Handoff(self._policy, random.random)
+        transcript = Transcript(request.sent)
+        now = time.monotonic()
+        waiting = None if bypass else place.wait(PromptSize.of(request.body), now)
+        try:
+            instructions = handoff.on(Start(bypass))
+            while instructions:
+                step = self._carry_out_notices(instructions)
+                instructions = []
+                request = replace(request, sent=transcript.sent())
+                match step:
+                    case CallPrefill(pause_s=pause_s):
+                        await asyncio.sleep(pause_s)
+                        instructions = await self._prefill(handoff, step, request, waiting)
+                    case CallDecode(pause_s=pause_s):
+                        await asyncio.sleep(pause_s)
+                        attempt = self._decode(handoff, step, request, transcript, instructions)
+                        async with aclosing(attempt):
+                            async for content in attempt:
+                                yield renamed(content)
+                    case Answer(error=None, streaming=False):
+                        raise ServiceUnavailable("no decode replica could serve the request")
+                    case Answer(error=error, streaming=False):
+                        yield renamed(error)
+                    case Answer(error=error):
+                        self._count(RouterEvent.STREAM_BROKEN)
+                        yield stream_error(error)
+        finally:
+            if waiting is not None:
+                waiting.not_prefilled(time.monotonic())
+            self._carry_out_notices(handoff.on(ClientGone()))
+
+    async def drain(self) -> None:
+        """Waits until all notices to owners are through."""
+        await self._background.drain()
+
+    # ------------------------------------------------------------------------------------------
+
+    async def _prefill(
+        self,
+        handoff: Handoff,
+        step: CallPrefill,
+        request: GenerationRequest,
+        waiting: Waiting | None,
+    ) -> list[Instruction]:
+        await faults.reach_async("router.queued")
+        event: PrefillLost | Prefilled | Refused
+        tokens = None
+        try:
+            answer = await self._caller.prefill(request, step.exclude)
+        except ReplicaLost as lost:
+            self._say(f"{lost}; trying another", request)
+            self._count(RouterEvent.PREFILL_LOST)
+            event = PrefillLost(lost.replica_id)
+        except NoReplica as missing:
+            self._say(f"{missing}; decode computes the prompt", request)
+            self._count(RouterEvent.NO_PREFILL)
+            event = PrefillLost(None)
+        else:
+            if answer.error is not None:
+                event = Refused(answer.error)
+            else:
+                ticket = self._ticket(answer, request)
+                event = Prefilled(answer.replica_id, ticket)
+                tokens = 0 if ticket is None else ticket.num_tokens
+        if waiting is not None:
+            if tokens is None:
+                waiting.not_prefilled(time.monotonic())
+            else:
+                waiting.prefilled(answer.replica_id, tokens, time.monotonic())
+        return handoff.on(event)
+
+    def _ticket(self, answer: PrefillAnswer, request: GenerationRequest) -> Ticket | None:
+        """The ticket that came, checked. One that cannot be read is told to its owner at once."""
+        raw = answer.ticket
+        if raw is None:
+            return None
+        try:
+            return Ticket.from_params(raw)
+        except ProtocolError as error:
+            self._say(f"its ticket cannot be read ({error}); decode computes the prompt", request)
+            if handoff_id_of(raw) is not None:
+                self._background.start(self._give_up(answer.replica_id, raw))
+            return None
+
+    async def _decode(
+        self,
+        handoff: Handoff,
+        step: CallDecode,
+        request: GenerationRequest,
+        transcript: Transcript,
+        then: list[Instruction],
+    ) -> AsyncGenerator[Any, None]:
+        """Yields what comes; when it is over, adds to ``then`` what is to be done next."""
+        if step.ticket is not None:
+            await faults.reach_async("router.ticket", step.ticket.engine_id)
+        number = 0
+        outputs = self._caller.decode(request.with_ticket(step.ticket), step.exclude)
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if output.unread:
+                        self._count(RouterEvent.TICKETS_UNREAD)
+                        self._carry_out_notices(handoff.on(TicketUnread()))
+                        continue
+                    number += 1
+                    await faults.reach_async("router.stream" if number > 1 else "router.output")
+                    if number == 1:
+                        if output.refused:
+                            then += handoff.on(Refused(output.content))
+                            return
+                        handoff.on(FirstChunk())
+                        if request.sent is not None and request.sent.created is not None:
+                            self._count(RouterEvent.STREAM_RESUMED)
+                    transcript.add(output)
+                    if output.content:
+                        yield output.content
+        except ReplicaLost as lost:
+            self._count(RouterEvent.DECODE_LOST)
+            resumable = transcript.sent() is not None
+            other = "trying another" if not number or resumable else "in mid-stream"
+            self._say(f"{lost}; {other}", request)
+            then += handoff.on(DecodeLost(lost.replica_id, resumable))
+        except ContinuationMismatch as mismatch:
+            then += handoff.on(Refused(mismatch))
+        except NoReplica as missing:
+            self._say(str(missing), request)
+            self._count(RouterEvent.NO_DECODE)
+            then += handoff.on(DecodeLost(None))
+        else:
+            then += handoff.on(DecodeEnded())
+
+    def _carry_out_notices(self, instructions: list[Instruction]) -> Instruction | None:
+        """Sends notices to owners in the background; returns the one step that is left, if any."""
+        step = None
+        for instruction in instructions:
+            if isinstance(instruction, GiveUp):
+                ticket = instruction.ticket.to_params()
+                self._background.start(self._give_up(instruction.replica_id, ticket))
+            else:
+                step = instruction
+        return step
+
+    async def _give_up(self, replica_id: str, ticket: Mapping[str, Any]) -> None:
+        name = ticket["handoff_id"]
+        try:
+            pinned = await self._caller.abort(replica_id, ticket)
+        except (NoReplica, ReplicaLost) as gone:
+            logger.info("hand-off %s not given up: %s", name, gone)
+        else:
+            logger.info("gave up hand-off %s: %d were pinned", name, pinned)
+
+    def _say(self, text: str, request: GenerationRequest) -> None:
+        own = request.body.request_id
+        logger.warning("request %s (inside: %s): %s", request.client_id or "-", own, text)
+
+
+class _Renamed:
+    """Gives an answer the client's name for it, in the place of Baton's own.
+
+    The own one is random, so that nothing else in an answer can be taken for it.
+    """
+
+    def __init__(self, own: str, client_id: str) -> None:
+        self._own = own
+        self._told = json.dumps(client_id or own)[1:-1]
+
+    def __call__(self, content: Any) -> Any:
+        if isinstance(content, str):
+            return content.replace(self._own, self._told)
+        if isinstance(content, WholeAnswer):
+            renamed = content.content.replace(self._own.encode(), self._told.encode())
+            return replace(content, content=renamed)
+        return content
+
+
+def stream_error(error: Any) -> str:
+    """The end of a stream that cannot go on, in the form of OpenAI's streaming errors.
+
+    Args:
+        error: why: a replica's refusal, an exception, or None if the replica was lost.
+    """
+    message = "the decode replica was lost while it answered"
+    if error is not None:
+        message = f"{message}, and no other one could go on: {_refusal(error)['message']}"
+    return _last_event({"message": message, "type": "server_error", "param": None, "code": 503})
+
+
+def refused_stream(refusal: Any) -> str:
+    """The end of a stream of several prompts of which one is refused: with what was said of it."""
+    return _last_event(_refusal(refusal))
+
+
+def _last_event(error: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps({'error': error})}\n\ndata: [DONE]\n\n"
+
+
+def _refusal(error: Any) -> dict[str, Any]:
+    """The error in a refusal, whatever says it."""
+    if isinstance(error, WholeAnswer):
+        with suppress(ValueError, KeyError, TypeError):
+            return dict(json.loads(error.content)["error"])
+        error = error.content.decode(errors="replace")
+    elif (info := getattr(error, "error", None)) is not None:
+        return dict(info.model_dump())
+    return {"message": str(error), "type": "server_error", "param": None, "code": 503}
