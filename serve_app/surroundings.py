@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 from serve_app.config import Settings, SettingsError, load_document, load_settings
 from serve_app.demo_model import ModelError, resolve_model
 from serve_app.etcd_binary import find_etcd
+from transfer.addressing import host_and_port, is_every_address
 from transfer.discovery.settings import Endpoint, parse_endpoints
 from transfer.settings import TransferSettings
 
@@ -43,12 +44,14 @@ class HttpAddress:
     @property
     def url(self) -> str:
         """Base address, without a slash at its end."""
-        return f"http://{self.reachable_host}:{self.port}{self.prefix}"
+        return f"http://{host_and_port(self.reachable_host, self.port)}{self.prefix}"
 
     @property
     def reachable_host(self) -> str:
         """``host``, or loopback where that stands for every address."""
-        return DEFAULT_HOST if self.host in ("", "0.0.0.0", "::") else self.host
+        if self.host and not is_every_address(self.host):
+            return self.host
+        return "::1" if ":" in self.host else DEFAULT_HOST
 
 
 def http_address(document: dict[str, Any], port: int | None = None) -> HttpAddress:
@@ -82,7 +85,7 @@ def bind_problem(host: str, port: int) -> str | None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return f"port {port} on {host} is taken"
-            return f"cannot listen on {host}:{port}: {error.strerror or error}"
+            return f"cannot listen on {host_and_port(host, port)}: {error.strerror or error}"
     return None
 
 
@@ -197,7 +200,7 @@ def _check_port(address: HttpAddress) -> Finding:
     problem = bind_problem(address.host, address.port)
     if problem is not None:
         return Finding("error", f"http: {problem}")
-    return Finding("ok", f"http: {address.host}:{address.port} is free")
+    return Finding("ok", f"http: {host_and_port(address.host, address.port)} is free")
 
 
 def _check_transfer(settings: Settings) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
+from transfer.addressing import host_and_port, is_every_address
 from transfer.errors import ConfigurationError, Phase
 from transfer.mooncake import ROLE_VARIABLE, own_end, worker_settings
 from transfer.mooncake_file import PATH_VARIABLE, is_own_address, mooncake_from
@@ -17,7 +18,6 @@ MODULE: Final = "vllm.entrypoints.openai.api_server"
 
 _OPTION: Final = "--kv-transfer-config"
 _DEFAULT_PORT: Final = "8000"
-_EVERY_ADDRESS: Final = ("0.0.0.0", "::")
 
 
 def server_arguments(
@@ -70,11 +70,11 @@ def _connector(role: str, http_url: str) -> dict[str, Any]:
 def _http_url(arguments: Sequence[str], own_host: str) -> str:
     """Where the server will be reached."""
     host = _value(arguments, "--host")
-    if not host or host in _EVERY_ADDRESS:
+    if not host or is_every_address(host):
         host = own_host
     port = _value(arguments, "--port") or _DEFAULT_PORT
     scheme = "https" if _value(arguments, "--ssl-certfile") else "http"
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    return f"{scheme}://{host_and_port(host, port)}"
 
 
 def _value(arguments: Sequence[str], option: str) -> str:

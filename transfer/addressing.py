@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ SCHEMES_BEST_FIRST = ("shm", "rdma", "tcp")
 """Every scheme that a worker may advertise, the best one first."""
 
 MAX_ADDRESS_CHARS = 300
+
+_IPV4_IN_IPV6 = b"\0" * 10 + b"\xff\xff"
 
 _HTTP_URL = re.compile(
     r"https?://(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~/-]*)?"
@@ -27,8 +30,7 @@ class Address:
     port: int
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}"
+        return f"{self.scheme}://{host_and_port(self.host, self.port)}"
 
 
 def parse_address(text: str) -> Address:
@@ -61,6 +63,25 @@ def is_host(text: str) -> bool:
         return bool(text.encode("idna"))
     except UnicodeError:  # an empty label, or one of more than 63 characters
         return False
+
+
+def is_every_address(host: str) -> bool:
+    """Whether ``host`` is what one listens on to be reached at every address of a machine.
+
+    In all spellings (``0.0.0.0``, ``0``, ``::``, ``::ffff:0.0.0.0``). It leads nobody there.
+    """
+    for parse in (socket.inet_aton, _inet6):  # as resolvers read it: `0` is one, too
+        try:
+            packed = parse(host)
+        except (OSError, ValueError):  # a name, or no text that could be one
+            continue
+        return not packed.removeprefix(_IPV4_IN_IPV6).strip(b"\0")
+    return False
+
+
+def host_and_port(host: str, port: int | str) -> str:
+    """``host:port``, as it stands in a URL: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_http_url(text: str) -> bool:
@@ -101,3 +122,7 @@ def _malformed(text: str) -> ProtocolError:
         f"address {text[:MAX_ADDRESS_CHARS]!r} is not scheme://host:port with a scheme of {known}",
         phase=Phase.CONNECT,
     )
+
+
+def _inet6(host: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])

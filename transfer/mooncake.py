@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from transfer.addressing import Address, parse_address
+from transfer.addressing import Address, is_every_address, parse_address
 from transfer.discovery.settings import parse_endpoints
 from transfer.discovery.static import ANY_ENGINE
 from transfer.errors import ConfigurationError, Phase, ProtocolError
@@ -30,7 +30,6 @@ _KNOWN = (
 _RIGHT_SERVER = (
     f"host:port of etcd, an etcd URL, several of them with commas between, or {P2P_HANDSHAKE}"
 )
-_EVERY_ADDRESS = ("0.0.0.0", "::")
 
 End = Literal["local", "remote"]
 
@@ -241,7 +240,7 @@ class _Fields:
         except ProtocolError:
             self.fault(field, f"is {text!r:.60}, must be host:port, like 192.168.0.137:13003")
             return None
-        if address.host in _EVERY_ADDRESS:
+        if is_every_address(address.host):
             self.fault(field, f"is {text}, which is no address that the other node could reach")
             return None
         return address

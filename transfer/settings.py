@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from transfer.addressing import SCHEMES_BEST_FIRST, is_host, is_http_url
+from transfer.addressing import SCHEMES_BEST_FIRST, is_every_address, is_host, is_http_url
 from transfer.errors import ConfigurationError, Phase
 
 MAX_SLICE_BYTES = 1 << 30
@@ -88,6 +88,11 @@ class TransferSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or len(self.host) > 255 or not is_host(self.host):
             raise _wrong("host", self.host, "a host name or an IP address")
+        if is_every_address(self.host):
+            # Peers would be told it, and find themselves there.
+            raise _wrong(
+                "host", self.host, "an address that leads other machines here, not one for all"
+            )
         _check_whole("port", self.port, 0, 65535)
         object.__setattr__(self, "transports", _checked_transports(self.transports))
         _check_whole("streams_per_peer", self.streams_per_peer, 1, 64)

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfer.addressing import Address, parse_address, usable_addresses
+from transfer.addressing import (
+    Address,
+    host_and_port,
+    is_every_address,
+    parse_address,
+    usable_addresses,
+)
 from transfer.errors import ProtocolError
 
 
@@ -63,3 +69,27 @@ def test_best_scheme_comes_first_and_unknown_ones_are_left_out() -> None:
     addresses = ["tcp://a:1", "quantum://b:2", "rdma://c:3", "tcp://d:4", "shm://e:5"]
     assert usable_addresses(addresses, {"tcp", "shm"}) == ["shm://e:5", "tcp://a:1", "tcp://d:4"]
     assert usable_addresses(addresses, {"quantum"}) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "every"),
+    [
+        *((host, True) for host in ("0.0.0.0", "0", "0.0", "0x0", "::", "0::0", "::ffff:0.0.0.0")),
+        *((host, True) for host in ("0:0:0:0:0:0:0:0", "::%lo")),
+        *((host, False) for host in ("127.0.0.1", "0.0.0.1", "::1", "fd00::", "::ffff:1.2.3.4")),
+        *((host, False) for host in ("node-1", "0.example", "localhost", "")),
+    ],
+)
+def test_what_stands_for_every_address_is_known_in_all_spellings(host: str, every: bool) -> None:
+    assert is_every_address(host) is every
+
+
+@given(st.text(max_size=40))
+def test_any_text_may_be_asked_about(text: str) -> None:
+    assert is_every_address(text) in (True, False)
+
+
+def test_ipv6_stands_in_brackets_before_a_port() -> None:
+    assert host_and_port("::1", 80) == "[::1]:80"
+    assert host_and_port("10.0.0.1", 80) == "10.0.0.1:80"
+    assert host_and_port("node-1", 80) == "node-1:80"

@@ -44,6 +44,7 @@ def test_all_but_discovery_may_be_left_out(transfer: dict[str, Any]) -> None:
         ({"transfer": {"prot": 1}}, "kv_connector_extra_config.transfer.prot is unknown"),
         ({"host_staging": "seldom"}, "kv_connector_extra_config.host_staging must be one of"),
         ({"transfer": {"host_staging_bytes": -1}}, "host_staging_bytes is -1, must be a whole"),
+        ({"transfer": {"host": "0.0.0.0"}}, "host is '0.0.0.0', must be an address that leads"),
         ({"transfer": {"port": "7000"}}, "port is '7000', must be a whole number"),
         ({"transfer": {"ticket_ttl_s": None}}, "ticket_ttl_s is None, must be from"),
         ({"die_with_parent": "false"}, "kv_connector_extra_config.die_with_parent"),

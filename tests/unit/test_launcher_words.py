@@ -62,6 +62,23 @@ def test_the_http_address_comes_from_the_config_and_the_command_line() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("::1", "http://[::1]:8000"),
+        ("fd00::7", "http://[fd00::7]:8000"),
+        ("::", "http://[::1]:8000"),
+        ("0", "http://127.0.0.1:8000"),
+        ("", "http://127.0.0.1:8000"),
+        ("node-1", "http://node-1:8000"),
+    ],
+)
+def test_the_address_that_is_printed_can_be_asked(host: str, url: str) -> None:
+    address = http_address({"applications": [{}], "http_options": {"host": host}})
+
+    assert address.url == url
+
+
 @pytest.mark.parametrize("options", [{"port": "8000"}, {"port": 0}, {"host": 1}, []])
 def test_a_wrong_http_address_is_refused(options: object) -> None:
     with pytest.raises(SettingsError, match=r"^http_options"):

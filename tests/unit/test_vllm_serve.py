@@ -78,6 +78,7 @@ def test_the_connector_takes_it(
         (["--port=8200"], "http://10.0.0.1:8200"),
         (["--port", "1", "--port", "8200"], "http://10.0.0.1:8200"),
         (["--host", "0.0.0.0"], "http://10.0.0.1:8000"),
+        (["--host", "0"], "http://10.0.0.1:8000"),
         (["--host=node-a", "--port", "8200"], "http://node-a:8200"),
         (["--host", "fd00::1"], "http://[fd00::1]:8000"),
         (["--ssl-certfile", "c.pem", "--ssl-keyfile", "k.pem"], "https://10.0.0.1:8000"),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tp_group
 from vllm.utils.network_utils import get_ip
 
+from transfer.addressing import is_every_address
 from transfer.connector.digests import BlockDigests
 from transfer.connector.fingerprint import layout_hash
 from transfer.connector.in_place import InPlace
@@ -32,6 +33,8 @@ from transfer.connector.staging import Staging
 from transfer.connector.stats import Outcome, TransferStats
 from transfer.discovery import make_discovery
 from transfer.engine.engine import TransferEngine
+from transfer.errors import ConfigurationError, Phase
+from transfer.settings import AUTO
 from transfer.types import PeerId
 
 if TYPE_CHECKING:
@@ -331,10 +334,21 @@ class BatonWorker:
 
 
 def _with_own_address(settings: ConnectorSettings) -> ConnectorSettings:
-    """``host: auto`` becomes the address that vLLM uses for this host (``VLLM_HOST_IP``)."""
-    if settings.transfer.host != "auto":
+    """``host: auto`` becomes the address that vLLM uses for this host (``VLLM_HOST_IP``).
+
+    Raises:
+        ConfigurationError: that is none by which others could reach it.
+    """
+    if settings.transfer.host != AUTO:
         return settings
-    return replace(settings, transfer=replace(settings.transfer, host=get_ip()))
+    host = get_ip()
+    if is_every_address(host):  # also vLLM's answer if it finds none
+        raise ConfigurationError(
+            f"transfer.host is auto, and this machine's address is not known: vLLM says {host}; "
+            "set VLLM_HOST_IP to the address by which other machines reach it, or transfer.host",
+            phase=Phase.REGISTER,
+        )
+    return replace(settings, transfer=replace(settings.transfer, host=host))
 
 
 def _engine_id(vllm_config: VllmConfig) -> str:
