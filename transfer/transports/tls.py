@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import ssl
+import threading
 from pathlib import Path
+from typing import NamedTuple
 
 from transfer.errors import ConfigurationError, Phase
 from transfer.settings import TransferSettings
 
+logger = logging.getLogger(__name__)
+
+
+class _Ends(NamedTuple):
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+
 
 class TlsContexts:
-    """What the two ends of a connection need, from the settings of the engine.
+    """What the two ends of a new connection need, from the files that the settings name.
+
+    Files that change are read again for the next connection; while they do not fit together, as
+    between the writing of a certificate and that of its key, those before stay in use.
+    Thread-safe.
 
     Args:
         settings: with ``tls_ca``, ``tls_cert`` and ``tls_key``.
@@ -20,12 +35,20 @@ class TlsContexts:
     """
 
     def __init__(self, settings: TransferSettings) -> None:
-        self._server_name = settings.tls_server_name
-        self.server = _context(ssl.PROTOCOL_TLS_SERVER, settings)
-        self.server.verify_mode = ssl.CERT_REQUIRED
-        # Connections live long; nobody resumes a session.
-        self.server.num_tickets = 0
-        self.client = _context(ssl.PROTOCOL_TLS_CLIENT, settings)
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._stamps = _stamps(settings)
+        self._ends = _ends(settings)
+
+    @property
+    def server(self) -> ssl.SSLContext:
+        """Of who accepts a connection."""
+        return self._current().server
+
+    @property
+    def client(self) -> ssl.SSLContext:
+        """Of who makes one."""
+        return self._current().client
 
     @classmethod
     def of(cls, settings: TransferSettings) -> TlsContexts | None:
@@ -34,7 +57,41 @@ class TlsContexts:
 
     def name_of(self, host: str) -> str:
         """What the certificate of an owner at ``host`` must be for."""
-        return self._server_name or host
+        return self._settings.tls_server_name or host
+
+    def _current(self) -> _Ends:
+        with self._lock:
+            # Taken before the files are read: a change meanwhile is one for the next time.
+            stamps = _stamps(self._settings)
+            if stamps != self._stamps:
+                self._stamps = stamps
+                try:
+                    self._ends = _ends(self._settings)
+                    logger.info("the TLS files have changed: new connections use the new ones")
+                except ConfigurationError as error:
+                    logger.warning("the TLS files as they were stay in use: %s", error.message)
+            return self._ends
+
+
+def _stamps(settings: TransferSettings) -> list[tuple[int, ...]]:
+    """What changes when a file does, or what a link to it leads to."""
+    return [_stamp(path) for path in (settings.tls_ca, settings.tls_cert, settings.tls_key)]
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _ends(settings: TransferSettings) -> _Ends:
+    server = _context(ssl.PROTOCOL_TLS_SERVER, settings)
+    server.verify_mode = ssl.CERT_REQUIRED
+    # Connections live long; nobody resumes a session.
+    server.num_tickets = 0
+    return _Ends(server, _context(ssl.PROTOCOL_TLS_CLIENT, settings))
 
 
 def _context(protocol: int, settings: TransferSettings) -> ssl.SSLContext:

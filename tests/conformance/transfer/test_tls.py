@@ -35,6 +35,7 @@ from transfer.errors import ConfigurationError, TlsRefused
 from transfer.settings import TransferSettings
 from transfer.transports import process_memory
 from transfer.transports.bounce import BounceBuffer
+from transfer.transports.tls import TlsContexts
 from transfer.types import SpanArray
 
 
@@ -264,6 +265,62 @@ def test_files_that_cannot_be_used(
     assert result
     assert "tls_" in result[0]
     assert "PEM" in result[0]
+
+
+def put(files: TlsFiles, names: tuple[str, ...], into: TlsFiles) -> None:
+    """Write some of ``files`` over those that an engine was given."""
+    for name in names:
+        Path(getattr(into, name)).write_bytes(Path(getattr(files, name)).read_bytes())
+
+
+WHOLE = ("tls_ca", "tls_cert", "tls_key")
+
+
+def test_new_connections_use_new_files(tls: TlsFiles, tmp_path: Path) -> None:
+    """Of another authority, even; connections that are there go on."""
+    used = TlsFiles(*(str(tmp_path / name) for name in WHOLE))
+    put(tls, WHOLE, used)
+    with engine_pair(settings=TransferSettings(transports=("tcp",), **used.settings())) as pair:
+        succeeds(pair.read(pair.offer()))
+        other = read_with(pair, pair.settings)
+        new = Authority(tmp_path, "new").issue("worker", "127.0.0.1")
+        put(new, WHOLE, used)
+        succeeds(pair.read(pair.offer()))
+        with other.reader:
+            succeeds(other.read(pair.offer()))
+        assert other.local_is_remote()
+        for files, accepted in ((new, True), (tls, False)):
+            third = read_with(pair, TransferSettings(transports=("tcp",), **files.settings()))
+            with third.reader:
+                handle = third.read(pair.offer())
+                if accepted:
+                    succeeds(handle)
+                else:
+                    fails(handle, TlsRefused)
+
+
+@pytest.mark.parametrize("half", [("tls_cert",), ("tls_key",)])
+def test_files_that_do_not_fit_together_yet(
+    tls: TlsFiles,
+    authority: Authority,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    half: tuple[str, ...],
+) -> None:
+    used = TlsFiles(*(str(tmp_path / name) for name in WHOLE))
+    put(tls, WHOLE, used)
+    contexts = TlsContexts(TransferSettings(**used.settings()))
+    before = contexts.server, contexts.client
+    put(authority.issue("next", "127.0.0.1"), half, used)
+    assert (contexts.server, contexts.client) == before
+    assert (contexts.server, contexts.client) == before
+    assert [one.levelname for one in caplog.records] == ["WARNING"]
+    Path(used.tls_ca).unlink()
+    assert contexts.server is before[0]
+    put(authority.issue("next", "127.0.0.1"), WHOLE, used)
+    assert contexts.server is not before[0]
+    assert contexts.client is not before[1]
+    assert contexts.server is contexts.server
 
 
 FILES = {"tls_ca": "a", "tls_cert": "b", "tls_key": "c"}
