@@ -24,6 +24,7 @@ from serve_app.body_limits import BodyLimits
 from serve_app.config import Settings, SettingsError, SideSettings, parse_settings
 from serve_app.demo_model import resolve_model
 from serve_app.ingress import ingress_app
+from serve_app.model_kind import model_fault
 
 Role = Literal["prefill", "decode"]
 
@@ -46,10 +47,14 @@ def build_app(args: dict[str, Any]) -> Application:
     """Builds the application from the ``args`` of config.yaml.
 
     Raises:
-        SettingsError: a setting is wrong; names it and says what would be right.
+        SettingsError: a setting is wrong, or the model is one whose prompts cannot be handed
+            over; names it and says what would be right.
+        ModelError: the demo model is asked for and has not been made yet.
     """
     settings = parse_settings(args)
     _check_engine_arguments(settings)
+    if fault := model_fault(settings):
+        raise SettingsError(f"model.source: {fault}")
     configs: dict[Role, LLMConfig] = {
         role: llm_config(settings, role) for role in ("prefill", "decode")
     }

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 from serve_app.config import Settings, SettingsError, load_document, load_settings
 from serve_app.demo_model import ModelError, resolve_model
 from serve_app.etcd_binary import find_etcd
+from serve_app.model_kind import config_folder, model_fault
 from transfer.addressing import host_and_port, is_every_address
 from transfer.discovery.settings import Endpoint, parse_endpoints
 from transfer.settings import TransferSettings
@@ -138,26 +139,24 @@ def _answers(endpoint: Endpoint) -> bool:
 
 
 def check_model(settings: Settings) -> Finding:
-    """Whether the model is there, or can be expected from Hugging Face."""
+    """Whether the model is there, or expected from Hugging Face, and can be handed over."""
     try:
         source = resolve_model(settings.model.source)
+        fault = model_fault(settings)
     except ModelError as error:
         return Finding("error", f"model: {error}")
+    if fault is not None:
+        return Finding("error", f"model: {fault}")
     if (Path(source) / "config.json").is_file():
         return Finding("ok", f"model: {source}")
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1
     if Path(source).exists() or looks_like_path:
         return Finding("error", f"model: {source} is no model folder: it has no config.json")
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
     try:
-        cached = isinstance(try_to_load_from_cache(source, "config.json"), str)
-    except HFValidationError as error:
-        return Finding(
-            "error", f"model: {source} is neither a folder nor a Hugging Face id: {error}"
-        )
-    if cached:
+        folder = config_folder(source)
+    except ValueError as error:
+        return Finding("error", f"model: {error}")
+    if folder is not None:
         return Finding("ok", f"model: {source}, in the local Hugging Face cache")
     return Finding("note", f"model: {source} is not here, vLLM will ask Hugging Face for it")
 

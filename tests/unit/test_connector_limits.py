@@ -24,6 +24,7 @@ SIZES: dict[str, Any] = {
     "head_size": 64,
     "dtype": torch.float16,
 }
+MODEL = {"model": "a/model", "use_mla": False, "is_hybrid": False, "is_encoder_decoder": False}
 FULL = FullAttentionSpec(**SIZES)
 
 
@@ -34,7 +35,7 @@ def role(name: Any, **changes: Any) -> KVTransferConfig:
 
 def start(
     *specs: KVCacheSpec,
-    mla: bool = False,
+    model: dict[str, bool] | None = None,
     transfer: KVTransferConfig | None = None,
     **parallel: int,
 ) -> None:
@@ -47,7 +48,7 @@ def start(
     }
     config: Any = SimpleNamespace(
         parallel_config=SimpleNamespace(**sizes),
-        model_config=SimpleNamespace(use_mla=mla),
+        model_config=SimpleNamespace(**{**MODEL, **(model or {})}),
         kv_transfer_config=transfer or role("kv_both", kv_load_failure_policy="recompute"),
     )
     cache: Any = SimpleNamespace(
@@ -65,7 +66,9 @@ def test_full_attention_is_supported_also_where_it_stands_for_a_window() -> None
     ("specs", "changes", "message"),
     [
         ([FULL, FULL], {}, "models with 2 KV cache groups"),
-        ([FULL], {"mla": True}, "multi-head latent attention"),
+        ([FULL], {"model": {"use_mla": True}}, "multi-head latent attention .*, as a/model"),
+        ([FULL], {"model": {"is_hybrid": True}}, "Mamba and other hybrids, such as a/model"),
+        ([FULL], {"model": {"is_encoder_decoder": True}}, "encoders .* as a/model"),
         ([MLAAttentionSpec(**SIZES)], {}, "of kind MLAAttention, only FullAttention"),
         ([SlidingWindowSpec(**SIZES, sliding_window=128)], {}, "of kind SlidingWindow, only"),
         ([FullAttentionSpec(**SIZES, tokens_per_state=4)], {}, "4 tokens in one state"),

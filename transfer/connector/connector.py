@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from transfer.connector.adapters import AdapterFingerprints
-from transfer.connector.limits import refuse_unsupported
+from transfer.connector.limits import refuse_unsupported, refuse_unsupported_model
 from transfer.connector.logs import log_with_vllm
 from transfer.connector.metadata import BatonMetadata, WorkerHandshake, WorkerReport
 from transfer.connector.scheduler import BatonScheduler
@@ -79,6 +79,19 @@ class BatonConnector(KVConnectorBase_V1):
             )
         else:
             self._worker = self.worker_class(vllm_config, kv_cache_config, settings)
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """None: any will do. Refuses models, too.
+
+        vLLM asks for it before it lays out the KV cache. For hybrids it fails to, with words that
+        do not say why, and never makes a connector.
+
+        Raises:
+            ConfigurationError: a model that cannot be handed over.
+        """
+        refuse_unsupported_model(vllm_config)
+        return None
 
     # ---- scheduler side ----------------------------------------------------------------------
 

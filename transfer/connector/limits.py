@@ -29,28 +29,43 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
             'fetched. Set "kv_load_failure_policy": "recompute" in kv_transfer_config',
             phase=Phase.REGISTER,
         )
-    parallel = vllm_config.parallel_config
-    reason = None
+    refuse_unsupported_model(vllm_config)
+    if reason := _unsupported_cache(kv_cache_config):
+        raise _unsupported(reason)
+
+
+def refuse_unsupported_model(vllm_config: VllmConfig) -> None:
+    """The part of :func:`refuse_unsupported` that can be told without a layout of the KV cache.
+
+    Raises:
+        ConfigurationError: names the model's property or the setting.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     for name in (
         "pipeline_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",
     ):
         if (value := getattr(parallel, name)) > 1:
-            reason = f"{name}={value}, only 1"
-    if vllm_config.model_config.use_mla:
-        reason = "multi-head latent attention (MLA)"
-    reason = reason or _unsupported_cache(kv_cache_config)
-    if reason is not None:
-        raise ConfigurationError(
-            f"BatonConnector does not support {reason}; {WHERE}", phase=Phase.REGISTER
-        )
+            raise _unsupported(f"{name}={value}, only 1")
+    if model.use_mla:
+        raise _unsupported(f"multi-head latent attention (MLA), as {model.model} has it")
+    if model.is_hybrid:
+        raise _unsupported(f"Mamba and other hybrids, such as {model.model}")
+    if model.is_encoder_decoder:
+        raise _unsupported(f"encoders beside a decoder, as {model.model} has them")
+
+
+def _unsupported(reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"BatonConnector does not support {reason}; {WHERE}", phase=Phase.REGISTER
+    )
 
 
 def _unsupported_cache(kv_cache_config: KVCacheConfig) -> str | None:
     groups = kv_cache_config.kv_cache_groups
     if len(groups) > 1:
-        return f"models with {len(groups)} KV cache groups (Mamba and other hybrids)"
+        return f"models with {len(groups)} KV cache groups"
     for group in groups:
         whole = group.kv_cache_spec
         specs = (
