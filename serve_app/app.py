@@ -20,6 +20,7 @@ from deployments.handoff_state import RetryPolicy
 from deployments.links import LinkPolicy
 from deployments.prefill import PrefillServer
 from deployments.replica_router import HintedRouter
+from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import BodyLimits
 from serve_app.config import Settings, SettingsError, SideSettings, parse_settings
 from serve_app.demo_model import resolve_model
@@ -76,6 +77,7 @@ def build_app(args: dict[str, Any]) -> Application:
         deployment_cls=DecodeServer,
     )
     router = settings.router
+    api_keys = ApiKeys(router.api_keys)
     ingress = serve.deployment(
         ingress_app(
             limits=BodyLimits(
@@ -83,7 +85,7 @@ def build_app(args: dict[str, Any]) -> Application:
                 max_bytes_in_flight=router.max_bytes_in_flight,
                 timeout_s=router.body_timeout_s,
             ),
-            api_keys=tuple(router.api_keys),
+            api_keys=api_keys,
             allowed_origins=tuple(router.allowed_origins),
         ),
         name="Ingress",
@@ -111,6 +113,7 @@ def build_app(args: dict[str, Any]) -> Application:
         max_tokenize_length=router.max_tokenize_length,
         pick_timeout_s=router.pick_timeout_s,
         health_timeout_s=router.health_timeout_s,
+        api_keys=api_keys,
     )
 
 

@@ -76,6 +76,8 @@ def start(state: Path, run_arguments: Sequence[str]) -> None:
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = state / "node.log"
     command = [sys.executable, "-m", "serve_app.cluster_node", "run", *run_arguments]
+    log.unlink(missing_ok=True)
+    log.touch(mode=0o600)
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -84,6 +86,7 @@ def start(state: Path, run_arguments: Sequence[str]) -> None:
             stderr=output,
             start_new_session=True,  # it survives the SSH session that runs this
         )
+    _record(state).touch(mode=0o600)
     _record(state).write_text(json.dumps({"pid": process.pid, "born": _born(process.pid)}))
     deadline = time.monotonic() + _START_TIMEOUT_S
     while not _ready(state).exists():

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -20,6 +21,7 @@ from pydantic import (
 from serve_app.mooncake_args import with_mooncake
 from transfer.discovery import check_discovery
 from transfer.errors import ConfigurationError
+from transfer.secret import SecretReference
 from transfer.settings import TransferSettings
 from transfer.speculation import drafting_layers
 
@@ -35,6 +37,7 @@ _RESERVED_ENGINE_KEYS = {
     "tensor_parallel_size": "set tensor_parallel_size beside engine",
     "pipeline_parallel_size": "pipeline parallelism is not supported, use tensor_parallel_size",
     "data_parallel_size": "set replicas",
+    "api_key": "set router.api_keys",
     "enable_prompt_tokens_details": "vLLM would report every prompt token that was handed over as "
     "cached, and clients may be billed by that",
 }
@@ -56,7 +59,8 @@ class SettingsError(ValueError):
 class Section(BaseModel):
     """A part of the settings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Inputs may be secrets, and errors end up in logs.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class ModelSettings(Section):
@@ -152,13 +156,22 @@ class SideSettings(Section):
         return data
 
 
+def _reference(text: str) -> str:
+    try:
+        SecretReference.parse(text)
+    except ConfigurationError as error:
+        raise ValueError(error.message) from error
+    return text
+
+
 class RouterSettings(Section):
     """The ingress and its retry budget."""
 
     replicas: Annotated[int, Field(ge=1)] = 1
     cpus_per_replica: Annotated[float, Field(ge=0)] = 0.1
-    api_keys: list[Annotated[str, Field(min_length=8)]] = Field(
-        default_factory=list, description="Bearer keys; empty: anybody may ask."
+    api_keys: list[Annotated[str, AfterValidator(_reference)]] = Field(
+        default_factory=list,
+        description="Where bearer keys are, see transfer.secret; empty: anybody may ask.",
     )
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16 << 20
     max_prompts: Annotated[int, Field(ge=1)] = 128
@@ -351,6 +364,10 @@ def _check_engine(engine: dict[str, Any]) -> dict[str, Any]:
     for name, advice in _RESERVED_ENGINE_KEYS.items():
         if name in engine:
             raise ValueError(f"{name} cannot be set here: {advice}")
+    if isinstance(engine.get("hf_token"), str):
+        raise ValueError(
+            "hf_token is not written out here: set HF_TOKEN in the environment of every machine"
+        )
     return engine
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import Bodies, Body, BodyLimits, BodyRefused
 from serve_app.http_errors import error_response
 
 _OPEN_PATHS = frozenset({"/health", "/metrics"})
+_AUTHORIZATION = b"authorization"
 
 
 class Guard:
     """ASGI middleware: bearer keys and limits for bodies.
+
+    Nothing behind it sees an accepted key, so that none can turn up in a log there.
 
     Args:
         app: what comes after.
@@ -23,9 +26,9 @@ class Guard:
         limits: of bodies, counted while they arrive.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: tuple[str, ...], limits: BodyLimits) -> None:
+    def __init__(self, app: ASGIApp, *, api_keys: ApiKeys, limits: BodyLimits) -> None:
         self._app = app
-        self._api_keys = tuple(key.encode() for key in api_keys)
+        self._api_keys = api_keys
         self._bodies = Bodies(limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,6 +46,8 @@ class Guard:
             )
             await response(scope, receive, send)
             return
+        if self._api_keys:
+            scope = {**scope, "headers": _without_key(scope.get("headers", []))}
         # Python refuses to read numbers of thousands of digits; the first 18 say enough.
         length = headers.get(b"content-length", b"").lstrip(b"0")[:18]
         with self._bodies.request() as body:
@@ -60,9 +65,8 @@ class Guard:
             await self._app(scope, replay, send)
 
     def _admits(self, headers: dict[bytes, bytes]) -> bool:
-        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-        matches = [hmac.compare_digest(key.strip(), known) for known in self._api_keys]
-        return kind.lower() == b"bearer" and any(matches)
+        kind, _, key = headers.get(_AUTHORIZATION, b"").partition(b" ")
+        return kind.lower() == b"bearer" and self._api_keys.match(key.strip()) is not None
 
     async def _read(self, receive: Receive, body: Body) -> list[Message]:
         """The whole body: once the app runs, its answer may have begun."""
@@ -83,3 +87,7 @@ def _refusal(refused: BodyRefused) -> JSONResponse:
     again = refused.retry_after_s
     headers = None if again is None else {"Retry-After": str(again)}
     return error_response(refused.status, str(refused), param="body", headers=headers)
+
+
+def _without_key(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, value in headers if name.lower() != _AUTHORIZATION]

@@ -42,6 +42,7 @@ from deployments.handoff_state import RetryPolicy
 from deployments.replica import ReplicaCaller
 from deployments.router_event import RouterEvent
 from serve_app import request_models
+from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import BodyLimits
 from serve_app.edge import Fault, header_fault
 from serve_app.guard import Guard
@@ -73,6 +74,10 @@ class Ingress(OpenAiIngress):
         max_tokenize_length: characters to be tokenized, or tokens to be detokenized, in a request.
         pick_timeout_s: how long a request waits for a replica that can take it.
         health_timeout_s: how long ``/health`` waits for a side's answer.
+        api_keys: those that the app asks for.
+
+    Raises:
+        ConfigurationError: a key is not there or can never match, on this machine.
     """
 
     def __init__(
@@ -88,7 +93,9 @@ class Ingress(OpenAiIngress):
         max_tokenize_length: int,
         pick_timeout_s: float,
         health_timeout_s: float,
+        api_keys: ApiKeys,
     ) -> None:
+        api_keys.check()
         super().__init__({model_card.id: decode}, {model_card.id: model_card})
         self._caller = ReplicaCaller(prefill, decode, pick_timeout_s=pick_timeout_s)
         self._coordinator = Coordinator(
@@ -239,14 +246,12 @@ class Ingress(OpenAiIngress):
         return None
 
 
-def ingress_app(
-    *, limits: BodyLimits, api_keys: tuple[str, ...], allowed_origins: tuple[str, ...]
-) -> Any:
+def ingress_app(*, limits: BodyLimits, api_keys: ApiKeys, allowed_origins: tuple[str, ...]) -> Any:
     """The ingress class with its routes, for ``serve.deployment``.
 
     Args:
         limits: of bodies, for each replica.
-        api_keys: accepted bearer keys; empty: no key is asked for.
+        api_keys: accepted bearer keys; none: no key is asked for.
         allowed_origins: whose pages may call from a browser; ``*`` is all of them.
     """
     app = FastAPI(lifespan=metrics_lifespan)

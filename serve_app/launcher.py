@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import sys
@@ -44,6 +45,7 @@ from serve_app.surroundings import (
     http_address,
     is_reachable,
     may_start_etcd,
+    secret_problem,
 )
 
 _ETCD_TIMEOUT_S: Final = 30.0
@@ -78,6 +80,29 @@ class LaunchError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """A Ray head that is to be started.
+
+    Attributes:
+        address: where its control service will be.
+        dashboard: the dashboard's URL; empty without one.
+        env: the environment of Ray, and of whoever talks to it.
+    """
+
+    service: Service
+    address: str
+    dashboard: str
+    env: dict[str, str]
+
+    @property
+    def token_place(self) -> str:
+        """Where the token is that Ray asks for, as its own rules have it."""
+        if self.env["RAY_AUTH_MODE"] != "token":
+            return "none, by RAY_AUTH_MODE"
+        return "RAY_AUTH_TOKEN" if "RAY_AUTH_TOKEN" in self.env else self.env["RAY_AUTH_TOKEN_PATH"]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Checked input of one start."""
 
@@ -101,8 +126,16 @@ def _up(keeper: Keeper, options: UpOptions) -> int:
     progress = Progress()
     keep_logs = False
     try:
-        services = _services(plan, folder, options)
-        return _run(ServiceRunner(keeper, progress), services, plan, folder, progress)
+        env = ray_environment(plan.settings, _ray_token(folder))
+        head = _ray(folder, env, dashboard=options.dashboard)
+        services = _services(plan, folder, head, options.timeout_s)
+        progress.say(f"Starting {', '.join(service.name for service in services)}; logs: {folder}")
+        runner = ServiceRunner(keeper, progress)
+        for service in services:
+            runner.start(service)
+        progress.say(_welcome(plan, head))
+        runner.watch()
+        return 0
     except LaunchError as error:
         return _fail(str(error))
     except ServiceError as error:
@@ -118,34 +151,21 @@ def _up(keeper: Keeper, options: UpOptions) -> int:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(
-    runner: ServiceRunner,
-    services: list[Service],
-    plan: Plan,
-    folder: Path,
-    progress: Progress,
-) -> int:
-    progress.say(f"Starting {', '.join(service.name for service in services)}; logs: {folder}")
-    for service in services:
-        runner.start(service)
-    progress.say(_welcome(plan))
-    runner.watch()
-    return 0
-
-
 def prepare(options: UpOptions, report: Callable[[str], None]) -> Plan:
     """Checks all that can be checked before anything is started. Makes the demo model if needed.
 
     Raises:
         SettingsError: the configuration is wrong.
         ModelError: the model is missing.
-        LaunchError: a port is taken, or the named etcd does not answer.
+        LaunchError: a port is taken, a secret is not there, or the named etcd does not answer.
     """
     document = load_document(options.config)
     settings = load_settings(options.config)
     address = http_address(document, options.port)
     if problem := bind_problem(address.host, address.port):
         raise LaunchError(f"{problem}: choose another with --port")
+    if problem := secret_problem(settings):
+        raise LaunchError(problem)
     endpoints = etcd_endpoints(settings)
     reachable = is_reachable(endpoints)
     if not reachable and not may_start_etcd(endpoints):
@@ -162,7 +182,7 @@ def prepare(options: UpOptions, report: Callable[[str], None]) -> Plan:
 # --- the services --------------------------------------------------------------------------------
 
 
-def _services(plan: Plan, folder: Path, options: UpOptions) -> list[Service]:
+def _services(plan: Plan, folder: Path, head: Head, timeout_s: float) -> list[Service]:
     document = {**plan.document}
     document["http_options"] = {
         **(document.get("http_options") or {}),
@@ -177,10 +197,9 @@ def _services(plan: Plan, folder: Path, options: UpOptions) -> list[Service]:
             _with_endpoint(application, endpoint) for application in document["applications"]
         ]
     config = folder / "config.yaml"
+    config.touch(mode=0o600)
     config.write_text(yaml.safe_dump(document, sort_keys=False))
-    ray, ray_address = _ray(plan, folder, dashboard=options.dashboard)
-    serve = _serve(plan, folder, config, ray_address, options.timeout_s)
-    return [*services, ray, serve]
+    return [*services, head.service, _serve(plan, folder, config, head, timeout_s)]
 
 
 def _with_endpoint(application: dict[str, Any], endpoint: str) -> dict[str, Any]:
@@ -214,8 +233,16 @@ def _etcd(folder: Path) -> tuple[Service, str]:
     return Service("etcd", command, log, ready, _ETCD_TIMEOUT_S), endpoint
 
 
-def _ray(plan: Plan, folder: Path, *, dashboard: bool) -> tuple[Service, str]:
-    """A Ray head on loopback, and its address."""
+def _ray_token(folder: Path) -> Path:
+    """A file with a secret of this run. Some ports of Ray listen on all addresses."""
+    file = folder / "ray-token"
+    file.touch(mode=0o600)
+    file.write_text(secrets.token_hex(32))
+    return file
+
+
+def _ray(folder: Path, env: dict[str, str], *, dashboard: bool) -> Head:
+    """A Ray head that advertises loopback addresses."""
     gcs, client, dashboard_port, agent, metrics = free_ports(5)
     command = [_beside_python("ray"), "start", "--head", f"--node-ip-address={_RAY_HOST}"]
     command += [f"--port={gcs}", f"--ray-client-server-port={client}"]
@@ -233,16 +260,17 @@ def _ray(plan: Plan, folder: Path, *, dashboard: bool) -> tuple[Service, str]:
         folder / "ray.log",
         ready=lambda: None,  # `ray start` itself waits until Ray answers
         timeout_s=_RAY_TIMEOUT_S,
-        env=ray_environment(plan.settings),
+        env=env,
         daemon=True,
     )
-    return service, f"{_RAY_HOST}:{gcs}"
+    url = f"http://{DEFAULT_HOST}:{dashboard_port}" if dashboard else ""
+    return Head(service, f"{_RAY_HOST}:{gcs}", url, env)
 
 
-def _serve(plan: Plan, folder: Path, config: Path, ray_address: str, timeout_s: float) -> Service:
+def _serve(plan: Plan, folder: Path, config: Path, head: Head, timeout_s: float) -> Service:
     status_file = folder / "status.json"
     command = [sys.executable, "-m", "serve_app.serve_driver", str(config), str(status_file)]
-    env = ray_environment(plan.settings) | {"RAY_ADDRESS": ray_address}
+    env = head.env | {"RAY_ADDRESS": head.address}
     log = folder / "serve.log"
 
     def ready() -> str | None:
@@ -263,11 +291,15 @@ def _serve(plan: Plan, folder: Path, config: Path, ray_address: str, timeout_s: 
     return Service("Serve", command, log, ready, timeout_s, env)
 
 
-def ray_environment(settings: Settings) -> dict[str, str]:
-    """The environment of Ray, and so of every replica and engine. What the user set stays."""
+def ray_environment(settings: Settings, token: Path) -> dict[str, str]:
+    """The environment of Ray, and so of every replica and engine. What the user set stays.
+
+    Args:
+        token: file with what Ray then wants from everybody who talks to it.
+    """
     env = {
-        # Ray takes up a token that lies in the home folder and then asks everybody for one.
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "VLLM_NO_USAGE_STATS": "1",
         # How often Serve's controller looks around. Its default of 0.1 s keeps a core 6 % busy.
@@ -316,7 +348,7 @@ def _get(host: str, port: int, path: str) -> tuple[int, str]:
 # --- words ---------------------------------------------------------------------------------------
 
 
-def _welcome(plan: Plan) -> str:
+def _welcome(plan: Plan, head: Head) -> str:
     url, model = plan.address.url, plan.settings.model.id
     key = " -H 'Authorization: Bearer YOUR_KEY'" if plan.settings.router.api_keys else ""
     question = [{"role": "user", "content": "What is the capital of France?"}]
@@ -329,6 +361,8 @@ def _welcome(plan: Plan) -> str:
     for route, body in bodies.items():
         data = shlex.quote(json.dumps(body))
         lines.append(f"  curl {url}/v1/{route}{key} -H 'Content-Type: application/json' -d {data}")
+    if head.dashboard:
+        lines.append(f"Ray's dashboard: {head.dashboard} (token: {head.token_place})")
     return "\n".join([*lines, "Ctrl-C stops everything."])
 
 

@@ -20,6 +20,7 @@ _POLL_S: Final = 0.5
 def write_status(path: Path, status: dict[str, Any]) -> None:
     """Replaces the status file in one step."""
     new = path.with_suffix(".new")
+    new.touch(mode=0o600)
     new.write_text(json.dumps(status))
     new.replace(path)
 

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from serve_app.api_keys import ApiKeys
 from serve_app.config import Settings, SettingsError, load_document, load_settings
 from serve_app.demo_model import ModelError, resolve_model
 from serve_app.etcd_binary import find_etcd
 from serve_app.model_kind import config_folder, model_fault
 from transfer.addressing import host_and_port, is_every_address
+from transfer.discovery import etcd_settings
 from transfer.discovery.settings import Endpoint, parse_endpoints
+from transfer.errors import ConfigurationError
 from transfer.settings import TransferSettings
 
 DEFAULT_HOST: Final = "127.0.0.1"
@@ -161,6 +164,20 @@ def check_model(settings: Settings) -> Finding:
     return Finding("note", f"model: {source} is not here, vLLM will ask Hugging Face for it")
 
 
+def secret_problem(settings: Settings) -> str | None:
+    """What is wrong with a secret that the settings refer to, as seen from here, or None."""
+    try:
+        ApiKeys(settings.router.api_keys).check()
+    except ConfigurationError as error:
+        return f"router.api_keys: {error.message}"
+    try:
+        if settings.discovery["kind"] == "etcd":
+            etcd_settings(settings.discovery).credentials()
+    except ConfigurationError as error:
+        return f"discovery: {error.message}"
+    return None
+
+
 def check(path: Path, port: int | None = None) -> Iterator[Finding]:
     """Looks at a configuration and its surroundings, one thing at a time."""
     try:
@@ -172,6 +189,8 @@ def check(path: Path, port: int | None = None) -> Iterator[Finding]:
             yield Finding("error", f"config: {line}")
         return
     yield Finding("ok", f"config: {path} is valid")
+    if problem := secret_problem(settings):
+        yield Finding("error", problem)
     yield check_model(settings)
     yield _check_etcd(settings)
     yield _check_port(address)

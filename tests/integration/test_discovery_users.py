@@ -18,35 +18,29 @@ from transfer.discovery.etcd_client import EtcdClient, WatchStream
 from transfer.errors import ConfigurationError
 
 TOKEN_TTL_S = 1
+SECRET = "${ETCD_TEST_SECRET}"
 JOINED = PeerEventKind.JOINED
 A, B = worker_record("a"), worker_record("b")
+
+
+@pytest.fixture(autouse=True)
+def _secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETCD_TEST_SECRET", "secret")
+    monkeypatch.setenv("ETCD_TEST_WRONG", "wrong")
 
 
 @contextmanager
 def guarded_etcd() -> Iterator[EtcdServer]:
     """With the users ``root``, ``baton`` and ``guest``, who has no rights. Tokens end early."""
     with EtcdServer("--auth-token-ttl", str(TOKEN_TTL_S)) as server:
-        rpc = pyetcd.etcdrpc
-        with admin(server) as client:
-            auth = client.authstub
-            for user in ("root", "baton", "guest"):
-                auth.UserAdd(rpc.AuthUserAddRequest(name=user, password="secret"))
-            for role in ("root", "workers"):
-                auth.RoleAdd(rpc.AuthRoleAddRequest(name=role))
-            permission = {"permType": 2, "key": b"/baton/", "range_end": b"/baton0"}
-            auth.RoleGrantPermission(
-                rpc.AuthRoleGrantPermissionRequest(name="workers", perm=permission)
-            )
-            auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="root", role="root"))
-            auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="baton", role="workers"))
-            auth.AuthEnable(rpc.AuthEnableRequest())
+        server.enable_users("secret")
         yield server
 
 
 def test_user_and_password(session: Session) -> None:
     with guarded_etcd() as server:
-        one = session(server, user="baton", password="secret")
-        two = session(server, user="baton", password="secret")
+        one = session(server, user="baton", password=SECRET)
+        two = session(server, user="baton", password=SECRET)
         heard = Heard(two)
         one.publish(A)
         one.ready(5)
@@ -56,8 +50,8 @@ def test_user_and_password(session: Session) -> None:
         assert one.wait_for(B.peer, 5) == B
         assert heard.of(A) == [JOINED]
         for user, password, words in [
-            ("baton", "wrong", "refused user 'baton'"),
-            ("guest", "secret", "permission denied"),
+            ("baton", "${ETCD_TEST_WRONG}", "refused user 'baton'"),
+            ("guest", SECRET, "permission denied"),
             ("", "", "without user and password"),
         ]:
             refused = session(server, user=user, password=password)
@@ -66,7 +60,7 @@ def test_user_and_password(session: Session) -> None:
 
 
 def test_a_user_where_etcd_has_none_is_refused(etcd: EtcdServer, session: Session) -> None:
-    refused = session(etcd, user="baton", password="secret")
+    refused = session(etcd, user="baton", password=SECRET)
     with pytest.raises(ConfigurationError, match="authentication is not enabled"):
         refused.ready(5)
 
@@ -93,7 +87,7 @@ def test_a_token_that_expires_before_the_watch_is_no_refusal(
     user: str, session: Session, late_watch: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with guarded_etcd() as server:
-        one = session(server, user=user, password="secret")
+        one = session(server, user=user, password=SECRET)
         one.publish(A)
 
         def healthy() -> bool:
@@ -108,7 +102,7 @@ def test_a_token_that_expires_before_the_watch_is_no_refusal(
 
 def test_rights_taken_away_are_a_refusal(session: Session) -> None:
     with guarded_etcd() as server:
-        one = session(server, user="baton", password="secret")
+        one = session(server, user="baton", password=SECRET)
         one.ready(5)
         with admin(server, user="root", password="secret") as client:
             client.authstub.UserRevokeRole(

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -65,10 +65,18 @@ class BatonApp:
         config: the Serve config file.
         log: gets the launcher's output.
         env: more environment for all processes.
+        options: more options for ``baton up``.
     """
 
-    def __init__(self, config: Path, log: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        config: Path,
+        log: Path,
+        env: dict[str, str] | None = None,
+        options: Sequence[str] = (),
+    ) -> None:
         self._env = env or {}
+        self._options = options
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
@@ -81,7 +89,7 @@ class BatonApp:
             self._process = start_tied(
                 [
                     *(sys.executable, "-m", "serve_app.cli", "up", str(self._config)),
-                    *("--port", str(self.port)),
+                    *("--port", str(self.port), *self._options),
                 ],
                 log,
                 {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **self._env},

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import pyetcd
+
 from serve_app.etcd_binary import find_etcd
 from tests.support.lifeline import start_tied
 
@@ -102,6 +104,27 @@ class EtcdServer:
                 self.kill()
                 raise RuntimeError(f"etcd did not start:\n{log}")
             time.sleep(0.05)
+
+    def enable_users(self, password: str) -> None:
+        """From now on, etcd answers users only: baton, below ``/baton/``; guest, nowhere; root.
+
+        Args:
+            password: of all three.
+        """
+        rpc = pyetcd.etcdrpc
+        with pyetcd.client(host="127.0.0.1", port=self._ports[0], timeout=5) as client:
+            auth = client.authstub
+            for user in ("root", "baton", "guest"):
+                auth.UserAdd(rpc.AuthUserAddRequest(name=user, password=password))
+            for role in ("root", "workers"):
+                auth.RoleAdd(rpc.AuthRoleAddRequest(name=role))
+            permission = {"permType": 2, "key": b"/baton/", "range_end": b"/baton0"}
+            auth.RoleGrantPermission(
+                rpc.AuthRoleGrantPermissionRequest(name="workers", perm=permission)
+            )
+            auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="root", role="root"))
+            auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="baton", role="workers"))
+            auth.AuthEnable(rpc.AuthEnableRequest())
 
     def stop(self) -> None:
         """End it and delete its data. Idempotent."""

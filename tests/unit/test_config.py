@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ GOOD: dict[str, Any] = {
     "decode": {"autoscaling": {"min_replicas": 1, "max_replicas": 3}},
     "transfer": {"streams_per_peer": 4, "ticket_ttl_s": 10},
     "discovery": {"kind": "etcd", "endpoints": ["127.0.0.1:2379"], "cluster": "demo"},
-    "router": {"api_keys": ["12345678"], "attempts": 2},
+    "router": {"api_keys": ["${BATON_KEY}", "file:/run/secrets/key"], "attempts": 2},
 }
 
 
@@ -160,8 +161,11 @@ def test_every_fault_gets_its_line() -> None:
         ("decode.resources", {"custom": {"slot": 0}}),
         ("router.attempts", 0),
         ("router.attempts", 11),
-        ("router.api_keys", ["short"]),
-        ("router.api_keys", "12345678"),
+        ("router.api_keys", ["12345678"]),
+        ("router.api_keys", ["${BATON_KEY}", "x${BATON_KEY}"]),
+        ("router.api_keys", ["file:key"]),
+        ("router.api_keys", [5]),
+        ("router.api_keys", "${BATON_KEY}"),
         ("router.max_body_bytes", 1023),
         ("router.max_bytes_in_flight", 0),
         ("router.body_timeout_s", 0),
@@ -205,6 +209,7 @@ def test_args_must_be_a_mapping(args: Any) -> None:
         "pipeline_parallel_size",
         "data_parallel_size",
         "enable_prompt_tokens_details",
+        "api_key",
     ],
 )
 @pytest.mark.parametrize("section", ["engine", "prefill.engine", "decode.engine"])
@@ -278,6 +283,61 @@ def test_discovery_is_checked(discovery: dict[str, Any], named: str) -> None:
 
     assert line.startswith("discovery: ")
     assert named in line
+
+
+# ---- secrets -------------------------------------------------------------------------------------
+
+SECRET = "a-secret-written-out"
+WRITTEN_OUT = (
+    "a secret is not written out here; write where it is: "
+    "${NAME} for an environment variable, or file:/path"
+)
+TOKEN_WRITTEN_OUT = (
+    "hf_token is not written out here: set HF_TOKEN in the environment of every machine"
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        (
+            "router.api_keys",
+            [SECRET],
+            f"router.api_keys.0: {WRITTEN_OUT}",
+        ),
+        (
+            "discovery",
+            {"kind": "etcd", "endpoints": ["h:1"], "user": "baton", "password": SECRET},
+            f"discovery: password of etcd: {WRITTEN_OUT}",
+        ),
+        (
+            "discovery",
+            {"kind": "etcd", "endpoints": [f"http://baton:{SECRET}@h:1"]},
+            "discovery: an etcd endpoint holds a user; set user and password beside endpoints",
+        ),
+        (
+            "engine",
+            {"hf_token": SECRET},
+            f"engine: {TOKEN_WRITTEN_OUT}",
+        ),
+        ("router.api_keys", SECRET, "router.api_keys: Input should be a valid list"),
+        ("router.api_keys", {SECRET: 1}, "router.api_keys: Input should be a valid list"),
+    ],
+)
+def test_a_secret_that_is_written_out_is_refused_and_not_repeated(
+    path: str, value: Any, line: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(changed(path, value))
+    assert str(caught.value) == line
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("user", ["baton", "${ETCD_USER}", "file:/run/secrets/user"])
+def test_secrets_by_reference_are_accepted_where_they_are_not(user: str) -> None:
+    discovery = {"kind": "etcd", "endpoints": ["h:1"], "user": user, "password": "${NO_SUCH}"}
+    assert parse_settings(changed("discovery", discovery)).discovery == discovery
+    assert parse_settings(changed("engine", {"hf_token": True})).engine == {"hf_token": True}
 
 
 # ---- contradictions ------------------------------------------------------------------------------

@@ -99,8 +99,23 @@ def test_tls_files_and_plain_http_exclude_each_other(tmp_path: Path) -> None:
         EtcdSettings("h:1", tls_cert=str(authority))
 
 
-def test_the_password_is_not_shown() -> None:
-    assert "hush" not in repr(EtcdSettings("h:1", user="u", password="hush"))
+def test_user_and_password_are_read_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "password"
+    monkeypatch.setenv("ETCD_TEST_USER", "me")
+    settings = EtcdSettings("h:1", user="${ETCD_TEST_USER}", password=f"file:{file}")
+    for password in ("hush", "another"):
+        file.write_text(password + "\n")
+        assert settings.credentials() == ("me", password)
+    assert EtcdSettings("h:1", user="u", password=f"file:{file}").credentials()[0] == "u"
+    assert EtcdSettings("h:1").credentials() == ("", "")
+
+
+def test_a_password_that_is_not_there_is_named_before_any_connection() -> None:
+    config = {"kind": "etcd", "endpoints": ["h:1"], "user": "u", "password": "${NO_SUCH_PASSWORD}"}
+    with pytest.raises(ConfigurationError, match=r"password of etcd: \$\{NO_SUCH_PASSWORD\}"):
+        make_discovery(config)
 
 
 def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

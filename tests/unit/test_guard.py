@@ -7,12 +7,18 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import BodyLimits
 from serve_app.guard import Guard
 
-KEYS = ("first-key", "second-key")
+KEYS = ("${GUARD_TEST_KEYS}",)
 LIMIT = 10
 LIMITS = BodyLimits(max_body_bytes=LIMIT, max_bytes_in_flight=25, timeout_s=0.2)
+
+
+@pytest.fixture(autouse=True)
+def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GUARD_TEST_KEYS", "first-key\nsecond-key\n")
 
 
 class App:
@@ -62,7 +68,7 @@ class Exchange:
         self.sent: list[Message] = []
         self.unread = [*messages, {"type": "http.disconnect"}]
         raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
-        guard = Guard(self.app, api_keys=keys, limits=LIMITS)
+        guard = Guard(self.app, api_keys=ApiKeys(keys), limits=LIMITS)
         asyncio.run(
             guard(
                 {"type": "http", "path": path, "headers": raw, **scope}, self._receive, self._send
@@ -142,6 +148,14 @@ def test_valid_key_passes(name: str, value: str) -> None:
 
     assert exchange.status == 200
     assert exchange.app.bodies == [b"hello"]
+
+
+def test_nothing_behind_the_guard_sees_an_accepted_key() -> None:
+    headers = {"Authorization": "Bearer first-key", "x-other": "stays"}
+    exchange = Exchange(body(b"hello"), headers=headers, keys=KEYS)
+
+    (scope,) = exchange.app.scopes
+    assert scope["headers"] == [(b"x-other", b"stays")]
 
 
 def test_without_keys_anybody_may_ask() -> None:
@@ -236,7 +250,7 @@ def test_lifespan_passes_untouched() -> None:
         async def send(message: Message) -> None:
             raise AssertionError("the guard sent a lifespan message")
 
-        await Guard(app, api_keys=KEYS, limits=LIMITS)(scope, receive, send)
+        await Guard(app, api_keys=ApiKeys(KEYS), limits=LIMITS)(scope, receive, send)
 
     asyncio.run(main())
     assert app.scopes == [scope]
@@ -251,7 +265,7 @@ class Clients:
     def __init__(self) -> None:
         self.answer = asyncio.Event()
         self.let_in = 0
-        self._guard = Guard(self._app, api_keys=(), limits=LIMITS)
+        self._guard = Guard(self._app, api_keys=ApiKeys(()), limits=LIMITS)
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()

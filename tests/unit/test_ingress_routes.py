@@ -27,10 +27,12 @@ from deployments.admission import AdmissionPolicy
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
 from deployments.handoff_state import RetryPolicy
+from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import BodyLimits
 from serve_app.ingress import Ingress, ingress_app
 from tests.support.malformed_requests import JUNK, bodies
 from tests.support.tickets import make_ticket
+from transfer.errors import ConfigurationError
 
 TICKET: dict[str, Any] = make_ticket().to_params()
 ONE, DONE = 'data: {"text": "one"}\n\n', "data: [DONE]\n\n"
@@ -105,13 +107,21 @@ def _answer(request_id: str) -> WholeAnswer:
     return WholeAnswer(response.model_dump_json().encode())
 
 
+NO_KEYS = ApiKeys([])
+
+
+def only_key(monkeypatch: pytest.MonkeyPatch) -> ApiKeys:
+    monkeypatch.setenv("ENDPOINT_TEST_KEY", "the-only-key")
+    return ApiKeys(["${ENDPOINT_TEST_KEY}"])
+
+
 class Endpoint:
     """The ingress as Serve mounts it, without Serve."""
 
     def __init__(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        api_keys: tuple[str, ...] = (),
+        api_keys: ApiKeys = NO_KEYS,
         max_requests: int = 8,
         allowed_origins: tuple[str, ...] = ("*",),
     ) -> None:
@@ -144,6 +154,7 @@ class Endpoint:
             max_tokenize_length=100,
             pick_timeout_s=1.0,
             health_timeout_s=1.0,
+            api_keys=api_keys,
         )
         monkeypatch.setattr(
             serve, "get_replica_context", lambda: SimpleNamespace(servable_object=instance)
@@ -299,13 +310,18 @@ def test_long_body_is_refused(endpoint: Endpoint) -> None:
 
 
 def test_stranger_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    endpoint = Endpoint(monkeypatch, api_keys=("the-only-key",))
+    endpoint = Endpoint(monkeypatch, api_keys=only_key(monkeypatch))
 
     endpoint.refused(401, "POST", "/v1/completions", json=COMPLETION)
     endpoint.refused(401, "GET", "/v1/models")
     key = {"authorization": "Bearer the-only-key"}
     assert endpoint.ask("GET", "/v1/models", headers=key).status_code == 200
     assert endpoint.ask("GET", "/health").status_code == 200
+
+
+def test_an_ingress_without_its_keys_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match=r"\$\{NO_SUCH_KEY\}"):
+        Endpoint(monkeypatch, api_keys=ApiKeys(["${NO_SUCH_KEY}"]))
 
 
 # ---- pages in browsers ---------------------------------------------------------------------------
@@ -321,7 +337,7 @@ PREFLIGHT = {
 def test_a_browser_that_asks_first_is_told_before_a_key_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    endpoint = Endpoint(monkeypatch, api_keys=("the-only-key",))
+    endpoint = Endpoint(monkeypatch, api_keys=only_key(monkeypatch))
 
     told = endpoint.ask("OPTIONS", "/v1/chat/completions", headers=PREFLIGHT)
 
@@ -333,7 +349,7 @@ def test_a_browser_that_asks_first_is_told_before_a_key_is_asked_for(
 
 
 def test_pages_may_read_answers_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    endpoint = Endpoint(monkeypatch, api_keys=("the-only-key",))
+    endpoint = Endpoint(monkeypatch, api_keys=only_key(monkeypatch))
 
     for status, headers in ((200, {"authorization": "Bearer the-only-key"}), (401, {})):
         answer = endpoint.ask("GET", "/v1/models", headers={**PAGE, **headers})

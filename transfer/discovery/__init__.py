@@ -26,6 +26,7 @@ __all__ = [
     "PeerEventKind",
     "StaticDiscovery",
     "check_discovery",
+    "etcd_settings",
     "make_discovery",
     "parse_endpoints",
 ]
@@ -61,22 +62,24 @@ def make_discovery(config: Mapping[str, Any]) -> Discovery:
 def check_discovery(config: Mapping[str, Any]) -> None:
     """Check a configuration as :func:`make_discovery` does, without connecting to anything.
 
+    Secrets that it refers to may be on another machine, and are not looked for.
+
     Raises:
         ConfigurationError: as :func:`make_discovery`.
     """
     if config.get("kind") == "etcd":
-        _etcd_settings({key: value for key, value in config.items() if key != "kind"})
+        etcd_settings(config)
     else:
         make_discovery(config).close()
 
 
-def _make_etcd(config: Mapping[str, Any]) -> Discovery:
-    settings = _etcd_settings(config)
-    etcd = importlib.import_module("transfer.discovery.etcd")
-    return cast(Discovery, etcd.EtcdDiscovery(settings))
+def etcd_settings(config: Mapping[str, Any]) -> EtcdSettings:
+    """Settings from a configuration of kind ``etcd``.
 
-
-def _etcd_settings(config: Mapping[str, Any]) -> EtcdSettings:
+    Raises:
+        ConfigurationError: as :func:`make_discovery`.
+    """
+    config = {key: value for key, value in config.items() if key != "kind"}
     _refuse_unknown(config, _ETCD_KEYS, "discovery of kind etcd")
     endpoints = config.get("endpoints", ())
     if not isinstance(endpoints, str | list | tuple):
@@ -85,6 +88,13 @@ def _etcd_settings(config: Mapping[str, Any]) -> EtcdSettings:
         if not isinstance(config.get(key, ""), str):
             raise _bad(f"{key} of discovery is not a string")
     return EtcdSettings(**{**config, "endpoints": endpoints})
+
+
+def _make_etcd(config: Mapping[str, Any]) -> Discovery:
+    settings = etcd_settings(config)
+    settings.credentials()  # fails now rather than at the first connection
+    etcd = importlib.import_module("transfer.discovery.etcd")
+    return cast(Discovery, etcd.EtcdDiscovery(settings))
 
 
 def _make_static(config: Mapping[str, Any]) -> Discovery:

@@ -266,7 +266,12 @@ class EtcdClient:
         )
 
     def _authenticate(self, settings: EtcdSettings) -> None:
-        request = self._rpc.AuthenticateRequest(name=settings.user, password=settings.password)
+        try:
+            # Read anew for every connection, like the TLS files.
+            user, password = settings.credentials()
+        except ConfigurationError as error:
+            raise EtcdUnavailable(error.message) from error
+        request = self._rpc.AuthenticateRequest(name=user, password=password)
         codes = self._grpc.StatusCode
         try:
             answer = self._rpc.AuthStub(self._channel).Authenticate(request, self._timeout_s)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from transfer.discovery.record import workers_prefix
 from transfer.errors import ConfigurationError, Phase
+from transfer.secret import SecretReference
 
 _ENDPOINT = re.compile(
     r"(?:(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://)?"
@@ -63,6 +65,8 @@ def parse_endpoints(value: str | Sequence[str]) -> tuple[Endpoint, ...]:
 
 
 def _parse_endpoint(text: str) -> Endpoint:
+    if "@" in text:  # not repeated: what stands before it is a password
+        raise _bad("an etcd endpoint holds a user; set user and password beside endpoints")
     match = _ENDPOINT.fullmatch(text)
     if match is None:
         raise _bad(f"etcd endpoint {text!r:.80} is not host:port or http(s)://host:port")
@@ -83,7 +87,8 @@ class EtcdSettings:
         endpoints: see :func:`parse_endpoints`.
         cluster: workers of different clusters do not see each other.
         lease_ttl_s: how long a record outlives its worker, whole seconds.
-        user: with ``password``, if etcd has authentication switched on.
+        user: with ``password``, if etcd has authentication switched on; itself, or a reference.
+        password: a reference, see :mod:`transfer.secret`.
         tls_ca: path of the PEM file that etcd's certificate is checked against. Without it,
             ``https`` endpoints are checked against gRPC's own list of authorities.
         tls_cert: path of our certificate, with ``tls_key``, if etcd asks for one.
@@ -96,7 +101,7 @@ class EtcdSettings:
     cluster: str = "default"
     lease_ttl_s: int = 5
     user: str = ""
-    password: str = field(default="", repr=False)
+    password: str = ""
     tls_ca: str = ""
     tls_cert: str = ""
     tls_key: str = ""
@@ -114,6 +119,7 @@ class EtcdSettings:
             )
         if bool(self.user) != bool(self.password):
             raise _bad("etcd needs user and password together, or neither")
+        self._references()
         if bool(self.tls_cert) != bool(self.tls_key):
             raise _bad("etcd needs tls_cert and tls_key together, or neither")
         for name, path in (
@@ -128,6 +134,27 @@ class EtcdSettings:
                 if endpoint.scheme == "http":
                     raise _bad(f"endpoint {endpoint} is plain http, but TLS files are set")
 
+    def credentials(self) -> tuple[str, str]:
+        """User and password as they are now; empty if etcd asks for none.
+
+        Raises:
+            ConfigurationError: one is not there; names the place.
+        """
+        found = {"user": self.user, "password": ""}
+        for name, reference in self._references().items():
+            with _naming(name):
+                found[name] = reference.read()
+        return found["user"], found["password"]
+
+    def _references(self) -> dict[str, SecretReference]:
+        texts = {"user": self.user if _is_reference(self.user) else "", "password": self.password}
+        found = {}
+        for name, text in texts.items():
+            if text:
+                with _naming(name):
+                    found[name] = SecretReference.parse(text)
+        return found
+
     @property
     def parsed_endpoints(self) -> tuple[Endpoint, ...]:
         """The endpoints, taken apart."""
@@ -137,6 +164,19 @@ class EtcdSettings:
     def has_tls_files(self) -> bool:
         """Whether any TLS file is set; endpoints without a scheme then use TLS."""
         return bool(self.tls_ca or self.tls_cert)
+
+
+def _is_reference(user: str) -> bool:
+    """Whether it is meant as one, not as the name itself."""
+    return user.startswith(("${", "file:"))
+
+
+@contextmanager
+def _naming(setting: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigurationError as error:
+        raise _bad(f"{setting} of etcd: {error.message}") from error
 
 
 def _bad(message: str) -> ConfigurationError:

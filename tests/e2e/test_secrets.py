@@ -1,0 +1,211 @@
+"""No secret is in anything that a running application shows or leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.baton_app import BatonApp, write_config
+from tests.support.etcd_server import EtcdServer
+
+pytestmark = pytest.mark.timeout(600)
+
+IN_FILE, IN_VARIABLE, NEWER = "key-that-is-in-a-file", "key-in-a-variable", "key-that-came-later"
+NOT_ONE = "key-of-nobody-at-all"
+PASSWORD = "password-of-etcd"
+MODEL = "tiny"
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A running application with secrets of every kind."""
+
+    app: BatonApp
+    keys: Path
+
+    @property
+    def run_folder(self) -> Path:
+        match = re.search(r"logs: (\S+)", self.app.log.read_text())
+        assert match is not None
+        return Path(match[1])
+
+    @property
+    def ray_token(self) -> str:
+        return (self.run_folder / "ray-token").read_text()
+
+    @property
+    def secrets(self) -> list[str]:
+        return [IN_FILE, IN_VARIABLE, NEWER, NOT_ONE, PASSWORD, self.ray_token]
+
+    def ask(self, url: str, bearer: str = "", body: object = None) -> tuple[int, str]:
+        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(url, data, headers), timeout=60
+            ) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def models(self, key: str = "") -> int:
+        return self.ask(f"{self.app.url}/v1/models", key)[0]
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder = tmp_path_factory.mktemp("secrets")
+    keys = folder / "keys"
+    keys.write_text(IN_FILE)
+    password = folder / "password"
+    password.write_text(PASSWORD + "\n")
+    with EtcdServer() as etcd:
+        etcd.enable_users(PASSWORD)
+        config = write_config(
+            folder,
+            model=str(tiny_model),
+            model_id=MODEL,
+            router={"api_keys": [f"file:{keys}", "${BATON_TEST_KEY}"]},
+            discovery={
+                "kind": "etcd",
+                "endpoints": [etcd.endpoint],
+                "user": "baton",
+                "password": f"file:{password}",
+            },
+        )
+        with BatonApp(
+            config, folder / "up.log", {"BATON_TEST_KEY": IN_VARIABLE}, ["--dashboard"]
+        ) as app:
+            deadline_s = time.monotonic() + 30
+            while "Ctrl-C" not in app.log.read_text():
+                assert time.monotonic() < deadline_s
+                time.sleep(0.2)
+            yield Guarded(app, keys)
+
+
+def test_keys_are_asked_for_and_change_while_engines_run(guarded: Guarded) -> None:
+    assert [guarded.models(key) for key in ("", NOT_ONE, IN_FILE, IN_VARIABLE)] == [
+        401,
+        401,
+        200,
+        200,
+    ]
+    body = {"model": MODEL, "prompt": [5, 6, 7] * 30, "max_tokens": 3}
+    code, answer = guarded.ask(f"{guarded.app.url}/v1/completions", IN_FILE, body)
+    assert code == 200, answer
+    before = _engines(guarded, IN_FILE)
+
+    new = guarded.keys.with_suffix(".new")
+    new.write_text(NEWER + "\n")
+    new.replace(guarded.keys)
+    deadline_s = time.monotonic() + 10
+    while guarded.models(NEWER) != 200:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+    assert [guarded.models(key) for key in (IN_FILE, IN_VARIABLE)] == [401, 200]
+    assert _engines(guarded, NEWER) == before
+
+
+def _engines(guarded: Guarded, key: str) -> list[str]:
+    code, text = guarded.ask(f"{guarded.app.url}/baton/status", key)
+    assert code == 200
+    sides = json.loads(text)
+    return [worker["engine_id"] for side in ("prefill", "decode") for worker in sides[side]]
+
+
+def test_the_dashboard_wants_the_token_of_the_run_and_shows_references(guarded: Guarded) -> None:
+    match = re.search(r"dashboard: (\S+) \(token: (\S+)\)", guarded.app.log.read_text())
+    assert match is not None
+    assert Path(match[2]) == guarded.run_folder / "ray-token"
+    url = f"{match[1]}/api/serve/applications/"
+    assert guarded.ask(url)[0] == 401
+    assert guarded.ask(url, "0" * 64)[0] == 403
+    code, shown = guarded.ask(url, guarded.ray_token)
+    assert code == 200
+    assert f"file:{guarded.keys}" in shown
+    assert "${BATON_TEST_KEY}" in shown
+    assert _found(guarded, shown.encode()) == []
+
+
+def test_commands_of_serve_take_the_token_from_the_environment(guarded: Guarded) -> None:
+    match = re.search(r"dashboard: (\S+) ", guarded.app.log.read_text())
+    assert match is not None
+    serve = str(Path(sys.executable).with_name("serve"))
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{guarded.run_folder}/ray-token"}
+    for environment, code in (({**os.environ, **token}, 0), (dict(os.environ), 1)):
+        done = subprocess.run(
+            [serve, "status", "--address", match[1]],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == code, done.stderr
+        assert ("RUNNING" in done.stdout) == (code == 0)
+
+
+def test_ray_answers_nobody_without_the_token(guarded: Guarded) -> None:
+    driver = next(
+        one
+        for one in psutil.Process(guarded.app.process.pid).children(recursive=True)
+        if "serve_app.serve_driver" in one.cmdline()
+    ).environ()
+    assert driver["RAY_AUTH_MODE"] == "token"
+
+    def ray_status(environment: dict[str, str]) -> int:
+        ray = str(Path(sys.executable).with_name("ray"))
+        command = [ray, "status", "--address", driver["RAY_ADDRESS"]]
+        return subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode
+
+    assert ray_status(driver) == 0
+    wrong = {**driver, "RAY_AUTH_TOKEN": "0" * 64}
+    assert ray_status(wrong) != 0
+    assert ray_status({**driver, "RAY_AUTH_MODE": "disabled"}) != 0
+
+
+def test_no_secret_is_left_anywhere(guarded: Guarded) -> None:
+    guarded.models(NOT_ONE)
+    places: dict[str, list[str]] = {}
+    with_settings = set()
+    for file in (*guarded.run_folder.rglob("*"), guarded.app.log):
+        if file.is_file() and not file.is_symlink() and file.name != "ray-token":
+            data = file.read_bytes()
+            places[str(file)] = _found(guarded, data)
+            if b"BATON_TEST_KEY" in data:
+                with_settings.add(file.name)
+    # Settings do get around: what is written out there is seen.
+    assert {"config.yaml", "serve.log"} < with_settings
+    launcher = psutil.Process(guarded.app.process.pid)
+    for process in (launcher, *launcher.children(recursive=True)):
+        arguments = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        places[f"arguments of {process.pid}"] = _found(guarded, arguments)
+    assert {place: found for place, found in places.items() if found} == {}
+
+
+def _found(guarded: Guarded, data: bytes) -> list[str]:
+    return [secret for secret in guarded.secrets if secret.encode() in data]
+
+
+def test_what_is_written_is_for_its_user_alone(guarded: Guarded) -> None:
+    folder = guarded.run_folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    files = [file for file in folder.iterdir() if file.is_file()]
+    assert {"config.yaml", "ray-token", "serve.log", "status.json"} <= {one.name for one in files}
+    assert {one.name: oct(one.stat().st_mode & 0o777) for one in files} == {
+        one.name: oct(0o600) for one in files
+    }
+    assert os.getuid() == folder.stat().st_uid
