@@ -6,6 +6,7 @@ import functools
 import http.server
 import os
 import subprocess
+import sysconfig
 import threading
 import venv
 import zipfile
@@ -13,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pip
 import pytest
 
 INSTALL = Path(__file__).resolve().parents[2] / "requirements" / "install.py"
@@ -88,7 +88,7 @@ def installed(tmp_path: Path) -> Path:
     folder = tmp_path / "environment"
     venv.create(folder)
     packages = folder / "lib" / "python3.11" / "site-packages"
-    (packages / "pip").symlink_to(Path(pip.__file__).parent)
+    (packages / "pip").symlink_to(Path(sysconfig.get_path("purelib")) / "pip")
     return packages
 
 
