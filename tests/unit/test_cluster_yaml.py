@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve._private.utils import call_function_from_import_path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 ON_PREMISES = "cluster.yaml"
@@ -55,6 +56,9 @@ def test_a_start_replaces_this_clusters_processes_only(file: str, kind: str) -> 
     assert "serve_app.cluster_node stop" in stop
     assert "serve_app.cluster_node start" in start
     assert "RAY_AUTH_MODE" in start
+    # As `baton up` does: Serve's proxy may run on any machine.
+    (checks,) = re.findall(r"export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=(\S+)$", start, re.M)
+    assert call_function_from_import_path(checks) != []
     # `ray stop` ends every Ray process of the machine, whomever it belongs to.
     assert "ray stop" not in stop + start
     # The supervisor waits for `ray start` to return.
