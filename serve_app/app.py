@@ -98,7 +98,10 @@ def build_app(args: dict[str, Any]) -> Application:
     return ingress.bind(
         prefill=prefill,
         decode=decode,
-        model_card=to_model_metadata(settings.model.id, configs["decode"]),
+        model_cards=[
+            to_model_metadata(name, configs["decode"])
+            for name in (settings.model.id, *settings.adapters())
+        ],
         policy=RetryPolicy(
             attempts=router.attempts,
             backoff_s=router.backoff_s,

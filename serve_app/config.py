@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from serve_app.adapters import served_adapters
 from serve_app.mooncake_args import with_mooncake
 from transfer.discovery import check_discovery
 from transfer.errors import ConfigurationError
@@ -261,7 +262,8 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _sides_agree(self) -> Settings:
-        engines = [{**self.engine, **side.engine} for side in (self.prefill, self.decode)]
+        engines = self._engines()
+        served_adapters(self.model.id, engines)
         for name in _EQUAL_ENGINE_KEYS:
             values = [engine.get(name) for engine in engines]
             if values[0] != values[1]:
@@ -298,6 +300,13 @@ class Settings(Section):
     def side(self, role: Literal["prefill", "decode"]) -> SideSettings:
         """The settings of one side."""
         return self.prefill if role == "prefill" else self.decode
+
+    def adapters(self) -> tuple[str, ...]:
+        """Names by which clients may ask for LoRA adapters of the model."""
+        return served_adapters(self.model.id, self._engines())
+
+    def _engines(self) -> list[dict[str, Any]]:
+        return [{**self.engine, **side.engine} for side in (self.prefill, self.decode)]
 
 
 def parse_settings(args: Any) -> Settings:

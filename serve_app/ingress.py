@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -66,7 +66,7 @@ class Ingress(OpenAiIngress):
     Args:
         prefill: handle of the prefill deployment.
         decode: handle of the decode deployment.
-        model_card: what ``/v1/models`` says.
+        model_cards: what ``/v1/models`` says: of the model, then of its LoRA adapters.
         policy: retry budget of a request.
         admission: bounds of what is let in.
         max_prompts: prompts times samples in one request.
@@ -85,7 +85,7 @@ class Ingress(OpenAiIngress):
         prefill: DeploymentHandle,
         decode: DeploymentHandle,
         *,
-        model_card: ModelCard,
+        model_cards: Sequence[ModelCard],
         policy: RetryPolicy,
         admission: AdmissionPolicy,
         max_prompts: int,
@@ -96,7 +96,11 @@ class Ingress(OpenAiIngress):
         api_keys: ApiKeys,
     ) -> None:
         api_keys.check()
-        super().__init__({model_card.id: decode}, {model_card.id: model_card})
+        super().__init__(
+            {card.id: decode for card in model_cards}, {card.id: card for card in model_cards}
+        )
+        self._decode = decode
+        self._decode_streaming: DeploymentHandle | None = None
         self._caller = ReplicaCaller(prefill, decode, pick_timeout_s=pick_timeout_s)
         self._coordinator = Coordinator(
             self._caller, policy, Admission(admission), _count, prompts_at_once=prompts_at_once
@@ -208,6 +212,19 @@ class Ingress(OpenAiIngress):
         if isinstance(answer, ErrorResponse):
             return _error(answer, body)
         return JSONResponse(answer.model_dump())
+
+    async def _get_model_id(self, model: str | None) -> str:
+        """Any name, for :meth:`_unknown` has looked at it; by default the model's own.
+
+        Ray's ingress takes what follows a colon for an adapter that it is to load itself.
+        """
+        return model or next(iter(self._model_cards))
+
+    def _get_configured_serve_handle(self, model_id: str) -> DeploymentHandle:
+        """Decode's, whatever the name: each of its engines has all adapters."""
+        if self._decode_streaming is None:
+            self._decode_streaming = self._decode.options(stream=True)
+        return self._decode_streaming
 
     def _too_long(self, field: str, length: int, unit: str) -> JSONResponse:
         allowed = self._max_tokenize_length

@@ -87,7 +87,7 @@ def test_builds_both_sides_of_one_model(file: str) -> None:
     for role in ("prefill", "decode"):
         loading = built.llm_config(role).model_loading_config
         assert (loading.model_id, loading.model_source) == (model.id, model.source)
-    assert built.ingress.init_kwargs["model_card"].id == model.id
+    assert [card.id for card in built.ingress.init_kwargs["model_cards"]] == [model.id]
 
 
 @pytest.mark.parametrize("file", ALL)

@@ -20,6 +20,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     ErrorInfo,
     ErrorResponse,
     ModelCard,
+    TokenizeResponse,
 )
 from ray.llm._internal.serve.core.ingress.ingress import make_fastapi_ingress
 
@@ -124,6 +125,7 @@ class Endpoint:
         api_keys: ApiKeys = NO_KEYS,
         max_requests: int = 8,
         allowed_origins: tuple[str, ...] = ("*",),
+        adapters: tuple[str, ...] = (),
     ) -> None:
         self.caller = FakeCaller()
         apps: list[Any] = []
@@ -140,13 +142,14 @@ class Endpoint:
             allowed_origins=allowed_origins,
         )
         (self.app,) = apps
-        handle: Any = SimpleNamespace()
+        handle: Any = SimpleNamespace(options=self._options)
         instance = Ingress(
             handle,
             handle,
-            model_card=ModelCard(
-                id="demo", object="model", owned_by="baton", permission=[], metadata={}
-            ),
+            model_cards=[
+                ModelCard(id=name, object="model", owned_by="baton", permission=[], metadata={})
+                for name in ("demo", *adapters)
+            ],
             policy=RetryPolicy(attempts=2, backoff_s=0.0),
             admission=AdmissionPolicy(max_requests=max_requests),
             max_prompts=4,
@@ -159,6 +162,14 @@ class Endpoint:
         monkeypatch.setattr(
             serve, "get_replica_context", lambda: SimpleNamespace(servable_object=instance)
         )
+
+    def _options(self, *, stream: bool) -> Any:
+        """Of a replica's handle, for what goes to decode as Ray sends it."""
+        return SimpleNamespace(tokenize=SimpleNamespace(remote=self._tokenize))
+
+    async def _tokenize(self, body: Any, request: Any) -> AsyncGenerator[Any, None]:
+        self.caller.calls.append(("decode", "tokenize", body))
+        yield TokenizeResponse(tokens=[1], count=1, max_model_len=8)
 
     def ask(self, method: str, path: str, **content: Any) -> httpx.Response:
         async def main() -> httpx.Response:
@@ -385,6 +396,34 @@ def test_models_are_listed(endpoint: Endpoint) -> None:
     listed = endpoint.ask("GET", "/v1/models").json()
 
     assert [card["id"] for card in listed["data"]] == ["demo"]
+
+
+@pytest.mark.parametrize("name", ["pirate", "org/sailor:v2"])
+def test_adapters_are_listed_and_served_like_the_model(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    endpoint = Endpoint(monkeypatch, adapters=("pirate", "org/sailor:v2"))
+    endpoint.caller.chunks = [ANSWER]
+
+    listed = endpoint.ask("GET", "/v1/models").json()
+    card = endpoint.ask("GET", f"/v1/models/{name}")
+    for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)):
+        assert endpoint.ask("POST", path, json={**body, "model": name}).status_code == 200
+    tokens = endpoint.ask("POST", "/tokenize", json={"model": name, "prompt": "Once"})
+
+    assert [card["id"] for card in listed["data"]] == ["demo", "pirate", "org/sailor:v2"]
+    assert (card.status_code, card.json()["id"]) == (200, name)
+    assert (tokens.status_code, tokens.json()["tokens"]) == (200, [1])
+    assert endpoint.caller.sides() == ["prefill", "decode", "prefill", "decode", "decode"]
+    assert {body.model for _, _, body in endpoint.caller.calls} == {name}
+
+
+def test_a_name_that_is_nobodys_is_refused_with_all_that_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    endpoint = Endpoint(monkeypatch, adapters=("pirate",))
+    error = endpoint.refused(404, "POST", "/v1/completions", json={**COMPLETION, "model": "demo:x"})
+    assert error["message"] == "model: there is no model 'demo:x' here, only demo, pirate"
 
 
 @pytest.mark.parametrize("name", ["r7", "r" * 600, 'say "no" \\ more'])
