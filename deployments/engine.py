@@ -194,7 +194,9 @@ class BatonEngine(VLLMEngine):
                 return _ray_error(rendered)
             prompts = rendered[1] if chat else rendered
             self._check_inputs(serving, body, prompts)
-            return _Rendered(serving, prompts, serving._maybe_get_adapters(body))
+            return _Rendered(
+                serving, prompts, serving._maybe_get_adapters(body, supports_default_mm_loras=chat)
+            )
         except Exception as error:
             if (refused := refusal(error)) is None:
                 raise

@@ -11,16 +11,6 @@ from deployments.prompts import samples_of
 
 PATHS: dict[Method, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
-_ONLY_FOR_DECODE = frozenset(
-    # They say how tokens are chosen or told, which concerns decode, and some would contradict the
-    # clamp to one token. What the prompt is rendered from stays, tools among it.
-    {
-        *("stream_options", "n", "best_of", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
-        *("logprobs", "top_logprobs", "echo", "response_format", "structured_outputs"),
-        *("return_token_ids", "return_tokens_as_token_ids"),
-    }
-)
-
 
 @dataclass(frozen=True)
 class JsonBody:
@@ -45,23 +35,6 @@ class JsonBody:
         fields = {key: value for key, value in self.fields.items() if key not in update}
         given = {key: value for key, value in update.items() if value is not None}
         return replace(self, fields={**fields, **given})
-
-
-def prefill_body(method: Method, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a prefill server is asked for a request of one prompt: one token."""
-    kept = {key: value for key, value in fields.items() if key not in _ONLY_FOR_DECODE}
-    kept |= {
-        "stream": False,
-        "max_tokens": 1,
-        "kv_transfer_params": {
-            "do_remote_decode": True,
-            "do_remote_prefill": False,
-            "readers": samples_of(fields.get("n")),
-        },
-    }
-    if method == "chat":
-        kept["max_completion_tokens"] = 1
-    return kept
 
 
 def answers(fields: Mapping[str, Any]) -> int:

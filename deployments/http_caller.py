@@ -12,8 +12,9 @@ import aiohttp
 
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
-from deployments.http_body import PATHS, answers, prefill_body
+from deployments.http_body import PATHS, answers
 from deployments.http_servers import HttpServers, Role
+from deployments.prefill_body import prefill_body
 from deployments.stream_end import LAST_EVENT, StreamEnd
 from deployments.ticket_notices import TicketNotices
 from transfer.errors import TransferError
@@ -27,6 +28,8 @@ _PASSED_ON = ("content-type", "retry-after", "www-authenticate")
 _UNAVAILABLE = (502, 503, 504)
 # Of a rendering. Other statuses say that the server has no such route, or trouble of its own.
 _REFUSED = (400, 401, 403, 413, 422, 429)
+# Of a body. What prefill is asked is not quite the client's, so decode decides.
+_UNFIT = (400, 422)
 _EVENT_END = b"\n\n"
 
 
@@ -82,6 +85,9 @@ class HttpCaller:
                 raise _lost("prefill", url, error) from error
         if answer.status >= 500:
             raise ReplicaLost("prefill", url, f"it answered {answer.status}")
+        if answer.status in _UNFIT:
+            logger.info("%s refused a prompt, decode decides: %.300r", url, answer.content)
+            return PrefillAnswer(url)
         if answer.status != 200:
             return PrefillAnswer(url, error=answer)
         try:

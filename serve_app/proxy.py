@@ -21,6 +21,7 @@ from deployments.handoff_state import RetryPolicy
 from deployments.http_body import PATHS, JsonBody, answers
 from deployments.http_caller import HttpCaller
 from deployments.http_servers import HttpServers, Role
+from deployments.prefill_body import not_clamped
 from deployments.ticket_notices import TicketNotices
 from serve_app.body_limits import Bodies, Body, BodyLimits, BodyRefused
 from serve_app.edge import Fault, body_fault, header_fault
@@ -179,7 +180,7 @@ class Proxy:
         self, method: Method, request: web.Request, fields: dict[str, Any]
     ) -> web.StreamResponse:
         body = JsonBody(fields, self._headers(request))
-        reason = bypass_reason(body)
+        reason = bypass_reason(body) or not_clamped(fields)
         asked = GenerationRequest(method, body, client_id=_client_id(body, request))
         chunks = self._coordinator.run(asked, bypass=reason is not None)
         async with aclosing(chunks):

@@ -14,8 +14,13 @@ def bypass_reason(request: Any) -> str | None:
     """
     if getattr(request, "prompt_logprobs", None) is not None:
         return "prompt_logprobs"
-    if getattr(request, "echo", False) and getattr(request, "logprobs", None) is not None:
-        return "echo with logprobs"
+    if getattr(request, "echo", False):
+        # The engine is then asked for those of the prompt, in chats as many as `top_logprobs`
+        # says, which is 0 of itself: the prompt's own tokens.
+        if getattr(request, "logprobs", None) is not None:
+            return "echo with logprobs"
+        if hasattr(request, "messages") and getattr(request, "top_logprobs", 0) is not None:
+            return "echo of a chat"
     if getattr(request, "use_beam_search", False):
         return "use_beam_search"
     if getattr(request, "prompt_embeds", None) is not None:

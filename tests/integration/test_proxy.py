@@ -331,12 +331,57 @@ def test_errors_pass_through_as_they_were_given(status: int, side: str, stream: 
     bad = says(status, error={"message": "no", "param": "x"})
 
     async def main() -> None:
-        steps = ([bad], [hangs]) if side == "prefill" else ([ticket()], [bad])
-        async with setup(*steps) as it:
+        # What prefill finds wrong with a body, decode is asked about, too.
+        asked = side == "decode" or status in (400, 422)
+        prefill = bad if side == "prefill" else ticket()
+        async with setup([prefill], [bad if asked else hangs]) as it:
             got, text, response = await it.ask(stream=stream)
             assert (got, json.loads(text)) == (status, {"error": {"message": "no", "param": "x"}})
             assert response.headers["Retry-After"] == "7"
-            assert sum(len(server.bodies) for server in it.decode) == (side == "decode")
+            assert sum(len(server.bodies) for server in it.decode) == asked
+
+    run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [400, 422])
+def test_decode_decides_on_what_prefill_refuses(status: int, stream: bool) -> None:
+    """A prefill server sees another body than the client's, and may be wrong about it."""
+    good = streams(*(part.encode() for part in (*EVENTS, DONE))) if stream else says(choices=[])
+
+    async def main() -> None:
+        async with setup([says(status, error={"message": "no"})], [good]) as it:
+            got, _, _ = await it.ask(stream=stream, top_k=3)
+            assert got == 200
+            (body,) = it.decode[0].bodies
+            assert "kv_transfer_params" not in body
+            assert {
+                "model": "m",
+                "prompt": "Hi",
+                "stream": stream,
+                "top_k": 3,
+            }.items() <= body.items()
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"truncate_prompt_tokens": -1, "max_tokens": 200}),
+        ("/v1/completions", {"prompt_logprobs": 0}),
+        ("/v1/completions", {"echo": True, "logprobs": 0}),
+        ("/v1/chat/completions", {"truncate_prompt_tokens": -1, "messages": []}),
+        ("/v1/chat/completions", {"echo": True, "messages": []}),
+    ],
+)
+def test_what_prefill_would_compute_otherwise_goes_to_decode_alone(
+    path: str, body: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        async with setup([hangs], [says(choices=[])]) as it:
+            assert (await it.ask(path, **body))[0] == 200
+            assert it.prefill[0].bodies == []
 
     run(main())
 

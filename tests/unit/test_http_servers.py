@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deployments.http_body import JsonBody, prefill_body
+from deployments.http_body import JsonBody
 from deployments.http_servers import HttpServers
 from serve_app import cli
 from serve_app.proxy_command import discovery_config, server_urls
@@ -63,32 +63,6 @@ def test_servers_are_found_by_role_once_for_all_ranks() -> None:
         assert named.urls("decode") == [B, "http://c:1"]
 
 
-@pytest.mark.parametrize(
-    ("n", "readers"), [(None, 1), (3, 3), (0, 1), (-1, 1), ("3", 1), (True, 1)]
-)
-def test_every_sample_reads_the_ticket(n: Any, readers: int) -> None:
-    body = prefill_body("completions", {"prompt": "x", "n": n})
-
-    assert body["kv_transfer_params"]["readers"] == readers
-    assert "n" not in body
-
-
-def test_what_the_prompt_is_rendered_from_stays() -> None:
-    kept = {"model": "m", "messages": [], "tools": [{}], "chat_template_kwargs": {}, "user": "u"}
-    body = prefill_body("chat", {**kept, "stream": True, "min_tokens": 9, "logprobs": True})
-
-    assert {name: body[name] for name in kept} == kept
-    assert not body["stream"]
-    assert not {"min_tokens", "logprobs"} & set(body)
-
-
-@pytest.mark.parametrize("fields", [{}, {"prompt": ""}, {"prompt": []}, {"prompt": {"a": 1}}])
-def test_prompts_that_make_no_sense_are_left_to_the_engine(fields: dict[str, Any]) -> None:
-    body = prefill_body("completions", fields)
-
-    assert body.get("prompt") == fields.get("prompt")
-
-
 def test_a_body_is_read_like_a_model() -> None:
     body = JsonBody({"prompt": "x", "stop": None, "echo": True, "logprobs": 0}, {"A": "b"})
 
@@ -96,6 +70,8 @@ def test_a_body_is_read_like_a_model() -> None:
     with pytest.raises(AttributeError, match="messages"):
         _ = body.messages
     assert bypass_reason(body) == "echo with logprobs"
+    assert bypass_reason(JsonBody({"prompt": "x", "echo": True}, {})) is None
+    assert bypass_reason(JsonBody({"messages": [], "echo": True}, {})) == "echo of a chat"
     changed = body.model_copy(update={"kv_transfer_params": {"a": 1}})
     assert changed.fields == {**body.fields, "kv_transfer_params": {"a": 1}}
     assert changed.model_copy(update={"kv_transfer_params": None}) == body
