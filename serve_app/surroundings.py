@@ -62,11 +62,16 @@ def http_address(document: dict[str, Any], port: int | None = None) -> HttpAddre
     """The address in a Serve config; ``port`` comes before the one written there.
 
     Raises:
-        SettingsError: host, port or route_prefix is not what it should be.
+        SettingsError: host, port or route_prefix is not what it should be, or a secret is there.
     """
     options = document.get("http_options") or {}
     if not isinstance(options, dict):
         raise SettingsError("http_options: is not a mapping")
+    if options.get("ssl_keyfile_password"):
+        raise SettingsError(
+            "http_options.ssl_keyfile_password: a secret is not written out here; name a key file "
+            "without a password that only its user can read"
+        )
     host = options.get("host", DEFAULT_HOST)
     if not isinstance(host, str):
         raise SettingsError("http_options.host: is not a string")

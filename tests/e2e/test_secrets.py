@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,10 +23,16 @@ from tests.support.etcd_server import EtcdServer
 
 pytestmark = pytest.mark.timeout(600)
 
-IN_FILE, IN_VARIABLE, NEWER = "key-that-is-in-a-file", "key-in-a-variable", "key-that-came-later"
+IN_FILE, NEWER = "key-that-is-in-a-file", "key-that-came-later"
+IN_VARIABLE, BESIDE_IT = "key-in-a-variable", "key-on-its-second-line"
 NOT_ONE = "key-of-nobody-at-all"
 PASSWORD = "password-of-etcd"
+PROMPT = "words of a prompt that nobody else needs to see"
 MODEL = "tiny"
+DASHBOARD_PAGES = (
+    *("serve/applications/", "jobs/", "cluster_status", "v0/nodes?detail=1"),
+    *("v0/actors?detail=1", "v0/workers?detail=1", "v0/tasks?detail=1", "v0/runtime_envs?detail=1"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,18 @@ class Guarded:
         assert match is not None
         return Path(match[1])
 
+    def processes(self) -> list[psutil.Process]:
+        launcher = psutil.Process(self.app.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
     @property
     def ray_token(self) -> str:
         return (self.run_folder / "ray-token").read_text()
 
     @property
     def secrets(self) -> list[str]:
-        return [IN_FILE, IN_VARIABLE, NEWER, NOT_ONE, PASSWORD, self.ray_token]
+        keys = [IN_FILE, NEWER, IN_VARIABLE, BESIDE_IT, NOT_ONE]
+        return [*keys, PASSWORD, PROMPT, self.ray_token]
 
     def ask(self, url: str, bearer: str = "", body: object = None) -> tuple[int, str]:
         headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
@@ -61,6 +73,11 @@ class Guarded:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
+
+    def workers(self, side: str) -> list[dict[str, Any]]:
+        code, text = self.ask(f"{self.app.url}/baton/status", IN_VARIABLE)
+        assert code == 200
+        return list(json.loads(text)[side])
 
     def models(self, key: str = "") -> int:
         return self.ask(f"{self.app.url}/v1/models", key)[0]
@@ -87,9 +104,8 @@ def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 "password": f"file:{password}",
             },
         )
-        with BatonApp(
-            config, folder / "up.log", {"BATON_TEST_KEY": IN_VARIABLE}, ["--dashboard"]
-        ) as app:
+        variable = {"BATON_TEST_KEY": f"{IN_VARIABLE}\n{BESIDE_IT}"}
+        with BatonApp(config, folder / "up.log", variable, ["--dashboard"]) as app:
             deadline_s = time.monotonic() + 30
             while "Ctrl-C" not in app.log.read_text():
                 assert time.monotonic() < deadline_s
@@ -107,7 +123,7 @@ def test_keys_are_asked_for_and_change_while_engines_run(guarded: Guarded) -> No
     body = {"model": MODEL, "prompt": [5, 6, 7] * 30, "max_tokens": 3}
     code, answer = guarded.ask(f"{guarded.app.url}/v1/completions", IN_FILE, body)
     assert code == 200, answer
-    before = _engines(guarded, IN_FILE)
+    before = _engines(guarded)
 
     new = guarded.keys.with_suffix(".new")
     new.write_text(NEWER + "\n")
@@ -117,28 +133,29 @@ def test_keys_are_asked_for_and_change_while_engines_run(guarded: Guarded) -> No
         assert time.monotonic() < deadline_s
         time.sleep(0.2)
     assert [guarded.models(key) for key in (IN_FILE, IN_VARIABLE)] == [401, 200]
-    assert _engines(guarded, NEWER) == before
+    assert _engines(guarded) == before
 
 
-def _engines(guarded: Guarded, key: str) -> list[str]:
-    code, text = guarded.ask(f"{guarded.app.url}/baton/status", key)
-    assert code == 200
-    sides = json.loads(text)
-    return [worker["engine_id"] for side in ("prefill", "decode") for worker in sides[side]]
+def _engines(guarded: Guarded) -> list[str]:
+    workers = [*guarded.workers("prefill"), *guarded.workers("decode")]
+    return [worker["engine_id"] for worker in workers]
 
 
 def test_the_dashboard_wants_the_token_of_the_run_and_shows_references(guarded: Guarded) -> None:
     match = re.search(r"dashboard: (\S+) \(token: (\S+)\)", guarded.app.log.read_text())
     assert match is not None
     assert Path(match[2]) == guarded.run_folder / "ray-token"
-    url = f"{match[1]}/api/serve/applications/"
-    assert guarded.ask(url)[0] == 401
-    assert guarded.ask(url, "0" * 64)[0] == 403
-    code, shown = guarded.ask(url, guarded.ray_token)
-    assert code == 200
-    assert f"file:{guarded.keys}" in shown
-    assert "${BATON_TEST_KEY}" in shown
-    assert _found(guarded, shown.encode()) == []
+    shown = {}
+    for page in DASHBOARD_PAGES:
+        url = f"{match[1]}/api/{page}"
+        assert guarded.ask(url)[0] == 401
+        assert guarded.ask(url, "0" * 64)[0] == 403
+        code, shown[page] = guarded.ask(url, guarded.ray_token)
+        assert code == 200, page
+    settings = shown["serve/applications/"]
+    assert f"file:{guarded.keys}" in settings
+    assert "${BATON_TEST_KEY}" in settings
+    assert _with_secrets(guarded, shown) == {}
 
 
 def test_commands_of_serve_take_the_token_from_the_environment(guarded: Guarded) -> None:
@@ -160,9 +177,7 @@ def test_commands_of_serve_take_the_token_from_the_environment(guarded: Guarded)
 
 def test_ray_answers_nobody_without_the_token(guarded: Guarded) -> None:
     driver = next(
-        one
-        for one in psutil.Process(guarded.app.process.pid).children(recursive=True)
-        if "serve_app.serve_driver" in one.cmdline()
+        one for one in guarded.processes() if "serve_app.serve_driver" in one.cmdline()
     ).environ()
     assert driver["RAY_AUTH_MODE"] == "token"
 
@@ -177,27 +192,51 @@ def test_ray_answers_nobody_without_the_token(guarded: Guarded) -> None:
     assert ray_status({**driver, "RAY_AUTH_MODE": "disabled"}) != 0
 
 
+def test_what_is_open_to_everybody(guarded: Guarded) -> None:
+    paths = ("/health", "/metrics", "/-/healthz", "/-/routes")
+    for path in paths:
+        assert guarded.ask(f"{guarded.app.url}{path}")[0] == 200, path
+    for path in ("/", "/baton/status", "/v1/models", "/docs", "/openapi.json", "/no/such/path"):
+        assert guarded.ask(f"{guarded.app.url}{path}")[0] == 401, path
+
+
 def test_no_secret_is_left_anywhere(guarded: Guarded) -> None:
-    guarded.models(NOT_ONE)
-    places: dict[str, list[str]] = {}
+    for body in ({"prompt": PROMPT}, {"prompt": PROMPT, "max_tokens": -1}):
+        guarded.ask(f"{guarded.app.url}/v1/completions", IN_VARIABLE, {"model": MODEL, **body})
+    places = {
+        f"answer to {key or 'nobody'} at {path}": guarded.ask(
+            f"{guarded.app.url}{path}", key, body
+        )[1]
+        for key in ("", NOT_ONE, IN_VARIABLE)
+        for path, body in (
+            ("/v1/models", None),
+            ("/v1/completions", {"model": MODEL, "prompt": 5}),
+            ("/v1/completions", {"model": "no-such-model", "prompt": "x"}),
+            ("/no/such/path", None),
+            ("/baton/status", None),
+            ("/metrics", None),
+            ("/health", None),
+        )
+    }
     with_settings = set()
     for file in (*guarded.run_folder.rglob("*"), guarded.app.log):
         if file.is_file() and not file.is_symlink() and file.name != "ray-token":
-            data = file.read_bytes()
-            places[str(file)] = _found(guarded, data)
-            if b"BATON_TEST_KEY" in data:
+            places[str(file)] = data = file.read_text("latin-1")
+            if "BATON_TEST_KEY" in data:
                 with_settings.add(file.name)
     # Settings do get around: what is written out there is seen.
     assert {"config.yaml", "serve.log"} < with_settings
-    launcher = psutil.Process(guarded.app.process.pid)
-    for process in (launcher, *launcher.children(recursive=True)):
-        arguments = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-        places[f"arguments of {process.pid}"] = _found(guarded, arguments)
-    assert {place: found for place, found in places.items() if found} == {}
+    for process in guarded.processes():
+        places[f"arguments of {process.pid}"] = " ".join(process.cmdline())
+    assert _with_secrets(guarded, places) == {}
 
 
-def _found(guarded: Guarded, data: bytes) -> list[str]:
-    return [secret for secret in guarded.secrets if secret.encode() in data]
+def _with_secrets(guarded: Guarded, places: dict[str, str]) -> dict[str, list[str]]:
+    found = {
+        place: [secret for secret in guarded.secrets if secret in text]
+        for place, text in places.items()
+    }
+    return {place: secrets for place, secrets in found.items() if secrets}
 
 
 def test_what_is_written_is_for_its_user_alone(guarded: Guarded) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pyetcd
 import pytest
@@ -57,6 +58,34 @@ def test_user_and_password(session: Session) -> None:
             refused = session(server, user=user, password=password)
             with pytest.raises(ConfigurationError, match=words):
                 refused.ready(5)
+
+
+def test_a_password_that_changes_is_taken_up_without_anybody_missing(
+    session: Session, tmp_path: Path
+) -> None:
+    file = tmp_path / "password"
+    file.write_text("secret")
+    with guarded_etcd() as server:
+        one = session(server, user="baton", password=f"file:{file}")
+        heard = Heard(one)
+        one.publish(A)
+        one.ready(5)
+        with admin(server, user="root", password="secret") as client:
+            client.authstub.UserChangePassword(
+                pyetcd.etcdrpc.AuthUserChangePasswordRequest(name="baton", password="newer"),
+                metadata=client.metadata,
+            )
+        file.write_text("newer")
+        two = session(server, user="baton", password=f"file:{file}")
+        two.publish(B)
+        two.ready(5)
+        assert one.wait_for(B.peer, 10) == B
+        time.sleep(TTL_S + TOKEN_TTL_S + 2)
+        assert one.healthy
+        assert two.wait_for(A.peer, 5) == A
+        assert heard.of(A) == [JOINED]
+        with pytest.raises(ConfigurationError, match="refused user 'baton'"):
+            session(server, user="baton", password=SECRET).ready(5)
 
 
 def test_a_user_where_etcd_has_none_is_refused(etcd: EtcdServer, session: Session) -> None:

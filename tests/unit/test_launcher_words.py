@@ -85,6 +85,13 @@ def test_a_wrong_http_address_is_refused(options: object) -> None:
         http_address({"applications": [{}], "http_options": options or [1]})
 
 
+def test_a_password_that_is_written_out_is_refused_and_not_repeated() -> None:
+    options = {"ssl_keyfile": "key.pem", "ssl_keyfile_password": "word-of-mouth"}
+    with pytest.raises(SettingsError, match=r"^http_options.ssl_keyfile_password: ") as caught:
+        http_address({"applications": [{}], "http_options": options})
+    assert "word-of-mouth" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("endpoints", "expected"),
     [
