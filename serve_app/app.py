@@ -87,6 +87,7 @@ def build_app(args: dict[str, Any]) -> Application:
             ),
             api_keys=api_keys,
             allowed_origins=tuple(router.allowed_origins),
+            cache_salt_by_key=router.cache_salt_by_key,
         ),
         name="Ingress",
         num_replicas=router.replicas,
@@ -117,6 +118,7 @@ def build_app(args: dict[str, Any]) -> Application:
         pick_timeout_s=router.pick_timeout_s,
         health_timeout_s=router.health_timeout_s,
         api_keys=api_keys,
+        cache_salt_by_key=router.cache_salt_by_key,
     )
 
 

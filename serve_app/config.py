@@ -24,7 +24,7 @@ from transfer.discovery import check_discovery
 from transfer.errors import ConfigurationError
 from transfer.secret import SecretReference
 from transfer.settings import TransferSettings
-from transfer.speculation import drafting_layers
+from transfer.speculation import drafting_layers, shares_answers
 
 IMPORT_PATH = "serve_app.app:build_app"
 
@@ -174,6 +174,9 @@ class RouterSettings(Section):
         default_factory=list,
         description="Where bearer keys are, see transfer.secret; empty: anybody may ask.",
     )
+    cache_salt_by_key: bool = Field(
+        default=False, description="Clients of different keys share no KV, see cache_salt."
+    )
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16 << 20
     max_prompts: Annotated[int, Field(ge=1)] = 128
     prompts_at_once: Annotated[int, Field(ge=1)] = 16
@@ -202,6 +205,12 @@ class RouterSettings(Section):
                 f"max_bytes_in_flight ({self.max_bytes_in_flight}) is below max_body_bytes "
                 f"({self.max_body_bytes}): a body of that length could never come"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _keys_to_salt_by(self) -> RouterSettings:
+        if self.cache_salt_by_key and not self.api_keys:
+            raise ValueError("cache_salt_by_key is set, but there are no api_keys to go by")
         return self
 
     @field_validator("allowed_origins")
@@ -295,6 +304,18 @@ class Settings(Section):
                 f"block_size is {sizes[0]} for prefill and {sizes[1]} for decode; one must be a "
                 "multiple of the other"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_shared_beside_the_salt(self) -> Settings:
+        if self.router.cache_salt_by_key:
+            for role, side in (("prefill", self.prefill), ("decode", self.decode)):
+                if shares_answers({**self.engine, **side.engine}):
+                    raise ValueError(
+                        f"speculative_config of {role} has method suffix, which drafts from the "
+                        "answers of all clients, and router.cache_salt_by_key is to keep them "
+                        "apart; set suffix_decoding_max_cached_requests to 0 beside the method"
+                    )
         return self
 
     def side(self, role: Literal["prefill", "decode"]) -> SideSettings:

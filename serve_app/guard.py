@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import Bodies, Body, BodyLimits, BodyRefused
+from serve_app.cache_salt import salt_of_key
 from serve_app.http_errors import error_response
 
 _OPEN_PATHS = frozenset({"/health", "/metrics"})
@@ -18,7 +19,8 @@ _AUTHORIZATION = b"authorization"
 class Guard:
     """ASGI middleware: bearer keys and limits for bodies.
 
-    Nothing behind it sees an accepted key, so that none can turn up in a log there.
+    Nothing behind it sees an accepted key, so that none can turn up in a log there. What stands for
+    it is ``request.state.salt_of_key``, see :mod:`serve_app.cache_salt`.
 
     Args:
         app: what comes after.
@@ -38,16 +40,17 @@ class Guard:
         headers = {name.lower(): value for name, value in scope.get("headers", [])}
         # Under a route prefix Serve puts it into both.
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if self._api_keys and path not in _OPEN_PATHS and not self._admits(headers):
-            response = error_response(
-                401,
-                "a valid key is needed: send the header `Authorization: Bearer <key>`",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            await response(scope, receive, send)
-            return
         if self._api_keys:
-            scope = {**scope, "headers": _without_key(scope.get("headers", []))}
+            key = None if path in _OPEN_PATHS else self._accepted(headers)
+            if key is None and path not in _OPEN_PATHS:
+                response = error_response(
+                    401,
+                    "a valid key is needed: send the header `Authorization: Bearer <key>`",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+                await response(scope, receive, send)
+                return
+            scope = _behind(scope, key)
         # Python refuses to read numbers of thousands of digits; the first 18 say enough.
         length = headers.get(b"content-length", b"").lstrip(b"0")[:18]
         with self._bodies.request() as body:
@@ -64,9 +67,9 @@ class Guard:
 
             await self._app(scope, replay, send)
 
-    def _admits(self, headers: dict[bytes, bytes]) -> bool:
+    def _accepted(self, headers: dict[bytes, bytes]) -> bytes | None:
         kind, _, key = headers.get(_AUTHORIZATION, b"").partition(b" ")
-        return kind.lower() == b"bearer" and self._api_keys.match(key.strip()) is not None
+        return self._api_keys.match(key.strip()) if kind.lower() == b"bearer" else None
 
     async def _read(self, receive: Receive, body: Body) -> list[Message]:
         """The whole body: once the app runs, its answer may have begun."""
@@ -89,5 +92,10 @@ def _refusal(refused: BodyRefused) -> JSONResponse:
     return error_response(refused.status, str(refused), param="body", headers=headers)
 
 
-def _without_key(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    return [(name, value) for name, value in headers if name.lower() != _AUTHORIZATION]
+def _behind(scope: Scope, key: bytes | None) -> Scope:
+    """The request as it is seen behind the guard."""
+    headers = [pair for pair in scope.get("headers", []) if pair[0].lower() != _AUTHORIZATION]
+    state = {**scope.get("state", {})}
+    if key is not None:
+        state["salt_of_key"] = salt_of_key(key)
+    return {**scope, "headers": headers, "state": state}

@@ -44,6 +44,7 @@ from deployments.router_event import RouterEvent
 from serve_app import request_models
 from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import BodyLimits
+from serve_app.cache_salt import cache_salt
 from serve_app.edge import Fault, header_fault
 from serve_app.guard import Guard
 from serve_app.http_errors import add_error_handlers, error_response, fault_response
@@ -75,6 +76,7 @@ class Ingress(OpenAiIngress):
         pick_timeout_s: how long a request waits for a replica that can take it.
         health_timeout_s: how long ``/health`` waits for a side's answer.
         api_keys: those that the app asks for.
+        cache_salt_by_key: clients of different keys share no KV; goes with ``api_keys``.
 
     Raises:
         ConfigurationError: a key is not there or can never match, on this machine.
@@ -94,6 +96,7 @@ class Ingress(OpenAiIngress):
         pick_timeout_s: float,
         health_timeout_s: float,
         api_keys: ApiKeys,
+        cache_salt_by_key: bool,
     ) -> None:
         api_keys.check()
         super().__init__(
@@ -108,6 +111,7 @@ class Ingress(OpenAiIngress):
         self._max_prompts = max_prompts
         self._max_tokenize_length = max_tokenize_length
         self._health_timeout_s = health_timeout_s
+        self._cache_salt_by_key = cache_salt_by_key
         self._scrape = Shared(scrape, keep_s=SCRAPE_KEPT_S)
         self._health = Shared(self._sides, keep_s=0.0)
 
@@ -133,10 +137,12 @@ class Ingress(OpenAiIngress):
 
     async def embeddings(self, body: request_models.Embedding, request: Request) -> Response:
         """OpenAI's embeddings."""
+        self._salt(body, request)
         return await self._ask_decode("embeddings", body, request)
 
     async def score(self, body: request_models.Score, request: Request) -> Response:
         """How well texts match."""
+        self._salt(body, request)
         return await self._ask_decode("score", body, request)
 
     async def health(self) -> Response:
@@ -181,6 +187,7 @@ class Ingress(OpenAiIngress):
     async def _generate(self, method: Method, body: Body, request: Request) -> Response:
         if refused := self._refusal(body, request):
             return refused
+        self._salt(body, request)
         reason = bypass_reason(body)
         chunks = self._coordinator.run(
             GenerationRequest(
@@ -226,6 +233,10 @@ class Ingress(OpenAiIngress):
             self._decode_streaming = self._decode.options(stream=True)
         return self._decode_streaming
 
+    def _salt(self, body: Any, request: Request) -> None:
+        if self._cache_salt_by_key:
+            body.cache_salt = cache_salt(request.state.salt_of_key, body.cache_salt)
+
     def _too_long(self, field: str, length: int, unit: str) -> JSONResponse:
         allowed = self._max_tokenize_length
         return fault_response(Fault(field, f"it has {length} {unit}, and {allowed} are allowed"))
@@ -263,13 +274,20 @@ class Ingress(OpenAiIngress):
         return None
 
 
-def ingress_app(*, limits: BodyLimits, api_keys: ApiKeys, allowed_origins: tuple[str, ...]) -> Any:
+def ingress_app(
+    *,
+    limits: BodyLimits,
+    api_keys: ApiKeys,
+    allowed_origins: tuple[str, ...],
+    cache_salt_by_key: bool,
+) -> Any:
     """The ingress class with its routes, for ``serve.deployment``.
 
     Args:
         limits: of bodies, for each replica.
         api_keys: accepted bearer keys; none: no key is asked for.
         allowed_origins: whose pages may call from a browser; ``*`` is all of them.
+        cache_salt_by_key: nothing is there for which engines take no salt.
     """
     app = FastAPI(lifespan=metrics_lifespan)
     add_error_handlers(app)
@@ -287,6 +305,8 @@ def ingress_app(*, limits: BodyLimits, api_keys: ApiKeys, allowed_origins: tuple
         "status": lambda app: app.get("/baton/status"),
         **DEFAULT_ENDPOINTS,
     }
+    if cache_salt_by_key:
+        del endpoints["transcriptions"]
     return make_fastapi_ingress(Ingress, endpoint_map=endpoints, app=app)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 
 from tests.support.baton_app import BatonApp, write_config
 from tests.support.etcd_server import EtcdServer
+from tests.support.vllm_server import metric
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -96,7 +98,10 @@ def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             folder,
             model=str(tiny_model),
             model_id=MODEL,
-            router={"api_keys": [f"file:{keys}", "${BATON_TEST_KEY}"]},
+            router={
+                "api_keys": [f"file:{keys}", "${BATON_TEST_KEY}"],
+                "cache_salt_by_key": True,
+            },
             discovery={
                 "kind": "etcd",
                 "endpoints": [etcd.endpoint],
@@ -192,6 +197,39 @@ def test_ray_answers_nobody_without_the_token(guarded: Guarded) -> None:
     assert ray_status({**driver, "RAY_AUTH_MODE": "disabled"}) != 0
 
 
+def test_equal_prompts_of_two_keys_share_nothing_and_of_one_key_do(guarded: Guarded) -> None:
+    (prefill,) = guarded.workers("prefill")
+    prompt = [random.Random(7).randrange(3, 200) for _ in range(96)]
+
+    def moved(key: str, **salt: str) -> int:
+        """Tokens that decode did not have already."""
+        before = guarded.workers("decode")[0]["totals"]["tokens"]
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": 2, **salt}
+        code, answer = guarded.ask(f"{guarded.app.url}/v1/completions", key, body)
+        assert code == 200, answer
+        return int(guarded.workers("decode")[0]["totals"]["tokens"] - before)
+
+    def looked_up(what: str) -> float:
+        """Tokens of which prefill asked its prefix cache, or that it found there."""
+        text = guarded.ask(f"{guarded.app.url}/metrics")[1]
+        name = f"ray_vllm_prefix_cache_{what}_total"
+        return metric(text, name, ReplicaId=prefill["replica_id"])
+
+    before = {what: looked_up(what) for what in ("queries", "hits")}
+    asked = [moved(key) for key in (IN_VARIABLE, IN_VARIABLE, BESIDE_IT, BESIDE_IT)]
+    asked += [moved(BESIDE_IT, cache_salt=own) for own in ("blue", "blue", "green")]
+    whole, rest = asked[:2]
+    assert 0 < rest < whole
+    assert asked == [whole, rest, whole, rest, whole, rest, whole]
+
+    deadline_s = time.monotonic() + 40
+    while looked_up("queries") < before["queries"] + len(asked) * len(prompt):
+        assert time.monotonic() < deadline_s
+        time.sleep(1)
+    # Three of them were there before, but for the block that must be computed.
+    assert looked_up("hits") == before["hits"] + 3 * 64
+
+
 def test_what_is_open_to_everybody(guarded: Guarded) -> None:
     paths = ("/health", "/metrics", "/-/healthz", "/-/routes")
     for path in paths:
@@ -210,7 +248,7 @@ def test_no_secret_is_left_anywhere(guarded: Guarded) -> None:
         for key in ("", NOT_ONE, IN_VARIABLE)
         for path, body in (
             ("/v1/models", None),
-            ("/v1/completions", {"model": MODEL, "prompt": 5}),
+            ("/v1/completions", {"model": MODEL, "prompt": 5, "cache_salt": 5}),
             ("/v1/completions", {"model": "no-such-model", "prompt": "x"}),
             ("/no/such/path", None),
             ("/baton/status", None),

@@ -98,7 +98,7 @@ def test_reading_settings_does_not_change_what_was_given() -> None:
         ("prefill.replica", "replicas, autoscaling, tensor_parallel_size, engine, env"),
         ("decode.resources.gpus", "cpus_per_replica, cpus_per_worker, gpus_per_worker"),
         ("decode.autoscaling.max", "min_replicas, max_replicas, target_ongoing_requests"),
-        ("router.retries", "replicas, cpus_per_replica, api_keys, max_body_bytes, max_prompts"),
+        ("router.retries", "replicas, cpus_per_replica, api_keys, cache_salt_by_key, max_body"),
     ],
 )
 def test_unknown_key_is_named_with_its_path_and_the_known_ones(path: str, known: str) -> None:
@@ -166,6 +166,7 @@ def test_every_fault_gets_its_line() -> None:
         ("router.api_keys", ["file:key"]),
         ("router.api_keys", [5]),
         ("router.api_keys", "${BATON_KEY}"),
+        ("router.cache_salt_by_key", "by name"),
         ("router.max_body_bytes", 1023),
         ("router.max_bytes_in_flight", 0),
         ("router.body_timeout_s", 0),
@@ -414,6 +415,26 @@ def test_speculation_from_the_text_may_be_on_one_side() -> None:
     config = {"method": "ngram", "num_speculative_tokens": 3}
 
     assert isinstance(parse_settings(changed("decode.engine.speculative_config", config)), Settings)
+
+
+def test_prompts_are_kept_apart_by_keys_only_if_there_are_keys() -> None:
+    assert parse_settings(GOOD).router.cache_salt_by_key is False
+    args = changed("router.cache_salt_by_key", True)
+    assert parse_settings(args).router.cache_salt_by_key is True
+    args["router"]["api_keys"] = []
+    assert fault(args) == ("router: cache_salt_by_key is set, but there are no api_keys to go by")
+
+
+@pytest.mark.parametrize("section", ["engine", "prefill.engine", "decode.engine"])
+def test_answers_of_all_keys_are_not_drafted_from_when_keys_are_kept_apart(section: str) -> None:
+    config: dict[str, Any] = {"method": "suffix"}
+    args = changed(f"{section}.speculative_config", config)
+    assert isinstance(parse_settings(args), Settings)
+
+    args["router"]["cache_salt_by_key"] = True
+    assert "set suffix_decoding_max_cached_requests to 0" in fault(args)
+    config["suffix_decoding_max_cached_requests"] = 0
+    assert isinstance(parse_settings(args), Settings)
 
 
 def test_side_may_repeat_what_both_have() -> None:

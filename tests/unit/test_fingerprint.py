@@ -10,7 +10,7 @@ import pytest
 from vllm.config.speculative import MTPModelTypes, SpeculativeMethod
 
 from transfer.connector.fingerprint import FACTORS, differing, hash_of, layout_hash
-from transfer.speculation import WITHOUT_KV, drafting_layers
+from transfer.speculation import WITHOUT_KV, drafting_layers, shares_answers
 
 
 def engine(
@@ -170,3 +170,28 @@ def test_settings_tell_whether_there_are_layers(
     arguments: dict[str, Any], layers: str | None
 ) -> None:
     assert drafting_layers(arguments) == layers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shared"),
+    [
+        ({}, False),
+        ({"spec_method": "ngram"}, False),
+        ({"spec_method": "suffix"}, True),
+        ({"speculative_config": {"method": "suffix"}}, True),
+        ({"speculative_config": {"model": "suffix"}}, True),
+        ({"speculative_config": {"suffix_decoding_max_cached_requests": 9}}, False),
+        (
+            {"speculative_config": {"method": "suffix", "suffix_decoding_max_cached_requests": 9}},
+            True,
+        ),
+        (
+            {"speculative_config": {"method": "suffix", "suffix_decoding_max_cached_requests": 0}},
+            False,
+        ),
+    ],
+)
+def test_settings_tell_whether_drafts_come_from_the_answers_of_others(
+    arguments: dict[str, Any], shared: bool
+) -> None:
+    assert shares_answers(arguments) == shared

@@ -9,16 +9,18 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import BodyLimits
+from serve_app.cache_salt import salt_of_key
 from serve_app.guard import Guard
 
 KEYS = ("${GUARD_TEST_KEYS}",)
+KEYS_SHOWN = ("first-key", "second-key")
 LIMIT = 10
 LIMITS = BodyLimits(max_body_bytes=LIMIT, max_bytes_in_flight=25, timeout_s=0.2)
 
 
 @pytest.fixture(autouse=True)
 def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GUARD_TEST_KEYS", "first-key\nsecond-key\n")
+    monkeypatch.setenv("GUARD_TEST_KEYS", "\n".join(KEYS_SHOWN))
 
 
 class App:
@@ -156,6 +158,29 @@ def test_nothing_behind_the_guard_sees_an_accepted_key() -> None:
 
     (scope,) = exchange.app.scopes
     assert scope["headers"] == [(b"x-other", b"stays")]
+
+
+def test_what_stands_for_the_key_is_told_behind_the_guard() -> None:
+    told = []
+    for key in KEYS_SHOWN:
+        state = {"of": "the server"}
+        exchange = Exchange(
+            body(b"hello"), headers={"authorization": f"Bearer {key}"}, keys=KEYS, state=state
+        )
+        (scope,) = exchange.app.scopes
+        told.append(scope["state"].pop("salt_of_key"))
+        assert scope["state"] == state == {"of": "the server"}
+    assert told == [salt_of_key(key.encode()) for key in KEYS_SHOWN]
+
+
+@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer first-key"}])
+def test_nobody_is_told_where_no_key_is_asked_for(headers: dict[str, str]) -> None:
+    for exchange in (
+        Exchange(body(b""), headers=headers, path="/health", keys=KEYS),
+        Exchange(body(b""), headers=headers),
+    ):
+        (scope,) = exchange.app.scopes
+        assert "salt_of_key" not in scope.get("state", {})
 
 
 def test_without_keys_anybody_may_ask() -> None:

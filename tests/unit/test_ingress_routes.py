@@ -30,6 +30,7 @@ from deployments.generation import GenerationRequest, Output, PrefillAnswer, Who
 from deployments.handoff_state import RetryPolicy
 from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import BodyLimits
+from serve_app.cache_salt import cache_salt, salt_of_key
 from serve_app.ingress import Ingress, ingress_app
 from tests.support.malformed_requests import JUNK, bodies
 from tests.support.tickets import make_ticket
@@ -45,6 +46,7 @@ KV_PARAMS, CONTENT = "kv_transfer_params", "messages.0.content.0.text"
 SMELL: dict[str, Any] = {"role": "user", "content": [{"type": "smell"}]}
 MAX_BODY_BYTES = 16 << 10
 HANG = "hang"
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 
 
 @dataclass
@@ -126,6 +128,7 @@ class Endpoint:
         max_requests: int = 8,
         allowed_origins: tuple[str, ...] = ("*",),
         adapters: tuple[str, ...] = (),
+        cache_salt_by_key: bool = False,
     ) -> None:
         self.caller = FakeCaller()
         apps: list[Any] = []
@@ -140,6 +143,7 @@ class Endpoint:
             limits=BodyLimits(MAX_BODY_BYTES, MAX_BODY_BYTES, timeout_s=5.0),
             api_keys=api_keys,
             allowed_origins=allowed_origins,
+            cache_salt_by_key=cache_salt_by_key,
         )
         (self.app,) = apps
         handle: Any = SimpleNamespace(options=self._options)
@@ -158,6 +162,7 @@ class Endpoint:
             pick_timeout_s=1.0,
             health_timeout_s=1.0,
             api_keys=api_keys,
+            cache_salt_by_key=cache_salt_by_key,
         )
         monkeypatch.setattr(
             serve, "get_replica_context", lambda: SimpleNamespace(servable_object=instance)
@@ -333,6 +338,81 @@ def test_stranger_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_ingress_without_its_keys_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigurationError, match=r"\$\{NO_SUCH_KEY\}"):
         Endpoint(monkeypatch, api_keys=ApiKeys(["${NO_SUCH_KEY}"]))
+
+
+# ---- prompts of different keys -------------------------------------------------------------------
+
+TWO_KEYS = ("the-first-key", "the-second-key")
+
+
+@pytest.fixture
+def salting(monkeypatch: pytest.MonkeyPatch) -> Endpoint:
+    monkeypatch.setenv("ENDPOINT_TEST_KEYS", "\n".join(TWO_KEYS))
+    return Endpoint(monkeypatch, ApiKeys(["${ENDPOINT_TEST_KEYS}"]), cache_salt_by_key=True)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize("key", TWO_KEYS)
+@pytest.mark.parametrize("own", [None, "blue"])
+@pytest.mark.parametrize(("path", "body"), [(COMPLETIONS, COMPLETION), (CHATS, CHAT)])
+def test_both_sides_get_one_salt_of_key_and_client(
+    salting: Endpoint, path: str, body: dict[str, Any], own: str | None, key: str
+) -> None:
+    salting.caller.chunks = [ANSWER]
+
+    answer = salting.ask("POST", path, json={**body, "cache_salt": own}, headers=bearer(key))
+
+    assert answer.status_code == 200
+    right = cache_salt(salt_of_key(key.encode()), own)
+    assert [(side, seen.cache_salt) for side, _, seen in salting.caller.calls] == [
+        ("prefill", right),
+        ("decode", right),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"model": "demo", "input": "x"}),
+        ("/v1/embeddings", {"model": "demo", "messages": CHAT["messages"]}),
+        ("/v1/score", {"model": "demo", "text_1": "a", "text_2": "b"}),
+    ],
+)
+def test_what_decode_answers_alone_is_salted_too(
+    salting: Endpoint, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    seen: list[str | None] = []
+
+    async def answers(self: Ingress, *, body: Any, **_: Any) -> AsyncGenerator[Any, None]:
+        seen.append(body.cache_salt)
+        yield ErrorResponse(error=ErrorInfo(message="no", type="BadRequestError", code=400))
+
+    monkeypatch.setattr(Ingress, "_get_response", answers)
+    for key in TWO_KEYS:
+        salting.ask("POST", path, json={**body, "cache_salt": "blue"}, headers=bearer(key))
+
+    assert seen == [cache_salt(salt_of_key(key.encode()), "blue") for key in TWO_KEYS]
+
+
+def test_what_engines_take_no_salt_for_is_not_there(salting: Endpoint, endpoint: Endpoint) -> None:
+    path = "/v1/audio/transcriptions"
+    assert salting.ask("POST", path, headers=bearer(TWO_KEYS[0])).status_code == 404
+    assert endpoint.ask("POST", path).status_code == 400
+
+
+def test_without_the_setting_a_salt_of_the_client_goes_through_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    endpoint = Endpoint(monkeypatch, api_keys=only_key(monkeypatch))
+    endpoint.caller.chunks = [ANSWER]
+
+    for own in (None, "blue"):
+        body = {**COMPLETION, "cache_salt": own}
+        endpoint.ask("POST", COMPLETIONS, json=body, headers=bearer("the-only-key"))
+    assert [seen.cache_salt for _, _, seen in endpoint.caller.calls] == [None] * 2 + ["blue"] * 2
 
 
 # ---- pages in browsers ---------------------------------------------------------------------------
