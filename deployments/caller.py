@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Protocol
 
 from deployments.generation import GenerationRequest, Output, PrefillAnswer
+from deployments.suspects import Side
 
 
 class Caller(Protocol):
@@ -22,14 +23,30 @@ class Caller(Protocol):
         """
         ...
 
-    async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
-        """Has a replica not in ``exclude`` compute the prompt. Raises NoReplica, ReplicaLost."""
+    async def prefill(
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
+    ) -> PrefillAnswer:
+        """Has a replica compute the prompt: ``only``, or one not in ``exclude``.
+
+        Raises NoReplica, ReplicaLost.
+        """
         ...
 
     def decode(
-        self, request: GenerationRequest, exclude: frozenset[str]
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> AsyncGenerator[Output, None]:
         """Streams a replica's answer. Raises NoReplica, ReplicaLost, the latter at any time."""
+        ...
+
+    async def well(self, side: Side, exclude: frozenset[str]) -> str:
+        """A replica of a side that has just said that it is well.
+
+        Raises NoReplica; ReplicaLost, not ``held``: the one that was asked is not.
+        """
+        ...
+
+    async def replicas(self, side: Side) -> int:
+        """How many replicas of a side say that they are well."""
         ...
 
     async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:

@@ -16,7 +16,7 @@ from deployments.generation import GenerationRequest, Output, WholeAnswer
 from deployments.links import LinkPolicy, Links
 from deployments.resumption import SENT_TOKEN_IDS
 from deployments.route_hint import RouteHint
-from deployments.server import BatonServer, own_replica_id
+from deployments.server import BatonServer, own_replica_id, require_alive
 from transfer import faults
 from transfer.errors import ProtocolError
 from transfer.ticket import Ticket
@@ -53,9 +53,11 @@ class DecodeServer(BatonServer):
             hint: for the router, not used here.
 
         Raises:
+            EngineGone: the engine was dead before.
             EngineDeadError: the engine died; also in mid-stream.
             ContinuationMismatch: this engine does not go on where another one was.
         """
+        require_alive(self.engine)
         await faults.reach_async("decode.accepted")
         replica_id = own_replica_id()
         if request.body.kv_transfer_params is not None and not self._is_read(request):

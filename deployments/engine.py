@@ -143,6 +143,11 @@ class BatonEngine(VLLMEngine):
         statuses: list[dict[str, Any]] = await self.collective_rpc("baton_status")
         return statuses
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine is known to have died."""
+        return bool(self._engine_client.errored)
+
     def unfinished_requests(self) -> int:
         """Requests that the engine has not answered to the end."""
         return int(self._engine_client.get_num_unfinished_requests())

@@ -12,12 +12,23 @@ class ReplicaLost(Exception):
         role: ``prefill`` or ``decode``.
         replica_id: Serve's id of the replica.
         cause: what Ray said, in one line.
+        held: whether the engine may have had our call when it died; False: it was gone before, or
+            is alive and only could not serve.
     """
 
-    def __init__(self, role: str, replica_id: str, cause: str) -> None:
+    def __init__(self, role: str, replica_id: str, cause: str, *, held: bool = True) -> None:
         super().__init__(f"{role} replica {replica_id} was lost: {cause}")
         self.role = role
         self.replica_id = replica_id
+        self.held = held
+
+
+class EngineGone(Exception):
+    """A replica's engine was dead before a call came to it."""
+
+
+class Condemned(Exception):
+    """Engines died under requests of this content, as many as may."""
 
 
 class NoReplica(Exception):

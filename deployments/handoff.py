@@ -23,9 +23,10 @@ from deployments.generation import GenerationRequest, WholeAnswer
 from deployments.handoff_state import RetryPolicy
 from deployments.interleave import interleaved
 from deployments.merging import MergedStream, merged_answer
-from deployments.passage import Passage, refused_stream, stream_error
+from deployments.passage import Passage
 from deployments.prompts import samples_of, split
 from deployments.router_event import RouterEvent
+from deployments.stream_errors import refused_stream, stream_error
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 

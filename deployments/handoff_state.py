@@ -67,14 +67,25 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True)
 class PrefillLost:
-    """A prefill replica died on us; ``replica_id`` None: no replica took the call."""
+    """A prefill replica died on us; ``replica_id`` None: no replica took the call.
+
+    ``fallback``: whether decode may compute the prompt when there is no other one to call.
+    """
 
     replica_id: str | None
+    fallback: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
     """A replica refused the request as such (bad input); trying elsewhere is of no use."""
+
+    error: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Unwanted:
+    """Engines died under the request; nobody shall be given it again."""
 
     error: Any
 
@@ -115,6 +126,7 @@ Event = (
     | Prefilled
     | PrefillLost
     | Refused
+    | Unwanted
     | TicketUnread
     | FirstChunk
     | DecodeLost
@@ -174,6 +186,9 @@ class Stage(Enum):
     FINISHED = "finished"
 
 
+_CALLING = (Stage.PREFILLING, Stage.DECODING, Stage.STREAMING)
+
+
 @dataclass(slots=True)
 class Handoff:
     """The machine. Not thread-safe; one per request.
@@ -195,6 +210,11 @@ class Handoff:
     _prefill_excluded: set[str] = field(default_factory=set)
     _decode_excluded: set[str] = field(default_factory=set)
 
+    @property
+    def decode_excluded(self) -> frozenset[str]:
+        """Decode replicas that would not be called now."""
+        return frozenset(self._decode_excluded)
+
     def on(self, event: Event) -> list[Instruction]:
         """Takes an event and says what to do now. Late events of a finished request do nothing."""
         if self.stage is Stage.FINISHED:
@@ -206,8 +226,10 @@ class Handoff:
             case Prefilled(replica_id=replica_id, ticket=ticket) if self.stage is Stage.PREFILLING:
                 self._owner, self._ticket = replica_id, ticket
                 return [self._decode()]
-            case PrefillLost(replica_id=replica_id) if self.stage is Stage.PREFILLING:
-                return self._prefill_lost(replica_id)
+            case PrefillLost(replica_id=replica_id, fallback=fallback) if (
+                self.stage is Stage.PREFILLING
+            ):
+                return self._prefill_lost(replica_id, fallback)
             case DecodeLost(replica_id=replica_id) if self.stage is Stage.DECODING:
                 return self._decode_lost(replica_id)
             case DecodeLost(replica_id=replica_id, resumable=resumable) if (
@@ -222,6 +244,8 @@ class Handoff:
                     self._ticket = None
                 return []
             case Refused(error=error) if self.stage in (Stage.PREFILLING, Stage.DECODING):
+                return [*self._finish(), Answer(error, self._sent)]
+            case Unwanted(error=error) if self.stage in _CALLING:
                 return [*self._finish(), Answer(error, self._sent)]
             case DecodeEnded() if self.stage is Stage.DECODING:
                 # Ended without a single chunk: the client must not be left without an answer.
@@ -246,15 +270,15 @@ class Handoff:
     def _decode(self) -> CallDecode:
         self.stage = Stage.DECODING
         pause_s = self.policy.pause_s(self._decode_failures, self.random)
-        return CallDecode(self._ticket, frozenset(self._decode_excluded), pause_s)
+        return CallDecode(self._ticket, self.decode_excluded, pause_s)
 
-    def _prefill_lost(self, replica_id: str | None) -> list[Instruction]:
+    def _prefill_lost(self, replica_id: str | None, fallback: bool) -> list[Instruction]:
         self._prefill_failures += 1
         if replica_id is not None:
             self._prefill_excluded.add(replica_id)
             if self._prefill_failures < self.policy.attempts:
                 return [self._prefill()]
-        return [self._decode()]
+        return [self._decode()] if fallback else [*self._finish(), Answer(None, self._sent)]
 
     def _decode_lost(self, replica_id: str | None) -> list[Instruction]:
         self._decode_failures += 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,10 @@ class JsonBody:
             return self.fields[name]
         except KeyError:
             raise AttributeError(name) from None
+
+    def model_dump_json(self, *, exclude: Collection[str]) -> str:
+        """The fields but for some, as JSON."""
+        return json.dumps({key: self.fields[key] for key in self.fields if key not in exclude})
 
     def model_copy(self, *, update: Mapping[str, Any]) -> JsonBody:
         """With other values of some fields; those that are None are left out."""

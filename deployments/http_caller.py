@@ -71,9 +71,11 @@ class HttpCaller:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _lost(role, url, error) from error
 
-    async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
+    async def prefill(
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
+    ) -> PrefillAnswer:
         """Has one prefill server compute the prompt; see :class:`deployments.caller.Caller`."""
-        url = self._pick("prefill", exclude)
+        url = only or self._pick("prefill", exclude)
         fields = prefill_body(request.method, request.body.fields)
         with self._servers.calling(url):
             try:
@@ -84,7 +86,8 @@ class HttpCaller:
             except (aiohttp.ClientError, TimeoutError) as error:
                 raise _lost("prefill", url, error) from error
         if answer.status >= 500:
-            raise ReplicaLost("prefill", url, f"it answered {answer.status}")
+            held = answer.status == 500 and not await self._healthy(url)
+            raise ReplicaLost("prefill", url, f"it answered {answer.status}", held=held)
         if answer.status in _UNFIT:
             logger.info("%s refused a prompt, decode decides: %.300r", url, answer.content)
             return PrefillAnswer(url)
@@ -93,16 +96,17 @@ class HttpCaller:
         try:
             ticket = json.loads(answer.content).get("kv_transfer_params")
         except (ValueError, AttributeError) as error:
-            raise ReplicaLost("prefill", url, "its answer is no JSON object") from error
+            cause = "its answer is no JSON object"
+            raise ReplicaLost("prefill", url, cause, held=False) from error
         if ticket is None:
             logger.warning("%s answered without a ticket; decode computes the prompt", url)
         return PrefillAnswer(url, ticket)
 
     async def decode(
-        self, request: GenerationRequest, exclude: frozenset[str]
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> AsyncGenerator[Output, None]:
         """Streams a decode server's answer; see :class:`deployments.caller.Caller`."""
-        url = self._pick("decode", exclude)
+        url = only or self._pick("decode", exclude)
         body = request.body
         with self._servers.calling(url):
             try:
@@ -112,11 +116,13 @@ class HttpCaller:
                     if response.status in _UNAVAILABLE or (
                         response.status == 500 and not await self._healthy(url)
                     ):
-                        raise ReplicaLost("decode", url, f"it answered {response.status}")
+                        held = response.status == 500
+                        cause = f"it answered {response.status}"
+                        raise ReplicaLost("decode", url, cause, held=held)
                     if response.content_type != "text/event-stream":
                         answer = await _whole(response)
                         if not answer.content:
-                            raise ReplicaLost("decode", url, "its answer was empty")
+                            raise ReplicaLost("decode", url, "its answer was empty", held=False)
                         yield Output(answer, url, refused=answer.status != 200)
                         return
                     ended = False
@@ -125,12 +131,24 @@ class HttpCaller:
                         end.take(events)
                         ended = events.endswith(LAST_EVENT)
                         if ended and not end.sound:
-                            raise ReplicaLost("decode", url, "its stream ended without a reason")
+                            cause = "its stream ended without a reason"
+                            raise ReplicaLost("decode", url, cause, held=False)
                         yield Output(events, url)
                     if not ended:
-                        raise ReplicaLost("decode", url, "its stream broke off")
+                        raise ReplicaLost("decode", url, "its stream broke off", held=False)
             except (aiohttp.ClientError, TimeoutError) as error:
                 raise _lost("decode", url, error) from error
+
+    async def well(self, side: Role, exclude: frozenset[str]) -> str:
+        """A server whose engine is alive; see :class:`deployments.caller.Caller`."""
+        url = self._pick(side, exclude)
+        if not await self._healthy(url):
+            raise ReplicaLost(side, url, "it is not well", held=False)
+        return url
+
+    async def replicas(self, side: Role) -> int:
+        """How many servers of a side say that they are well."""
+        return sum(await asyncio.gather(*(self._healthy(url) for url in self._servers.urls(side))))
 
     async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
         """Tells the owner of this hand-off that it will not be read.
@@ -179,4 +197,5 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[str]:
 
 
 def _lost(role: Role, url: str, error: Exception) -> ReplicaLost:
-    return ReplicaLost(role, url, str(error) or type(error).__name__)
+    connected = not isinstance(error, aiohttp.ClientConnectorError | TimeoutError)
+    return ReplicaLost(role, url, str(error) or type(error).__name__, held=connected)

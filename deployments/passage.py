@@ -16,7 +16,13 @@ from typing import Any
 from deployments.admission import Place, PromptSize, Waiting
 from deployments.background import Background
 from deployments.caller import Caller
-from deployments.errors import ContinuationMismatch, NoReplica, ReplicaLost, ServiceUnavailable
+from deployments.errors import (
+    Condemned,
+    ContinuationMismatch,
+    NoReplica,
+    ReplicaLost,
+    ServiceUnavailable,
+)
 from deployments.generation import GenerationRequest, PrefillAnswer, Transcript, WholeAnswer
 from deployments.handoff_state import (
     Answer,
@@ -35,8 +41,12 @@ from deployments.handoff_state import (
     RetryPolicy,
     Start,
     TicketUnread,
+    Unwanted,
 )
 from deployments.router_event import RouterEvent
+from deployments.stream_errors import ENDS_ENGINES, stream_error
+from deployments.suspects import Case, Side, Standing
+from deployments.trials import Trials
 from transfer import faults
 from transfer.errors import ProtocolError
 from transfer.ticket import Ticket, handoff_id_of
@@ -59,6 +69,7 @@ class Passage:
         self._caller = caller
         self._policy = policy
         self._count = count
+        self._trials = Trials(caller, time.monotonic)
         self._background = Background()
 
     async def run(
@@ -75,6 +86,11 @@ class Passage:
         Raises:
             ServiceUnavailable: no replica could serve it; nothing was sent.
         """
+        case = Case(request)
+        if self._trials.suspects.standing(case) is Standing.CONDEMNED:
+            self._count(RouterEvent.CONDEMNED)
+            yield ENDS_ENGINES
+            return
         own = uuid.uuid4().hex
         renamed = _Renamed(own, request.client_id)
         request = request.named(own)
@@ -91,21 +107,24 @@ class Passage:
                 match step:
                     case CallPrefill(pause_s=pause_s):
                         await asyncio.sleep(pause_s)
-                        instructions = await self._prefill(handoff, step, request, waiting)
+                        instructions = await self._prefill(handoff, step, request, case, waiting)
                     case CallDecode(pause_s=pause_s):
                         await asyncio.sleep(pause_s)
-                        attempt = self._decode(handoff, step, request, transcript, instructions)
+                        attempt = self._decode(
+                            handoff, step, request, case, transcript, instructions
+                        )
                         async with aclosing(attempt):
                             async for content in attempt:
                                 yield renamed(content)
                     case Answer(error=None, streaming=False):
-                        raise ServiceUnavailable("no decode replica could serve the request")
+                        raise ServiceUnavailable("no replica could serve the request")
                     case Answer(error=error, streaming=False):
                         yield renamed(error)
                     case Answer(error=error):
                         self._count(RouterEvent.STREAM_BROKEN)
                         yield stream_error(error)
         finally:
+            self._trials.over(case, "decode")
             if waiting is not None:
                 waiting.not_prefilled(time.monotonic())
             self._carry_out_notices(handoff.on(ClientGone()))
@@ -121,34 +140,104 @@ class Passage:
         handoff: Handoff,
         step: CallPrefill,
         request: GenerationRequest,
+        case: Case,
         waiting: Waiting | None,
     ) -> list[Instruction]:
         await faults.reach_async("router.queued")
-        event: PrefillLost | Prefilled | Refused
+        event: PrefillLost | Prefilled | Refused | Unwanted
         tokens = None
+        began = time.monotonic()
         try:
-            answer = await self._caller.prefill(request, step.exclude)
+            await self._place_at_decode(case, handoff.decode_excluded, request)
+            only = await self._trial(case, "prefill", step.exclude, request)
+            began = time.monotonic()
+            answer = await self._caller.prefill(request, step.exclude, only)
         except ReplicaLost as lost:
-            self._say(f"{lost}; trying another", request)
             self._count(RouterEvent.PREFILL_LOST)
-            event = PrefillLost(lost.replica_id)
+            unwanted = self._lost(case, "prefill", lost, request, "trying another", began=began)
+            event = unwanted or PrefillLost(
+                lost.replica_id, await self._trials.may_leave_prefill(case)
+            )
         except NoReplica as missing:
-            self._say(f"{missing}; decode computes the prompt", request)
             self._count(RouterEvent.NO_PREFILL)
-            event = PrefillLost(None)
+            fallback = await self._trials.may_leave_prefill(case)
+            then = "decode computes the prompt" if fallback else "nor may decode compute the prompt"
+            self._say(f"{missing}; {then}", request)
+            event = PrefillLost(None, fallback)
+        except Condemned:
+            event = self._condemned(request)
         else:
             if answer.error is not None:
                 event = Refused(answer.error)
             else:
+                self._trials.suspects.alive(answer.replica_id, began)
+                self._trials.suspects.passed(case, "prefill")
                 ticket = self._ticket(answer, request)
                 event = Prefilled(answer.replica_id, ticket)
                 tokens = 0 if ticket is None else ticket.num_tokens
+        finally:
+            self._trials.over(case, "prefill")
         if waiting is not None:
             if tokens is None:
                 waiting.not_prefilled(time.monotonic())
             else:
                 waiting.prefilled(answer.replica_id, tokens, time.monotonic())
         return handoff.on(event)
+
+    async def _place_at_decode(
+        self, case: Case, exclude: frozenset[str], request: GenerationRequest
+    ) -> None:
+        """Has a suspect of what happened at decode wait for its trial there before prefill.
+
+        Afterwards it would wait with pinned blocks.
+        """
+        if self._trials.suspects.has_ended_decode(case):
+            # Whether any is there is seen when decode is called.
+            with suppress(NoReplica, ReplicaLost):
+                await self._trial(case, "decode", exclude, request)
+
+    async def _trial(
+        self,
+        case: Case,
+        side: Side,
+        exclude: frozenset[str],
+        request: GenerationRequest,
+        before_waiting: Callable[[], None] = lambda: None,
+    ) -> str | None:
+        """The replica that a suspect is tried on; None: the request is none."""
+        taken = self._trials.suspects.tried_on(case, side)
+        only = taken or await self._trials.replica_for(case, side, exclude, before_waiting)
+        if only is not None and taken is None:
+            self._say(f"is tried apart from others on {side} replica {only}", request)
+            self._count(RouterEvent.SUSPECT_TRIED)
+        return only
+
+    def _lost(
+        self,
+        case: Case,
+        side: Side,
+        lost: ReplicaLost,
+        request: GenerationRequest,
+        then: str,
+        *,
+        began: float,
+        answering: bool = False,
+    ) -> Unwanted | None:
+        """Takes note of a replica that was lost; says so if the request gets no other one."""
+        standing = self._trials.suspects.standing(case)
+        if lost.held:
+            standing = self._trials.suspects.died(
+                case, side, lost.replica_id, began=began, answering=answering
+            )
+        if standing is Standing.CONDEMNED:
+            self._say(f"{lost}; no other one is risked", request)
+            return self._condemned(request)
+        self._say(f"{lost}; {then}", request)
+        return None
+
+    def _condemned(self, request: GenerationRequest) -> Unwanted:
+        self._count(RouterEvent.CONDEMNED)
+        return Unwanted(ENDS_ENGINES)
 
     def _ticket(self, answer: PrefillAnswer, request: GenerationRequest) -> Ticket | None:
         """The ticket that came, checked. One that cannot be read is told to its owner at once."""
@@ -168,15 +257,25 @@ class Passage:
         handoff: Handoff,
         step: CallDecode,
         request: GenerationRequest,
+        case: Case,
         transcript: Transcript,
         then: list[Instruction],
     ) -> AsyncGenerator[Any, None]:
         """Yields what comes; when it is over, adds to ``then`` what is to be done next."""
-        if step.ticket is not None:
-            await faults.reach_async("router.ticket", step.ticket.engine_id)
-        number = 0
-        outputs = self._caller.decode(request.with_ticket(step.ticket), step.exclude)
+        ticket = step.ticket
+        if ticket is not None:
+            await faults.reach_async("router.ticket", ticket.engine_id)
+
+        def lay_down() -> None:
+            nonlocal ticket
+            ticket = None
+            self._carry_out_notices(handoff.on(TicketUnread()))
+
+        number, began = 0, time.monotonic()
         try:
+            only = await self._trial(case, "decode", step.exclude, request, lay_down)
+            began = time.monotonic()
+            outputs = self._caller.decode(request.with_ticket(ticket), step.exclude, only)
             async with aclosing(outputs):
                 async for output in outputs:
                     if output.unread:
@@ -190,6 +289,8 @@ class Passage:
                             then += handoff.on(Refused(output.content))
                             return
                         handoff.on(FirstChunk())
+                        self._trials.over(case, "decode")
+                        self._trials.suspects.alive(output.replica_id, began)
                         if request.sent is not None and request.sent.created is not None:
                             self._count(RouterEvent.STREAM_RESUMED)
                     transcript.add(output)
@@ -199,8 +300,12 @@ class Passage:
             self._count(RouterEvent.DECODE_LOST)
             resumable = transcript.sent() is not None
             other = "trying another" if not number or resumable else "in mid-stream"
-            self._say(f"{lost}; {other}", request)
-            then += handoff.on(DecodeLost(lost.replica_id, resumable))
+            unwanted = self._lost(
+                case, "decode", lost, request, other, began=began, answering=number > 0
+            )
+            then += handoff.on(unwanted or DecodeLost(lost.replica_id, resumable))
+        except Condemned:
+            then += handoff.on(self._condemned(request))
         except ContinuationMismatch as mismatch:
             then += handoff.on(Refused(mismatch))
         except NoReplica as missing:
@@ -208,7 +313,10 @@ class Passage:
             self._count(RouterEvent.NO_DECODE)
             then += handoff.on(DecodeLost(None))
         else:
+            self._trials.suspects.passed(case, "decode")
             then += handoff.on(DecodeEnded())
+        finally:
+            self._trials.over(case, "decode")
 
     def _carry_out_notices(self, instructions: list[Instruction]) -> Instruction | None:
         """Sends notices to owners in the background; returns the one step that is left, if any."""
@@ -252,35 +360,3 @@ class _Renamed:
             renamed = content.content.replace(self._own.encode(), self._told.encode())
             return replace(content, content=renamed)
         return content
-
-
-def stream_error(error: Any) -> str:
-    """The end of a stream that cannot go on, in the form of OpenAI's streaming errors.
-
-    Args:
-        error: why: a replica's refusal, an exception, or None if the replica was lost.
-    """
-    message = "the decode replica was lost while it answered"
-    if error is not None:
-        message = f"{message}, and no other one could go on: {_refusal(error)['message']}"
-    return _last_event({"message": message, "type": "server_error", "param": None, "code": 503})
-
-
-def refused_stream(refusal: Any) -> str:
-    """The end of a stream of several prompts of which one is refused: with what was said of it."""
-    return _last_event(_refusal(refusal))
-
-
-def _last_event(error: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps({'error': error})}\n\ndata: [DONE]\n\n"
-
-
-def _refusal(error: Any) -> dict[str, Any]:
-    """The error in a refusal, whatever says it."""
-    if isinstance(error, WholeAnswer):
-        with suppress(ValueError, KeyError, TypeError):
-            return dict(json.loads(error.content)["error"])
-        error = error.content.decode(errors="replace")
-    elif (info := getattr(error, "error", None)) is not None:
-        return dict(info.model_dump())
-    return {"message": str(error), "type": "server_error", "param": None, "code": 503}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deployments.generation import GenerationRequest, PrefillAnswer
 from deployments.route_hint import RouteHint
-from deployments.server import BatonServer, own_replica_id
+from deployments.server import BatonServer, own_replica_id, require_alive
 from transfer import faults
 
 
@@ -19,10 +19,15 @@ class PrefillServer(BatonServer):
         Args:
             hint: for the router, not used here.
             handoff_id: names the hand-off, so that it can be given up without its ticket.
+
+        Raises:
+            EngineGone: the engine was dead before.
+            EngineDeadError: it died.
         """
+        require_alive(self.engine)
         await self._maybe_add_request_id_to_request(request.body)
         await self._maybe_resolve_lora_from_multiplex()
-        await faults.reach_async("prefill.computing")
+        await faults.reach_async("prefill.computing", request.body.user or "")
         done = await self.engine.prefill(request, handoff_id)
         return PrefillAnswer(own_replica_id(), done.ticket, done.error)
 

@@ -22,12 +22,16 @@ from ray.serve.handle import DeploymentHandle
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments.background import Background
-from deployments.errors import ContinuationMismatch, NoReplica, ReplicaLost
+from deployments.errors import ContinuationMismatch, EngineGone, NoReplica, ReplicaLost
 from deployments.generation import GenerationRequest, Output, PrefillAnswer
 from deployments.route_hint import RouteHint
+from deployments.suspects import Side
 
 RETRY_PICK_S = 0.2
 """How long to wait for a replica of a side that had none a moment ago."""
+
+WELL_TIMEOUT_S = 5.0
+"""How long a replica may take to say whether it is well."""
 
 
 class _Dispatched(NamedTuple):
@@ -54,15 +58,17 @@ class ReplicaCaller:
         self._background = Background()
         self._missing: set[str] = set()
 
-    async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
-        """Has one prefill replica compute the prompt.
+    async def prefill(
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
+    ) -> PrefillAnswer:
+        """Has one prefill replica compute the prompt; see :class:`deployments.caller.Caller`.
 
         Raises:
             NoReplica: none took the call in time.
             ReplicaLost: the one that took it died.
         """
         calls: list[_Dispatched] = []
-        hint, handoff_id = RouteHint(exclude=exclude), uuid4().hex
+        hint, handoff_id = RouteHint(exclude=exclude, only=only), uuid4().hex
         call = self._background.start(
             self._unary("prefill", "prefill", hint, request, handoff_id, calls=calls)
         )
@@ -107,6 +113,30 @@ class ReplicaCaller:
         async with asyncio.timeout(timeout_s):
             return str(await self._unary(role, "ready", RouteHint()))
 
+    async def well(self, side: Side, exclude: frozenset[str]) -> str:
+        """A replica that has just said that it is well; see :class:`deployments.caller.Caller`."""
+        handle = self._handles[side].options(method_name="ready")
+        hint = RouteHint(exclude=exclude)
+        async with AsyncExitStack() as stack:
+            selection = await self._select(stack, side, handle, hint)
+            response = handle.dispatch(selection, hint)
+            try:
+                async with asyncio.timeout(WELL_TIMEOUT_S):
+                    return str(await response)
+            except (RayActorError, ReplicaUnavailableError, RayTaskError, TimeoutError) as error:
+                response.cancel()
+                cause = f"it is not well: {_first_line(error)}"
+                raise ReplicaLost(side, selection.replica_id, cause, held=False) from error
+
+    async def replicas(self, side: Side) -> int:
+        """How many replicas of a side say that they are well."""
+        response = self._handles[side].broadcast("ready", RouteHint())
+        try:
+            told = await response.results_async(timeout_s=WELL_TIMEOUT_S, return_exceptions=True)
+        except (DeploymentUnavailableError, TimeoutError):
+            return 0
+        return sum(isinstance(one, str) for one in told)
+
     async def status(self, role: str, timeout_s: float) -> list[dict[str, Any]]:
         """Transfer status of every worker of every replica of ``role`` that answers."""
         try:
@@ -117,7 +147,7 @@ class ReplicaCaller:
         return [status for told in replicas if isinstance(told, list) for status in told]
 
     async def decode(
-        self, request: GenerationRequest, exclude: frozenset[str]
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> AsyncGenerator[Output, None]:
         """Streams one decode replica's output.
 
@@ -125,7 +155,7 @@ class ReplicaCaller:
             NoReplica, ReplicaLost: as :meth:`prefill`; the latter also in mid-stream.
         """
         handle = self._handles["decode"].options(stream=True, method_name="decode")
-        hint = RouteHint(exclude=exclude)
+        hint = RouteHint(exclude=exclude, only=only)
         async with AsyncExitStack() as stack:
             selection = await self._select(stack, "decode", handle, hint)
             response = handle.dispatch(selection, hint, request)
@@ -208,6 +238,12 @@ def _translated(error: Exception, role: str, replica_id: str) -> Exception:
     cause: Any = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, ContinuationMismatch):
         return cause
+    if isinstance(cause, EngineGone):
+        return ReplicaLost(role, replica_id, _first_line(cause), held=False)
     if not isinstance(cause, EngineDeadError | RayActorError | ReplicaUnavailableError):
         return error
-    return ReplicaLost(role, replica_id, str(cause).splitlines()[0] if str(cause) else repr(cause))
+    return ReplicaLost(role, replica_id, _first_line(cause))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else repr(error)

@@ -16,3 +16,5 @@ class RouterEvent(Enum):
     TICKETS_UNREAD = "tickets_unread"
     STREAM_RESUMED = "stream_resumed"
     STREAM_BROKEN = "stream_broken"
+    SUSPECT_TRIED = "suspect_tried"
+    CONDEMNED = "condemned"

@@ -14,6 +14,7 @@ from ray.serve.llm.deployment import LLMServer
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments.background import Background
+from deployments.errors import EngineGone
 from deployments.generation import GenerationRequest
 from deployments.health import EngineHealth
 from deployments.route_hint import RouteHint
@@ -100,6 +101,12 @@ class BatonServer(LLMServer):
 def own_replica_id() -> str:
     """Serve's id of the replica this runs in."""
     return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def require_alive(engine: Any) -> None:
+    """Raises EngineGone: it is dead already, and no request that comes now is to blame."""
+    if engine.is_dead:
+        raise EngineGone("its engine died before")
 
 
 async def until_nothing_is_offered(engine: Any) -> None:

@@ -5,7 +5,8 @@ Off unless the environment variable ``BATON_FAULTS`` names a folder when the pro
 
 The folder is all there is to it. A file with the name of a point arms it once: the first thread of
 any process that reaches the point renames the file to ``<point>@<pid>``, whose content says what it
-is about, and stays there until that file is deleted. Whoever armed it meanwhile knows which process
+is about, and stays there until that file is deleted. If the file has content, only a thread that is
+about that is held. Whoever armed it meanwhile knows which process
 is where, and may kill it, stop it, cut its connections, or let it go on. The points are listed in
 docs/reliability.md.
 """
@@ -32,7 +33,7 @@ def reach(point: str, about: str = "") -> None:
     """Stay here while ``point`` is armed. For threads that may block.
 
     Args:
-        about: whom the thread is dealing with: an engine or a replica.
+        about: whom the thread is dealing with: an engine, a replica or a user.
     """
     if _folder is not None and (held := _claimed(_folder, point, about)) is not None:
         _stay(held)
@@ -48,6 +49,9 @@ def _claimed(folder: Path, point: str, about: str) -> Path | None:
     """The file that holds this thread, if the point was armed and nobody else took it."""
     mine = folder / f".{os.getpid()}-{threading.get_ident()}"
     try:
+        wanted = (folder / point).read_text()
+        if wanted and wanted != about:
+            return None
         (folder / point).rename(mine)
     except FileNotFoundError:
         return None

@@ -26,6 +26,7 @@ from tests.support.scripted_servers import (
     Step,
     completes,
     dead,
+    dies_of,
     empty,
     events_of,
     hangs,
@@ -395,12 +396,39 @@ def test_an_error_of_decodes_own_passes_through() -> None:
     run(main())
 
 
+def test_a_prompt_that_kills_servers_costs_two_and_nobody_else_is_refused() -> None:
+    async def main() -> None:
+        async with setup([dies_of("killer", ticket())] * 3, [says(choices=[])]) as it:
+            for _ in range(3):
+                status, text, _ = await it.ask(prompt="killer")
+                assert (status, json.loads(text)["error"]["code"]) == (500, 500)
+                assert (await it.ask(prompt="fine"))[0] == 200
+            assert sum(server.is_dead for server in it.prefill) == 2
+            assert [body["prompt"] for body in it.decode[0].bodies] == ["fine"] * 3
+
+    run(main())
+
+
+def test_a_suspect_is_no_risk_for_the_only_decode_server() -> None:
+    async def main() -> None:
+        async with setup([dies_of("killer", ticket())], [says(choices=[])]) as it:
+            status, _, response = await it.ask(prompt="killer")
+            assert (status, response.headers["Retry-After"]) == (503, "1")
+            assert it.decode[0].bodies == []
+            # Whoever comes afterwards is not suspected of what was before.
+            assert (await it.ask(prompt="fine"))[0] == 200
+
+    run(main())
+
+
 @pytest.mark.parametrize("broken", [says(500), says(503), empty])
 def test_broken_prefill_servers_cost_time_and_nothing_else(broken: Step) -> None:
     async def main() -> None:
-        async with setup([broken, broken], [says(choices=[])]) as it:
+        async with setup([broken, broken], [says(choices=[])] * 2) as it:
             assert (await it.ask())[0] == 200
-            assert [len(server.bodies) for server in it.prefill] == [1, 1]
+            # A suspect's second server is asked first whether it is well.
+            assert all(server.paths for server in it.prefill)
+            assert max(len(server.bodies) for server in it.prefill) == 1
 
     run(main())
 

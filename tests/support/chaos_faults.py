@@ -47,6 +47,12 @@ from tests.support.chaos_replicas import (
     scale_down,
     terminate_replica,
 )
+from tests.support.chaos_requests import (
+    equal_prompts,
+    killer_prompt,
+    long_request_ids,
+    prompts_beyond_the_pool,
+)
 from tests.support.link_relays import Link
 from tests.support.load import Ended
 
@@ -113,6 +119,10 @@ FAULTS = [
     Fault("64 clients that send half a body", "at any time", slow_bodies),
     Fault("flood of metrics scrapes", "at any time", metrics_flood),
     Fault("silent strangers at owners", "at any time", silent_strangers),
+    Fault("requests with equal prompts", "at any time", equal_prompts),
+    Fault("one request with more prompts than prefill holds", "at once", prompts_beyond_the_pool),
+    Fault("request ids of 4000 characters", "at any time", long_request_ids),
+    Fault("prompt that kills prefill engines", "five times", killer_prompt),
 ]
 
 ALONE = [

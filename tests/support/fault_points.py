@@ -14,12 +14,14 @@ class Armed:
         about: the engine that the held thread is dealing with.
     """
 
-    def __init__(self, folder: Path, point: str) -> None:
+    def __init__(self, folder: Path, point: str, about: str = "") -> None:
         self._folder = folder
         self._point = point
         self.pid = 0
         self.about = ""
-        (folder / point).touch()
+        written = folder / f".{point}"
+        written.write_text(about)
+        written.rename(folder / point)
 
     def wait(self, timeout_s: float = 30.0) -> None:
         """Until a process is held.
@@ -52,9 +54,13 @@ class FaultPoints:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def arm(self, point: str) -> Armed:
-        """Hold the next thread that reaches ``point``, whatever process it is of."""
-        return Armed(self.folder, point)
+    def arm(self, point: str, about: str = "") -> Armed:
+        """Hold the next thread that reaches ``point``, whatever process it is of.
+
+        Args:
+            about: only one that deals with this engine or user.
+        """
+        return Armed(self.folder, point, about)
 
     def clear(self) -> None:
         """Hold nobody, and let go of everybody."""

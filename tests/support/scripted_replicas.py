@@ -19,6 +19,7 @@ from deployments.errors import ReplicaLost
 from deployments.generation import GenerationRequest, Output, PrefillAnswer, Sent
 from deployments.handoff import Coordinator
 from deployments.handoff_state import RetryPolicy
+from deployments.suspects import Side
 from tests.support.tickets import make_ticket
 
 T1: dict[str, Any] = make_ticket("1").to_params()
@@ -39,12 +40,21 @@ class FakeCaller:
         prefills: what each prefill call does: answer, raise, or hang.
         decodes: what each decode call does, chunk by chunk.
         checks: what each check of several prompts says.
+        wells: who says that it is well, each time that is asked; by default ``prefill`` or
+            ``decode`` with the number of the question.
+        asked_well: sides and exclusions of these questions.
+        onlys: the one replica that each call was for.
+        decoders: decode replicas that are well.
         held: unset, notices to owners do not come back.
     """
 
     prefills: list[Any] = field(default_factory=list)
     decodes: list[Sequence[Any]] = field(default_factory=list)
     checks: list[Any] = field(default_factory=list)
+    wells: list[Any] = field(default_factory=list)
+    asked_well: list[tuple[str, set[str]]] = field(default_factory=list)
+    onlys: list[str | None] = field(default_factory=list)
+    decoders: int = 2
     log: list[tuple[Any, ...]] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     sent: list[Sent | None] = field(default_factory=list)
@@ -60,8 +70,11 @@ class FakeCaller:
             raise step
         return step
 
-    async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
+    async def prefill(
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
+    ) -> PrefillAnswer:
         self.log.append(("prefill", request.method, request.http, set(exclude)))
+        self.onlys.append(only)
         self.requests.append(request.body)
         self.sent.append(request.sent)
         self.open_calls += 1
@@ -74,9 +87,10 @@ class FakeCaller:
             self.open_calls -= 1
 
     async def decode(
-        self, request: GenerationRequest, exclude: frozenset[str]
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> AsyncGenerator[Output, None]:
         self.log.append(("decode", request.method, request.http, set(exclude)))
+        self.onlys.append(only)
         self.requests.append(request.body)
         self.sent.append(request.sent)
         self.open_calls += 1
@@ -89,6 +103,17 @@ class FakeCaller:
                 yield Output(step, "d1", refused=isinstance(step, ErrorResponse))
         finally:
             self.open_calls -= 1
+
+    async def well(self, side: Side, exclude: frozenset[str]) -> str:
+        self.asked_well.append((side, set(exclude)))
+        step = self.wells.pop(0) if self.wells else f"{side}-{len(self.asked_well)}"
+        if isinstance(step, Exception):
+            raise step
+        return str(step)
+
+    async def replicas(self, side: Side) -> int:
+        assert side == "decode"
+        return self.decoders
 
     async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
         if self.held is not None:
@@ -161,8 +186,8 @@ def served(
     return items
 
 
-def lost(replica_id: str, role: str = "decode") -> ReplicaLost:
-    return ReplicaLost(role, replica_id, "it died")
+def lost(replica_id: str, role: str = "decode", *, held: bool = True) -> ReplicaLost:
+    return ReplicaLost(role, replica_id, "it died", held=held)
 
 
 def part(text: str, *token_ids: int, resumable: bool = True, created: int | None = None) -> Output:

@@ -32,6 +32,7 @@ class Server:
     headers: list[Mapping[str, str]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     working: int = 0
+    is_dead: bool = False
     left: int = 0
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -53,6 +54,17 @@ async def dead(server: Server, request: web.Request) -> web.StreamResponse:
     """What vLLM says when its engine is gone."""
     status = 500 if request.method == "POST" else 503
     return web.json_response({"error": {"message": "EngineDeadError"}}, status=status)
+
+
+def dies_of(prompt: str, otherwise: Step) -> Step:
+    """Its engine dies when it is given a certain prompt, and answers nobody any more."""
+
+    async def step(server: Server, request: web.Request) -> web.StreamResponse:
+        if request.method == "POST":
+            server.is_dead |= (await request.json())["prompt"] == prompt
+        return await (dead if server.is_dead else otherwise)(server, request)
+
+    return step
 
 
 async def stumbles(server: Server, request: web.Request) -> web.StreamResponse:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deployments.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
+from deployments.suspects import Side
 from tests.support.tickets import make_ticket
 from transfer.ticket import handoff_id_of
 
@@ -18,6 +19,7 @@ class PrefillCall:
     """A prefill that is asked for; ``done`` is set by the test."""
 
     request: GenerationRequest
+    only: str | None
     done: asyncio.Future[PrefillAnswer]
 
 
@@ -26,6 +28,7 @@ class DecodeCall:
     """A decode that is asked for; the test puts outputs, an error, or None for its end."""
 
     request: GenerationRequest
+    only: str | None
     items: asyncio.Queue[Output | Exception | None] = field(default_factory=asyncio.Queue)
     outputs: int = 0
 
@@ -51,6 +54,7 @@ class World:
     Attributes:
         pinned: readers that are left of every hand-off that is offered.
         told: hand-offs whose owner was told that they will not be read.
+        decoders: decode replicas that are well.
     """
 
     def __init__(self) -> None:
@@ -59,15 +63,19 @@ class World:
         self.pinned: dict[str, int] = {}
         self.told: list[str] = []
         self.most_under_way = 0
+        self.decoders = 2
         self._offered = 0
+        self._starts = {"prefill": 0, "decode": 0}
 
     # ---- what the coordinator calls --------------------------------------------------------------
 
     async def check(self, request: GenerationRequest) -> Any | None:
         return None
 
-    async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
-        call = PrefillCall(request, asyncio.get_running_loop().create_future())
+    async def prefill(
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
+    ) -> PrefillAnswer:
+        call = PrefillCall(request, only, asyncio.get_running_loop().create_future())
         self.prefills.append(call)
         self._count()
         try:
@@ -81,9 +89,9 @@ class World:
             self.prefills.remove(call)
 
     async def decode(
-        self, request: GenerationRequest, exclude: frozenset[str]
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> AsyncGenerator[Output, None]:
-        call = DecodeCall(request)
+        call = DecodeCall(request, only)
         self.decodes.append(call)
         self._count()
         try:
@@ -94,11 +102,27 @@ class World:
         finally:
             self.decodes.remove(call)
 
+    async def well(self, side: Side, exclude: frozenset[str]) -> str:
+        return self.engine(side)
+
+    async def replicas(self, side: Side) -> int:
+        return self.decoders
+
     async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
         self.told.append(ticket["handoff_id"])
         return self._forget(ticket)
 
     # ---- what a test does ------------------------------------------------------------------------
+
+    def engine(self, side: Side) -> str:
+        """The engine of a side that is alive."""
+        return f"{side}-{self._starts[side]}"
+
+    def kill(self, side: Side) -> str:
+        """Ends it, and starts another one; its name."""
+        name = self.engine(side)
+        self._starts[side] += 1
+        return name
 
     def offer(self, readers: int, **changes: Any) -> dict[str, Any]:
         """Pins a prompt; returns its ticket, with ``changes`` as a broken owner might make them."""

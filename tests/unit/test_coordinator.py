@@ -77,7 +77,7 @@ def test_lost_prefill_replica_is_ruled_out_and_another_one_tried() -> None:
     [
         [NoReplica("prefill", 5.0)],
         [lost("p1", "prefill"), NoReplica("prefill", 0.0)],
-        [lost("p1", "prefill"), lost("p2", "prefill"), lost("p3", "prefill")],
+        [lost(name, "prefill", held=False) for name in ("p1", "p2", "p3")],
         [PrefillAnswer("p1")],
     ],
     ids=["none there", "only one there", "all lost", "no ticket"],
@@ -111,7 +111,7 @@ def test_request_that_decode_refuses_gives_its_blocks_up() -> None:
     ("failures", "excluded"),
     [
         ([lost("d1")], [set(), {"d1"}]),
-        ([lost("d1"), lost("d2")], [set(), {"d1"}, {"d1", "d2"}]),
+        ([lost("d1"), lost("d2", held=False)], [set(), {"d1"}, {"d1", "d2"}]),
         ([lost("d1"), NoReplica("decode", 5.0)], [set(), {"d1"}, set()]),
     ],
 )
@@ -138,7 +138,7 @@ def test_tickets_that_decode_leaves_unread_are_given_up_at_once() -> None:
 @pytest.mark.parametrize(
     "decodes",
     [
-        [[lost("d1")], [lost("d2")], [lost("d3")]],
+        [[lost("d1")], [lost("d2", held=False)], [lost("d3", held=False)]],
         [[NoReplica("decode", 5.0)]] * 3,
         [[]],
     ],
@@ -184,7 +184,7 @@ def test_router_counts_what_is_out_of_the_ordinary() -> None:
         [
             [NoReplica("decode", 1.0)],
             [unread, part("a", 1, created=7), lost("d1")],
-            [part("b", 2, resumable=False), lost("d2")],
+            [part("b", 2, resumable=False), lost("d2", held=False)],
         ],
     )
     events: list[RouterEvent] = []
@@ -202,10 +202,12 @@ def test_router_counts_what_is_out_of_the_ordinary() -> None:
     drive(main())
     assert [event.value for event in events] == [
         "prefill_lost",
+        "suspect_tried",
         "no_decode",
         "tickets_unread",
         "refused",
         "decode_lost",
+        "suspect_tried",
         "no_prefill",
         "stream_resumed",
         "decode_lost",

@@ -35,7 +35,7 @@ def test_stream_goes_on_twice() -> None:
         [],
         [
             [part("a", 1), lost("d1")],
-            [part("", 2), part("b", 3), lost("d2")],
+            [part("", 2), part("b", 3), lost("d2", held=False)],
             [part("c", 4)],
         ],
     )

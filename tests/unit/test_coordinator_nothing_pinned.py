@@ -81,6 +81,7 @@ class AnyTraffic(RuleBasedStateMachine):
         self.world = World()
         self.coordinator = Coordinator(self.world, POLICY, prompts_at_once=AT_ONCE)
         self.clients: list[asyncio.Task[None]] = []
+        self.asked = 0
 
     def teardown(self) -> None:
         for client in self.clients:
@@ -107,7 +108,9 @@ class AnyTraffic(RuleBasedStateMachine):
     @precondition(lambda self: len(self.clients) < 3)
     @rule(prompts=st.integers(1, 4), samples=st.integers(1, 2), stream=st.booleans())
     def asks(self, prompts: int, samples: int, stream: bool) -> None:
-        prompt: Any = "same" if prompts == 1 else ["same"] * prompts
+        self.asked += 1
+        same = f"same {self.asked}"
+        prompt: Any = same if prompts == 1 else [same] * prompts
         body = CompletionRequest(model="m", prompt=prompt, n=samples, stream=stream)
         sent = Sent() if stream and samples == 1 else None
         request = GenerationRequest("completions", body, sent=sent)
@@ -143,7 +146,7 @@ class AnyTraffic(RuleBasedStateMachine):
             case "refused":
                 call.done.set_result(PrefillAnswer("p", error=BAD))
             case "lost":
-                call.done.set_exception(lost("p", "prefill"))
+                call.done.set_exception(lost(self.world.kill("prefill"), "prefill"))
             case "nobody":
                 call.done.set_exception(NoReplica("prefill", 1.0))
         if client_leaves:
@@ -160,10 +163,12 @@ class AnyTraffic(RuleBasedStateMachine):
         items: dict[str, Output | Exception | None] = {
             "unread": Output("", "d", unread=True),
             "refused": Output(BAD, "d", refused=True),
-            "lost": lost("d"),
+            "lost": lost(self.world.engine("decode")),
             "nobody": NoReplica("decode", 1.0),
             "nothing": None,
         }
+        if how == "lost":
+            self.world.kill("decode")
         call.items.put_nowait(items[how])
         self.settle()
 
@@ -193,7 +198,7 @@ class AnyTraffic(RuleBasedStateMachine):
     @precondition(lambda self: self.begun(True))
     @rule(data=st.data())
     def decode_is_lost_in_mid_stream(self, data: st.DataObject) -> None:
-        self.pick(self.begun(True), data).items.put_nowait(lost("d"))
+        self.pick(self.begun(True), data).items.put_nowait(lost(self.world.kill("decode")))
         self.settle()
 
     @precondition(lambda self: self.clients)
@@ -201,6 +206,10 @@ class AnyTraffic(RuleBasedStateMachine):
     def client_leaves(self, data: st.DataObject) -> None:
         self.pick(self.clients, data).cancel()
         self.settle()
+
+    @rule(decoders=st.integers(0, 3))
+    def decode_replicas_come_and_go(self, decoders: int) -> None:
+        self.world.decoders = decoders
 
     # -- what always holds --
 

@@ -61,6 +61,17 @@ def test_one_thread_is_held_until_it_is_let_go(folder: Path) -> None:
     assert not list(folder.iterdir())
 
 
+def test_a_point_may_wait_for_somebody(folder: Path) -> None:
+    (folder / "prefill.computing").write_text("killer")
+    faults.reach("prefill.computing")
+    faults.reach("prefill.computing", "somebody")
+    thread = threading.Thread(target=faults.reach, args=("prefill.computing", "killer"))
+    thread.start()
+    _held(folder, "prefill.computing").unlink()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
 def test_coroutines_beside_a_held_one_go_on(folder: Path) -> None:
     (folder / "router.ticket").touch()
 

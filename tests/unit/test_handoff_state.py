@@ -26,6 +26,7 @@ from deployments.handoff_state import (
     Stage,
     Start,
     TicketUnread,
+    Unwanted,
 )
 from tests.support.tickets import make_ticket
 from transfer.ticket import Ticket
@@ -71,6 +72,30 @@ PATHS: dict[str, list[Step]] = {
         (PrefillLost("p2"), [decode()]),
         (FirstChunk(), []),
         (DecodeEnded(), []),
+    ],
+    "a suspect whose prefill replica was the only one": [
+        (Start(), [prefill()]),
+        (PrefillLost("p0", fallback=False), [prefill("p0", pause_s=0.1)]),
+        (PrefillLost(None, fallback=False), [Answer(None)]),
+    ],
+    "a suspect with no attempt left": [
+        (Start(), [prefill()]),
+        (PrefillLost("p0", fallback=False), [prefill("p0", pause_s=0.1)]),
+        (PrefillLost("p1", fallback=False), [prefill("p0", "p1", pause_s=0.2)]),
+        (PrefillLost("p2", fallback=False), [Answer(None)]),
+    ],
+    "unwanted after prefill died": [
+        (Start(), [prefill()]),
+        (Unwanted("killer"), [Answer("killer")]),
+        (ClientGone(), []),
+    ],
+    "unwanted after decode died": [
+        *TO_DECODE,
+        (Unwanted("killer"), [GIVE_UP, Answer("killer")]),
+    ],
+    "unwanted in mid-stream": [
+        *TO_STREAM,
+        (Unwanted("killer"), [GIVE_UP, Answer("killer", streaming=True)]),
     ],
     "no prefill replica": [(Start(), [prefill()]), (PrefillLost(None), [decode()])],
     "the last prefill replica lost": [
@@ -371,10 +396,16 @@ class AnyOrder(RuleBasedStateMachine):
         self.tell(PrefillLost(replica))
 
     @precondition(prefilling)
+    @rule(fallback=st.booleans())
+    def no_prefill(self, fallback: bool) -> None:
+        self.tell(PrefillLost(None, fallback))
+        assert self.decoding() or not self.client_here or not fallback
+
+    @precondition(lambda self: self.running is not None)
     @rule()
-    def no_prefill(self) -> None:
-        self.tell(PrefillLost(None))
-        assert self.decoding() or not self.client_here
+    def is_unwanted(self) -> None:
+        self.tell(Unwanted("killer"))
+        assert self.running is None
 
     @precondition(lambda self: self.running is not None and not self.streaming)
     @rule()

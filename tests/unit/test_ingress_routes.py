@@ -65,12 +65,14 @@ class FakeCaller:
         self.calls.append(("check", request.method, request.body))
         return None
 
-    async def prefill(self, request: GenerationRequest, exclude: frozenset[str]) -> PrefillAnswer:
+    async def prefill(
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
+    ) -> PrefillAnswer:
         self.calls.append(("prefill", request.method, request.body))
         return self.prefilled
 
     async def decode(
-        self, request: GenerationRequest, exclude: frozenset[str]
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> AsyncGenerator[Output, None]:
         self.calls.append(("decode", request.method, request.body))
         self.decoding += 1

@@ -7,6 +7,7 @@ import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments import server
+from deployments.errors import EngineGone
 
 
 class FakeEngine:
@@ -14,6 +15,7 @@ class FakeEngine:
 
     def __init__(self, *offers: list[int]) -> None:
         self.offers = list(offers)
+        self.is_dead = not offers
 
     async def transfer_status(self) -> list[dict[str, Any]]:
         if not self.offers:
@@ -40,3 +42,10 @@ def test_replica_that_is_stopped_waits_for_its_readers(
     asyncio.run(server.until_nothing_is_offered(engine))
 
     assert len(engine.offers) == left
+
+
+def test_a_call_that_comes_to_a_dead_engine_is_told_so() -> None:
+    server.require_alive(FakeEngine([0]))
+
+    with pytest.raises(EngineGone):
+        server.require_alive(FakeEngine())
