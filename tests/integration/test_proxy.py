@@ -518,6 +518,24 @@ def test_health_says_which_side_is_missing() -> None:
     run(main())
 
 
+def test_a_list_of_models_is_no_sign_of_health() -> None:
+    """Some servers give it long before their engine is up."""
+
+    async def starting(server: Server, request: web.Request) -> web.StreamResponse:
+        return await says(200 if request.path == "/v1/models" else 503)(server, request)
+
+    async def main() -> None:
+        async with setup([starting], [starting]) as it:
+            async with it.client.get(f"{it.url}/v1/models") as response:
+                assert response.status == 200
+            async with it.client.get(f"{it.url}/health") as response:
+                assert response.status == 503
+                assert (await response.json())["decode"] == f"{it.decode[0].url} answered 503"
+            assert [server.paths for server in it.prefill] == [["/health"]]
+
+    run(main())
+
+
 # ---- clients that leave --------------------------------------------------------------------------
 
 
