@@ -89,7 +89,7 @@ class HttpCaller:
             held = answer.status == 500 and not await self._healthy(url)
             raise ReplicaLost("prefill", url, f"it answered {answer.status}", held=held)
         if answer.status in _UNFIT:
-            logger.info("%s refused a prompt, decode decides: %.300r", url, answer.content)
+            logger.info("%s answered %d; decode decides on the request", url, answer.status)
             return PrefillAnswer(url)
         if answer.status != 200:
             return PrefillAnswer(url, error=answer)
