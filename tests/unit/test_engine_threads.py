@@ -90,6 +90,23 @@ def test_budget_is_first_come_first_served() -> None:
     assert got == [60, 200, 30]
 
 
+def test_budget_says_so_before_it_lets_wait() -> None:
+    budget, said = ByteBudget(100), threading.Event()
+
+    def take() -> None:
+        with budget.taken(100, Interrupt(), said.set):
+            pass
+
+    take()
+    assert not said.is_set()
+    with budget.taken(1, Interrupt()):
+        thread = threading.Thread(target=take)
+        thread.start()
+        assert said.wait(5)
+    thread.join(5)
+    assert not thread.is_alive()
+
+
 def test_budget_lets_go_of_who_is_interrupted() -> None:
     budget, interrupt = ByteBudget(100), Interrupt()
     errors: list[TransferError] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,8 +38,11 @@ def test_the_proof_is_the_one_that_is_written_down() -> None:
     """In the words of its description, so that another implementation could be made from it."""
     greeting = hashlib.sha256((5).to_bytes(8, "little") + b"hello" + b"welcome").digest()
     place = b"\x02" + greeting + bytes([OK]) + (7).to_bytes(8, "little") + b"p" * PROOF_BYTES
-    right = hmac.digest(SECRET.encode(), place + b"content", "sha256")
-    assert PROOFS.of_answer(SECRET, OK, 7, b"p" * PROOF_BYTES, b"content") == right
+    long = b"x" * 4096
+    for content, hashed in ((b"content", b"content"), (long, hashlib.sha256(long).digest())):
+        whole = place + len(content).to_bytes(8, "little") + hashed
+        right = hashlib.blake2b(whole, digest_size=32, key=SECRET.encode()).digest()
+        assert PROOFS.of_answer(SECRET, OK, 7, b"p" * PROOF_BYTES, content) == right
 
 
 @given(st.text(st.characters(exclude_categories=[])), st.binary())
@@ -49,6 +51,11 @@ def test_any_text_is_a_secret_and_any_buffer_content(secret: str, content: bytes
     assert same_proof(proof, PROOFS.of_request(secret, RELEASE, 1, memoryview(content)))
     assert not same_proof(proof, PROOFS.of_request(secret + "x", RELEASE, 1, bytearray(content)))
     assert not same_proof(proof, proof[:-1])
+
+
+def test_long_secrets_differ_to_their_end() -> None:
+    one, other = (PROOFS.of_request("s" * 100 + end, RELEASE, 1) for end in "ab")
+    assert one != other
 
 
 def test_neither_secret_nor_proof_is_shown() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from transfer.transports.base import Interrupt
@@ -27,20 +27,37 @@ class ByteBudget:
         return f"<ByteBudget {self._used_bytes} of {self._limit_bytes} used>"
 
     @contextmanager
-    def taken(self, amount_bytes: int, interrupt: Interrupt) -> Iterator[None]:
+    def taken(
+        self,
+        amount_bytes: int,
+        interrupt: Interrupt,
+        before_waiting: Callable[[], None] = lambda: None,
+    ) -> Iterator[None]:
         """Wait for ``amount_bytes`` and hold them within the block.
+
+        Args:
+            before_waiting: called if they are not there at once; what it raises goes through.
 
         Raises:
             TransferError: the interrupt's error, when it is set while waiting.
         """
         with interrupt.watched_by(self._notify):
-            self._take(amount_bytes, interrupt)
+            if not self._taken_at_once(amount_bytes):
+                before_waiting()
+                self._take(amount_bytes, interrupt)
         try:
             yield
         finally:
             with self._wake:
                 self._used_bytes -= amount_bytes
                 self._wake.notify_all()
+
+    def _taken_at_once(self, amount_bytes: int) -> bool:
+        with self._wake:
+            free = not self._waiting and self._fits(amount_bytes)
+            if free:
+                self._used_bytes += amount_bytes
+            return free
 
     def _take(self, amount_bytes: int, interrupt: Interrupt) -> None:
         place = object()

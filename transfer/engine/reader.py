@@ -256,19 +256,23 @@ class _Read:
         while not self._all_read:
             channel = link.routes.channel
             try:
-                self._read_from(channel, plan)
+                self._read_from(link, channel, plan)
                 self._all_read = True
             except TransportUnavailable as error:
                 self._handle.interrupt.check()
                 link.routes.lose(channel, error)
                 self._handle.advance(TransferState.CONNECTING)
 
-    def _read_from(self, channel: DataChannel, plan: ReadPlan) -> None:
+    def _read_from(self, link: Link, channel: DataChannel, plan: ReadPlan) -> None:
         handle = self._handle
+
+        def settle() -> None:
+            link.control.settle(self._left_s())
+
         if not plan.local.size:
             return
         with (
-            self._budget.taken(total_bytes(plan.local), handle.interrupt),
+            self._budget.taken(total_bytes(plan.local), handle.interrupt, settle),
             channel.open_read(self._credentials, plan, self._left_s()) as session,
         ):
             self._read_id = session.read_id

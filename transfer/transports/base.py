@@ -239,6 +239,11 @@ class ControlChannel(ABC):
         return -1
 
     @abstractmethod
+    def settle(self, timeout_s: float) -> None:
+        """Say what could wait for the next call. For who will make none for a while: an owner does
+        not keep those for long who have not proved anything yet."""
+
+    @abstractmethod
     def exchange(self, scheme: str, request: bytes, timeout_s: float) -> bytes:
         """Set up what transport ``scheme`` needs; see :meth:`Attachment.exchange`."""
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 
 from transfer.errors import FatalError, HandoffNotReady, PeerUnreachable, Phase, TransferError
 from transfer.settings import TransferSettings
@@ -75,6 +76,8 @@ class TcpTransport(ControlTransport):
         return TcpControl(self._dialer.connect(address, caller, credentials, timeout_s))
 
     def open_data(self, address: str, caller: Caller, control: ControlChannel) -> TcpData:
+        # Control is not needed before the end of the first read.
+        control.settle(self._settings.connect_timeout_s)
         return TcpData(address, caller, control.info, self._settings, self._dialer)
 
 
@@ -129,8 +132,12 @@ class TcpData(DataChannel):
 
     def give_back(self, connection: Connection) -> None:
         """One without requests under way is free for the next read."""
+        proven = False
+        with suppress(OSError):  # it broke
+            connection.end_greeting(time.monotonic() + self._settings.connect_timeout_s)
+            proven = True
         with self._lock:
-            kept = not self._closed
+            kept = proven and not self._closed
             if kept:
                 self._idle.append(connection)
         if not kept:

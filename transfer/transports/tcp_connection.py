@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from transfer.errors import OwnerUnproven, Phase, ProtocolError
 from transfer.transports import tcp_wire as wire
@@ -15,13 +15,15 @@ from transfer.transports.tcp_wire import Header, MessageType, Renewal
 from transfer.types import Credentials, PeerInfo
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """A request under way: what its answer is checked against."""
 
     id: int
-    secret: str = field(repr=False)
-    proof: bytes = field(repr=False)
+    secret: str
+    proof: bytes
+
+    def __repr__(self) -> str:
+        return f"<Question {self.id}>"
 
 
 class Connection:
@@ -30,15 +32,22 @@ class Connection:
     Args:
         info: what the owner said of itself, with proof that it knows ``secret``.
         secret: of the hand-off with which the two ends greeted each other.
+        unsaid: ends the greeting, along with the first request: the owner wakes up once.
     """
 
     def __init__(
-        self, stream: TcpStream, info: PeerInfo, proofs: ConnectionProofs, secret: str
+        self,
+        stream: TcpStream,
+        info: PeerInfo,
+        proofs: ConnectionProofs,
+        secret: str,
+        unsaid: bytes = b"",
     ) -> None:
         self.stream = stream
         self.info = info
         self._proofs = proofs
         self._secret = secret
+        self._unsaid = unsaid
         self._ids = itertools.count(1)
 
     def __repr__(self) -> str:
@@ -65,6 +74,15 @@ class Connection:
         content = wire.encode_renew(renewals)
         return self._ask(number, MessageType.RENEW, content, self._secret, deadline)
 
+    def end_greeting(self, deadline: float | None = None) -> None:
+        """For who will ask nothing for a while: to the owner this is a stranger till then.
+
+        Raises:
+            OSError: as for :meth:`ask`.
+        """
+        if self._unsaid:
+            self._send(b"", deadline)
+
     def check(self, question: Question, type_: MessageType, proof: bytes, content: Buffer) -> None:
         """See that an answer is of who knows the secret.
 
@@ -84,8 +102,12 @@ class Connection:
         deadline: float | None,
     ) -> Question:
         proof = self._proofs.of_request(secret, type_, number, content)
-        self.stream.send(wire.message(type_, number, proof, content), deadline)
+        self._send(wire.message(type_, number, proof, content), deadline)
         return Question(number, secret, proof)
+
+    def _send(self, message: bytes, deadline: float | None) -> None:
+        unsaid, self._unsaid = self._unsaid, b""
+        self.stream.send(unsaid + message if unsaid else message, deadline)
 
     def _renewal(self, credentials: Credentials, number: int) -> Renewal:
         claim = credentials.claim

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from transfer.errors import DeadlineExceeded, Phase, TransferError
 from transfer.transports import tcp_wire as wire
@@ -15,6 +16,8 @@ from transfer.transports.tcp_messages import MessageReader
 from transfer.transports.tcp_stream import translated
 from transfer.transports.tcp_wire import MessageType
 from transfer.types import Credentials, SpanArray
+
+_Result = TypeVar("_Result")
 
 
 class TcpControl(ControlChannel):
@@ -90,6 +93,9 @@ class TcpControl(ControlChannel):
         body = wire.encode_abort(credentials.claim, reason)
         self._claim(MessageType.ABORT, body, MessageType.OK, timeout_s, credentials)
 
+    def settle(self, timeout_s: float) -> None:
+        self._in_turn(self._connection.end_greeting, timeout_s, Phase.CONNECT)
+
     def shutdown(self) -> None:
         self._broken = True
         self._connection.stream.shutdown()
@@ -126,6 +132,24 @@ class TcpControl(ControlChannel):
         handoff_id: str = "",
     ) -> memoryview:
         """The answer to what ``ask`` asks, without its proof, which was the right one."""
+        error, answer = self._in_turn(
+            lambda deadline: self._exchange(ask, expected, deadline, phase, handoff_id),
+            timeout_s,
+            phase,
+            handoff_id,
+        )
+        if error is not None:
+            raise error
+        return answer
+
+    def _in_turn(
+        self,
+        work: Callable[[float], _Result],
+        timeout_s: float,
+        phase: Phase,
+        handoff_id: str = "",
+    ) -> _Result:
+        """Do it alone on the connection, which is of no more use if that fails."""
         deadline = time.monotonic() + timeout_s
         if not self._turn.acquire(timeout=max(0.0, timeout_s)):
             raise DeadlineExceeded(
@@ -137,15 +161,13 @@ class TcpControl(ControlChannel):
         whole = False
         try:
             with translated(phase, self._peer, handoff_id):
-                error, answer = self._exchange(ask, expected, deadline, phase, handoff_id)
+                result = work(deadline)
             whole = True
+            return result
         finally:
             if not whole:  # what comes next on this connection is unknown
                 self._broken = True
             self._turn.release()
-        if error is not None:
-            raise error
-        return answer
 
     def _exchange(
         self,

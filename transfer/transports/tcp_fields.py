@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import numpy as np
@@ -65,17 +66,13 @@ class Fields:
         return value == 1
 
     def text(self) -> str:
-        return self._utf8(self.u16(), MAX_TEXT_BYTES)
+        return self._text(self.u16(), MAX_TEXT_BYTES)
 
     def claim(self) -> Claim:
         fence, share, length = _CLAIM.unpack(self._take(_CLAIM.size))
-        if not share:
-            raise malformed("a claim with a share of 0")
-        texts = self._utf8(length, _CLAIM_TEXTS * MAX_TEXT_BYTES).split(_BETWEEN_TEXTS)
-        if len(texts) != _CLAIM_TEXTS:
-            raise malformed(f"a claim of {len(texts)} texts, not {_CLAIM_TEXTS}")
-        handoff_id, incarnation, reader = texts
-        return Claim(handoff_id, incarnation, fence, reader, share)
+        if length > _CLAIM_TEXTS * MAX_TEXT_BYTES:
+            raise _too_long(length, _CLAIM_TEXTS * MAX_TEXT_BYTES)
+        return _claim(fence, share, bytes(self._take(length)))
 
     def rows(self) -> SpanArray:
         size = len(self._body) - self._at
@@ -99,13 +96,29 @@ class Fields:
         if self._at != len(self._body):
             raise malformed(f"{len(self._body) - self._at} bytes too many in the body")
 
-    def _utf8(self, length: int, limit: int) -> str:
+    def _text(self, length: int, limit: int) -> str:
         if length > limit:
-            raise malformed(f"text of {length} bytes, at most {limit} are read")
-        try:
-            return str(self._take(length), "utf-8")
-        except UnicodeDecodeError:
-            raise malformed("text is not UTF-8") from None
+            raise _too_long(length, limit)
+        return _decoded(self._take(length))
+
+
+# All requests of a read have the same.
+@functools.lru_cache(maxsize=256)
+def _claim(fence: int, share: int, text: bytes) -> Claim:
+    if not share:
+        raise malformed("a claim with a share of 0")
+    texts = _decoded(text).split(_BETWEEN_TEXTS)
+    if len(texts) != _CLAIM_TEXTS:
+        raise malformed(f"a claim of {len(texts)} texts, not {_CLAIM_TEXTS}")
+    handoff_id, incarnation, reader = texts
+    return Claim(handoff_id, incarnation, fence, reader, share)
+
+
+def _decoded(data: Buffer) -> str:
+    try:
+        return str(data, "utf-8")
+    except UnicodeDecodeError:
+        raise malformed("text is not UTF-8") from None
 
 
 def encode_text(value: str) -> bytes:
@@ -121,6 +134,10 @@ def _utf8(value: str, limit: int) -> bytes:
     if len(data) > limit:
         raise malformed(f"text of {len(data)} bytes, at most {limit}")
     return data
+
+
+def _too_long(length: int, limit: int) -> ProtocolError:
+    return malformed(f"text of {length} bytes, at most {limit} are read")
 
 
 def malformed(message: str) -> ProtocolError:

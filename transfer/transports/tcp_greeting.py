@@ -1,8 +1,9 @@
 """The greeting, from both ends: each proves that it knows the secret of one hand-off.
 
 The reader says which; the owner answers with its proof, so that a reader takes in no layout or
-address of anybody else; the reader's own proof follows, and no answer to that is waited for. Until
-it has come the reader is a stranger, of which nothing but these two messages is taken in.
+address of anybody else; the reader's own proof follows along with its first request, and has no
+answer. Until it has come the reader is a stranger, of which nothing but these two messages is taken
+in.
 """
 
 from __future__ import annotations
@@ -53,9 +54,8 @@ def greet_owner(
     proofs, secret = ConnectionProofs(hello, welcome), credentials.secret
     if not same_proof(proof, proofs.of_answer(secret, MessageType.WELCOME, 0)):
         raise unproven(address)
-    proof = proofs.of_request(secret, MessageType.PROVE, 0)
-    stream.send(wire.message(MessageType.PROVE, 0, proof), deadline)
-    return Connection(stream, wire.decode_welcome(welcome), proofs, secret)
+    own = wire.message(MessageType.PROVE, 0, proofs.of_request(secret, MessageType.PROVE, 0))
+    return Connection(stream, wire.decode_welcome(welcome), proofs, secret, own)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import threading
+import logging
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from tests.support import raw_connections
 from tests.support.certificates import TlsFiles
 from tests.support.raw_connections import RawReader, receive, until_closed
+from tests.support.strangers import strangers
 from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import Buffer, Pair, engine_pair, succeeds, wait_until
 from transfer.transports import tcp_wire as wire
+from transfer.transports.base import Interrupt
+from transfer.transports.tcp import TcpTransport
 from transfer.transports.tcp_places import MAX_STRANGERS
 from transfer.transports.tcp_wire import MessageType
+from transfer.types import ReadPlan
 
 READS = 10
 PLAIN = TransferCase("tcp", {"transports": ["tcp"]})
@@ -27,33 +32,6 @@ def case(request: pytest.FixtureRequest, tls: TlsFiles) -> TransferCase:
     """The port that strangers come to."""
     files = tls.settings() if request.param == "tcp+tls" else {}
     return TransferCase(request.param, {"transports": ["tcp"], **files})
-
-
-@contextlib.contextmanager
-def strangers(address: str, count: int, first: bytes = b"") -> Iterator[None]:
-    """So many connections that say ``first`` and then nothing; those that are cut come again."""
-    stop = threading.Event()
-
-    def stay() -> None:
-        while not stop.is_set():
-            with contextlib.suppress(OSError), raw_connections.connect(address) as sock:
-                sock.sendall(first)
-                sock.settimeout(0.05)
-                while not stop.is_set():
-                    with contextlib.suppress(TimeoutError):
-                        if not sock.recv(4096):
-                            break
-            stop.wait(0.05)
-
-    threads = [threading.Thread(target=stay, name="stranger") for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
 
 
 def readers_that_come_anew_succeed(pair: Pair) -> None:
@@ -84,6 +62,45 @@ def test_those_who_greet_and_say_no_more_keep_nobody_out() -> None:
         with strangers(pair.owner.addresses[0], 24, hello):
             assert wait_until(lambda: _strangers(pair) >= 24)
             readers_that_come_anew_succeed(pair)
+
+
+def test_a_reader_is_no_stranger_while_its_bytes_come_slowly(
+    case: TransferCase, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its control connection has nothing to ask meanwhile."""
+    caplog.set_level(logging.INFO, "transfer")
+    settings = case.settings(connect_timeout_s=0.3)
+    with (
+        engine_pair(128, 1 << 16, settings=settings) as pair,
+        case.stalled(pair.owner.addresses[0], 3 << 20) as stall,
+    ):
+        pair.directory.move(pair.owner_id, stall.address)
+        handle = pair.read(pair.offer())
+        assert wait_until(lambda: stall.holds_back)
+        time.sleep(0.8)
+        stall.resume()
+        succeeds(handle)
+        assert pair.local_is_remote()
+    assert "once more" not in caplog.text
+
+
+def test_a_connection_that_nothing_was_asked_on_is_no_stranger_s(case: TransferCase) -> None:
+    settings = case.settings(connect_timeout_s=0.3)
+    with engine_pair(settings=settings) as pair:
+        transport, proof = TcpTransport(settings), pair.offer()
+        address = pair.owner.addresses[0]
+        control = transport.open_control(address, raw_connections.CALLER, proof, 5.0)
+        data = transport.open_data(address, raw_connections.CALLER, control)
+        local = Buffer(64, fill=0)
+        plan = ReadPlan(local.spans(range(64)), pair.remote.spans(range(64)))
+        data.open_read(proof, plan, 5.0).close()
+        time.sleep(0.8)
+        with data.open_read(proof, plan, 5.0) as session:
+            session.run(Interrupt())
+        assert np.array_equal(local.bytes, pair.remote.bytes)
+        control.release(proof, used=True, read_id="", timeout_s=5.0)
+        data.close()
+        control.close()
 
 
 def test_strangers_have_little_time(case: TransferCase) -> None:
