@@ -12,7 +12,8 @@
 #   SOAK_MINUTES, NUISANCE_MINUTES
 #                how long `make soak` and `make nuisances` last; 30 and 10
 #   BENCH_ARGS   arguments for the bench targets: --rounds of each; for bench-transfer --quick, the
-#                bars' cases only, 2 minutes; --help lists them
+#                bars' cases only, 2 minutes, and --before REV, that build of ours beside the
+#                present one; --help lists them
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -4,6 +4,7 @@
 
 * ``cases``: what is read; ``memory``: the pools it is read from and into.
 * ``systems``: one module per system; ``worker``: the process that an end of one runs in.
+* ``before``: another build of ours, to be measured beside the present one.
 * ``runner``: takes turns over the systems; ``host``: what else the machine did meanwhile.
 * ``results``, ``bars``, ``tables``, ``report``, ``plot``: what came out.
 

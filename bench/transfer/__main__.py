@@ -7,12 +7,15 @@ import json
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 from bench.transfer import report
+from bench.transfer.before import build_of
 from bench.transfer.cases import Profile, full, quick, smoke
-from bench.transfer.contestants import ROOT, contestants
+from bench.transfer.contestants import ROOT, builds, contestants
+from bench.transfer.results import Run
 from bench.transfer.runner import measure
 
 
@@ -24,22 +27,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="samples of each system in each case")
     parser.add_argument("--limit-minutes", type=float, default=38.0)
     parser.add_argument("--only", action="append", help="systems to run, by name; repeatable")
+    parser.add_argument(
+        "--before",
+        metavar="REV",
+        help="measure the transfer engine of that revision in place of the peers, and print the "
+        "report only",
+    )
     parser.add_argument("--environments", type=Path, default=ROOT / ".bench")
     parser.add_argument("--out", type=Path, help="Markdown file; the plot goes beside it")
     options = parser.parse_args()
 
-    chosen = _profile(options)
-    with tempfile.TemporaryDirectory(prefix="bench-transfer-") as scratch:
-        systems = contestants(options.environments.absolute(), chosen.pool_bytes, Path(scratch))
-        if options.only:
-            systems = [system for system in systems if system.name in options.only]
-        run = measure(
-            chosen,
-            systems,
-            limit_s=60 * options.limit_minutes,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-    if options.out is None:
+    run = _measured(options)
+    if options.out is None or options.before:
         print(report.render(run, plot=""))
         return
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +47,27 @@ def main() -> None:
     text = report.render(run, plot=picture.name if plotted else "")
     options.out.write_text(text)
     print(text)
+
+
+def _measured(options: argparse.Namespace) -> Run:
+    chosen = _profile(options)
+    with tempfile.TemporaryDirectory(prefix="bench-transfer-") as name, ExitStack() as stack:
+        scratch = Path(name)
+        if options.before:
+            chosen = chosen.with_new_connections()
+            (scratch / "before").mkdir()
+            packages = stack.enter_context(build_of(options.before, scratch / "before"))
+            systems = builds(scratch, chosen.pool_bytes, packages)
+        else:
+            systems = contestants(options.environments.absolute(), chosen.pool_bytes, scratch)
+        if options.only:
+            systems = [system for system in systems if system.name in options.only]
+        return measure(
+            chosen,
+            systems,
+            limit_s=60 * options.limit_minutes,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
 
 
 def _profile(options: argparse.Namespace) -> Profile:

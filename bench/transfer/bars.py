@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from bench.transfer.cases import (
+    ANEW,
     BAR_BLOCKS,
     BAR_TOTAL,
     KIB,
@@ -18,8 +19,12 @@ from bench.transfer.cases import (
 from bench.transfer.results import Outcome, Run
 
 TCP, SHM = "baton tcp", "baton shm"
+BEFORE = ", before"
+"""Ends the names of another build of ours."""
 MOONCAKE = ("mooncake tcp", "mooncake tcp, in parts")
 NIXL, NIXL_TCP, IPERF, MEMCPY = ("nixl",), ("nixl tcp",), ("iperf3",), ("memcpy",)
+_AS_FAST_AS_BEFORE = 0.97
+_AS_QUICK_TO_CONNECT = 1.15
 _SIXTY_FOUR = case_of(64 * KIB, BAR_TOTAL)
 
 
@@ -60,6 +65,7 @@ def judge(run: Run) -> list[Bar]:
             bars.append(faster(run, case, SHM, MEMCPY, 0.6))
     for system in (TCP, SHM):
         bars.append(_many(run, system))
+        bars += _before(run, system)
     return [bar for bar in bars if bar is not None]
 
 
@@ -100,6 +106,32 @@ def _many(run: Run, system: str) -> Bar | None:
     ratio = many.gb_per_s / few.gb_per_s
     reached = f"{ratio:.2f} ({many.gb_per_s:.2f} to {few.gb_per_s:.2f} GB/s)"
     return Bar(what, wanted, reached, _verdict(ratio >= 0.5))
+
+
+def _before(run: Run, system: str) -> list[Bar | None]:
+    """Against another build of ours."""
+    large = [case for case in run.cases if case.total_bytes > BAR_TOTAL // 2]
+    bars = [
+        faster(run, case, system, (system + BEFORE,), _AS_FAST_AS_BEFORE, digits=3)
+        for case in large
+    ]
+    return [*bars, _connects(run, system)]
+
+
+def _connects(run: Run, system: str) -> Bar | None:
+    """How long a small read takes that connects first."""
+    ours, theirs = run.outcome(ANEW, system), run.outcome(ANEW, system + BEFORE)
+    if ours is None or theirs is None:
+        return None
+    what = f"{system}, {human_bytes(ANEW.total_bytes)} over a new connection, p50"
+    wanted = f"at most {_AS_QUICK_TO_CONNECT:g} x the time of {system}{BEFORE}"
+    if not ours.works:
+        return Bar(what, wanted, f"failed: {ours.failure}", Verdict.FAIL)
+    if not theirs.works:
+        return Bar(what, wanted, f"{system}{BEFORE} failed", Verdict.NO_FIGURE)
+    mine, other = ours.latency_s(50), theirs.latency_s(50)
+    reached = f"{mine / other:.3f} ({1e3 * mine:.3f} to {1e3 * other:.3f} ms)"
+    return Bar(what, wanted, reached, _verdict(mine <= _AS_QUICK_TO_CONNECT * other))
 
 
 def _first_that_works(run: Run, case: Case, peers: Sequence[str]) -> tuple[str, Outcome | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 KIB = 1 << 10
@@ -23,6 +23,7 @@ class Case:
         reads: reads of every sample that are.
         turns: samples of every system in each round. What is over in microseconds depends on where
             the host has put the processors, which changes in the course of seconds.
+        anew: each read is the first over its connection.
     """
 
     block_bytes: int
@@ -31,10 +32,13 @@ class Case:
     warm_up: int = 1
     reads: int = 2
     turns: int = 1
+    anew: bool = False
 
     def __str__(self) -> str:
-        streams = "1 stream" if self.streams == 1 else f"{self.streams} streams"
-        return f"{self.count} x {human_bytes(self.block_bytes)}, {streams}"
+        how = "1 stream" if self.streams == 1 else f"{self.streams} streams"
+        if self.anew:
+            how = "new connection"
+        return f"{self.count} x {human_bytes(self.block_bytes)}, {how}"
 
     @property
     def total_bytes(self) -> int:
@@ -65,6 +69,8 @@ def case_of(block_bytes: int, total_bytes: int, streams: int = STREAMS) -> Case:
 BAR_BLOCKS = (12 * KIB, 64 * KIB, MIB)
 BAR_TOTAL = 128 * MIB
 MANY = Case(4 * KIB, 100_000, warm_up=0, reads=1)
+ANEW = Case(64 * KIB, 1, warm_up=5, reads=40, turns=5, anew=True)
+"""For builds of ours beside each other; with peers, connecting is no part of a read."""
 
 BLOCK_SWEEP = (4 * KIB, 12 * KIB, 64 * KIB, 256 * KIB, MIB)
 TOTAL_SWEEP = (MIB, 16 * MIB, 128 * MIB, GIB)
@@ -85,6 +91,10 @@ class Profile:
         """Of each pool: twice the biggest case, so that blocks lie scattered. Pages that no case
         uses are never touched."""
         return 2 * max(case.total_bytes for case in self.cases) + 64 * MIB
+
+    def with_new_connections(self) -> Profile:
+        """The same and :data:`ANEW`."""
+        return replace(self, cases=(*self.cases, ANEW))
 
 
 def quick(rounds: int = 7) -> Profile:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.transfer.bars import BEFORE
 from bench.transfer.cases import MIB, Case
 from bench.transfer.host import busy_seconds, cpu_seconds_of
 from bench.transfer.ports import free_port, wait_for_listener
@@ -90,6 +91,8 @@ class TwoProcesses(Contestant):
         needs: module or folder whose absence means that it is not installed.
         single: without an owner's process.
         counts: cases of fewer or more blocks are left to another configuration of the system.
+        packages: folder that its Python modules are imported from.
+        connects_anew: whether it runs cases in which every read connects anew.
         pinned: a device holds the pages of the pools. New ones in their place would be none of its
             business, so they stay from case to case.
     """
@@ -105,6 +108,8 @@ class TwoProcesses(Contestant):
     single: bool = False
     counts: tuple[int, int] = (0, 1 << 62)
     pinned: bool = False
+    packages: Path = ROOT
+    connects_anew: bool = False
     _children: dict[str, Child] = field(default_factory=dict)
     _case: Case | None = None
     _loaded: bool = False
@@ -122,6 +127,8 @@ class TwoProcesses(Contestant):
         return ""
 
     def skips(self, case: Case) -> bool:
+        if case.anew and not self.connects_anew:
+            return True
         return not self.counts[0] <= case.count <= self.counts[1]
 
     def load(self, case: Case) -> None:
@@ -221,7 +228,9 @@ class TwoProcesses(Contestant):
             child.resume()
 
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(ROOT), **self.environment}
+        # Nothing from the folder that it is started in: another build's may lie there.
+        own = {"PYTHONPATH": str(self.packages), "PYTHONSAFEPATH": "1"}
+        return {**os.environ, **own, **self.environment}
 
 
 @dataclass
@@ -346,6 +355,36 @@ class Iperf(Contestant):
             raise
 
 
+def builds(scratch: Path, pool_bytes: int, before: Path | None = None) -> list[Contestant]:
+    """Ours over every transport that needs no device.
+
+    Args:
+        before: folder to import another build of ours from, which then runs as well.
+    """
+
+    def build(scheme: str, suffix: str, packages: Path) -> TwoProcesses:
+        name = f"baton {scheme}{suffix}"
+        return TwoProcesses(
+            name,
+            "baton",
+            Path(sys.executable),
+            pool_bytes,
+            scratch / name.replace(" ", "-"),
+            environment={"BENCH_BATON_TRANSPORT": scheme},
+            needs=f"transfer.transports.{scheme}",
+            streams_matter=True,
+            packages=packages,
+            connects_anew=True,
+        )
+
+    found = {"": ROOT} if before is None else {"": ROOT, BEFORE: before}
+    return [
+        build(scheme, suffix, packages)
+        for scheme in ("tcp", "shm")
+        for suffix, packages in found.items()
+    ]
+
+
 def contestants(environments: Path, pool_bytes: int, scratch: Path) -> list[Contestant]:
     """All systems, ours first.
 
@@ -360,20 +399,9 @@ def contestants(environments: Path, pool_bytes: int, scratch: Path) -> list[Cont
         folder = scratch / name.replace(" ", "-").replace(",", "")
         return TwoProcesses(name, module, python, pool_bytes, folder, **more)
 
-    def baton(scheme: str) -> TwoProcesses:
-        return system(
-            f"baton {scheme}",
-            "baton",
-            own,
-            environment={"BENCH_BATON_TRANSPORT": scheme},
-            needs=f"transfer.transports.{scheme}",
-            streams_matter=True,
-        )
-
     loopback = {"UCX_NET_DEVICES": "lo", "NIXL_LOG_LEVEL": "WARN"}
     return [
-        baton("tcp"),
-        baton("shm"),
+        *builds(scratch, pool_bytes),
         system("mooncake tcp", "mooncake", mooncake, needs="mooncake.engine"),
         system(
             "mooncake tcp, in parts",

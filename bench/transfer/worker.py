@@ -82,6 +82,8 @@ class ReaderWorker:
         read, clock = self._end.read, time.perf_counter_ns
         spent = []
         for _ in range(self._case.warm_up + self._case.reads):
+            if self._case.anew:
+                self._end.disconnect()
             start = clock()
             read()
             spent.append(clock() - start)

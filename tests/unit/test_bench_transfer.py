@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench.transfer import report
-from bench.transfer.bars import SHM, TCP, Bar, Verdict, judge
-from bench.transfer.cases import KIB, MIB, Case, case_of, full, quick
+from bench.transfer.bars import BEFORE, SHM, TCP, Bar, Verdict, judge
+from bench.transfer.cases import ANEW, KIB, MIB, Case, case_of, full, quick
+from bench.transfer.contestants import builds, contestants
 from bench.transfer.memory import Pool, Scatter, scatter
 from bench.transfer.results import Outcome, Run, Sample
 
@@ -90,6 +92,29 @@ def test_a_peer_that_fails_is_no_bar_passed() -> None:
 def test_a_failure_of_ours_is_a_bar_missed() -> None:
     bars = judge(run_of({TCP: 0.0, "iperf3": 1.0}))
     assert verdict(bars, "1.3 x iperf3") is Verdict.FAIL
+
+
+@pytest.mark.parametrize(
+    ("now", "right"), [(0.98, Verdict.PASS), (0.96, Verdict.FAIL), (0.0, Verdict.FAIL)]
+)
+def test_large_reads_are_compared_with_those_of_before(now: float, right: Verdict) -> None:
+    bars = judge(run_of({TCP: 5 * now, f"{TCP}{BEFORE}": 5.0}))
+    assert verdict(bars, f"0.97 x {TCP}{BEFORE}") is right
+
+
+@pytest.mark.parametrize(
+    ("now", "right"), [(1 / 1.14, Verdict.PASS), (1 / 1.16, Verdict.FAIL), (0.0, Verdict.FAIL)]
+)
+def test_new_connections_are_compared_with_those_of_before(now: float, right: Verdict) -> None:
+    bars = judge(run_of({SHM: now, f"{SHM}{BEFORE}": 1.0}, ANEW))
+    assert [bar.verdict for bar in bars] == [right]
+
+
+def test_only_builds_of_ours_connect_anew(tmp_path: Path) -> None:
+    systems = [*builds(tmp_path, MIB, tmp_path), *contestants(tmp_path, MIB, tmp_path)]
+    able = [system.name for system in systems if not system.skips(ANEW)]
+    assert able == [TCP, f"{TCP}{BEFORE}", SHM, f"{SHM}{BEFORE}", TCP, SHM]
+    assert ANEW in quick().with_new_connections().cases
 
 
 def test_the_report_shows_failures_with_their_reason() -> None:

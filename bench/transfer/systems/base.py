@@ -54,6 +54,14 @@ class ReaderEnd(ABC):
         """Take what the owner's ``offer`` gave. Not timed."""
         return
 
+    def disconnect(self) -> None:
+        """Let the next read be the first over its connection. Not timed.
+
+        Raises:
+            NotImplementedError: not this system.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def read(self) -> None:
         """One read of all blocks, complete when it returns. This is what is timed.

@@ -66,21 +66,14 @@ class Owner(OwnerEnd):
     def offer(self, where: Scatter, reads: int) -> dict[str, Any]:
         self._engine.take_ended()
         self._fence += 1
-        proof = Credentials(uuid.uuid4().hex, _INCARNATION, self._fence, uuid.uuid4().hex, "")
+        handoff_id, secret = uuid.uuid4().hex, uuid.uuid4().hex
         grant = _spans(self._base, where, remote=True)
         # Every read is confirmed, which ends it for its reader: so each goes by another name.
+        # By position, as other builds have other names for the secret.
         self._engine.offer(
-            Offer(
-                handoff_id=proof.handoff_id,
-                fence=proof.fence,
-                secret=proof.secret,
-                grant=grant,
-                readers=reads,
-                ttl_s=_TTL_S,
-                num_blocks=where.remote.size,
-            )
+            Offer(handoff_id, self._fence, secret, grant, reads, _TTL_S, where.remote.size)
         )
-        return asdict(proof)
+        return asdict(Credentials(handoff_id, _INCARNATION, self._fence, secret, ""))
 
     def close(self) -> None:
         self._engine.close()
@@ -101,11 +94,16 @@ class Reader(ReaderEnd):
             local=_spans(self._pool.address, where, remote=False),
             remote=_spans(self._remote_base, where, remote=True),
         )
+        self._streams = case.streams
         self._current = self._engines.get(case.streams) or self._start(case.streams)
 
     def ready(self, offer: dict[str, Any]) -> None:
         self._offer = offer
         self._reads = 0
+
+    def disconnect(self) -> None:
+        self._engines.pop(self._streams).close()
+        self._current = self._start(self._streams)
 
     def read(self) -> None:
         self._reads += 1
