@@ -70,6 +70,7 @@ test: model ## Run every test but those marked slow
 chaos: $(STAMP) ## Inject every fault under load and write the table in docs/reliability.md (half an hour)
 	rm -rf build/chaos
 	@status=0; $(BIN)/python -m pytest tests/chaos -m 'chaos and not soak' $(PYTEST_ARGS) || status=$$?; \
+	  CHAOS_TLS=1 $(BIN)/python -m pytest tests/chaos -m 'chaos and not soak' -k strangers || status=$$?; \
 	  $(BIN)/python -m tests.support.chaos_table; exit $$status
 
 soak: $(STAMP) ## Mixed traffic and a random fault every 20 s (SOAK_MINUTES)

@@ -8,18 +8,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.certificates import Authority
 from tests.support.chaos_app import ChaosApp, chaos_app
 
 RESULTS = Path(os.environ.get("CHAOS_RESULTS", "build/chaos"))
 """Where rows of the table are kept; tests/support/chaos_table.py makes the table of them."""
 
+TLS = os.environ.get("CHAOS_TLS") == "1"
+"""Whether workers speak TLS with each other. Not in one session: two applications are too much for
+a small machine."""
+
 
 @pytest.fixture(scope="session")
 def ring(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChaosApp]:
-    with chaos_app(tiny_model, tmp_path_factory.mktemp("chaos")) as running:
+    folder = tmp_path_factory.mktemp("chaos")
+    files = Authority(folder, "ca").issue("worker", "127.0.0.1").settings() if TLS else {}
+    with chaos_app(tiny_model, folder, files) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def results() -> Path:
-    return RESULTS
+    return RESULTS / "tls" if TLS else RESULTS

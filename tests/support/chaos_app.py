@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,8 +127,14 @@ class ChaosApp:
 
 
 @contextmanager
-def chaos_app(model: Path, folder: Path) -> Iterator[ChaosApp]:
-    """Start it, ask every question once, and end it."""
+def chaos_app(
+    model: Path, folder: Path, transfer: Mapping[str, Any] | None = None
+) -> Iterator[ChaosApp]:
+    """Start it, ask every question once, and end it.
+
+    Args:
+        transfer: more settings of its transfers.
+    """
     prompts = [random.Random(length).choices(range(3, 200), k=length) for length in _LENGTHS]
     points = FaultPoints(folder / "faults")
     world = World(folder / "world")
@@ -148,6 +154,7 @@ def chaos_app(model: Path, folder: Path) -> Iterator[ChaosApp]:
                 "digests": True,
                 "read_deadline_s": READ_DEADLINE_S,
                 "ticket_ttl_s": TICKET_TTL_S,
+                **(transfer or {}),
             },
             discovery={
                 "kind": "etcd",

@@ -23,6 +23,7 @@ from tests.support.chaos_neighbours import (
     clock_set_back,
     metrics_flood,
     record_overwritten,
+    rogue_owners,
     silent_strangers,
     slow_bodies,
 )
@@ -123,6 +124,7 @@ FAULTS = [
     Fault("one request with more prompts than prefill holds", "at once", prompts_beyond_the_pool),
     Fault("request ids of 4000 characters", "at any time", long_request_ids),
     Fault("prompt that kills prefill engines", "five times", killer_prompt),
+    Fault("rogue owners", "at any time", rogue_owners),
 ]
 
 ALONE = [

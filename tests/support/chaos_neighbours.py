@@ -13,12 +13,15 @@ import pyetcd
 
 from tests.support.chaos_app import LEASE_TTL_S, ChaosApp
 from tests.support.chaos_fault import OUTAGE_S, Began, Inject
-from transfer.addressing import parse_address
+from tests.support.link_relays import Link
+from tests.support.meddling_relay import MeddlingRelay, greet_only
+from tests.support.strangers import strangers
 from transfer.discovery.record import workers_prefix
+from transfer.transports.tcp_places import MAX_STRANGERS
 
 _SLOW_BODIES = 64
 _SCRAPES, _SCRAPES_AT_ONCE = 300, 64
-_STRANGERS = 32
+_STRANGERS = MAX_STRANGERS + 8
 _SET_BACK_S = -3600.0
 
 
@@ -62,15 +65,33 @@ def metrics_flood(ring: ChaosApp, began: Began) -> None:
 
 
 def silent_strangers(ring: ChaosApp, began: Began) -> None:
-    """Connections to every prefill worker that say nothing."""
-    addresses = [parse_address(_address(value)) for value in _records(ring).values()]
-    with ExitStack() as strangers:
+    """Connections to every prefill worker that say nothing, more than it has places for them."""
+    with ExitStack() as everywhere:
         began()
-        for address in addresses:
-            for _ in range(_STRANGERS):
-                stranger = socket.create_connection((address.host, address.port), timeout=5)
-                strangers.enter_context(stranger)
+        for address in _addresses(ring):
+            everywhere.enter_context(strangers(address, _STRANGERS))
         time.sleep(OUTAGE_S)
+
+
+def rogue_owners(ring: ChaosApp, began: Began) -> None:
+    """Something at every prefill worker's address greets as the true one does, and then answers
+    reads and confirms them by itself."""
+    with ExitStack() as everywhere:
+        rogues = {
+            address: everywhere.enter_context(MeddlingRelay(address, greet_only))
+            for address in _addresses(ring)
+        }
+        began()
+        for address, rogue in rogues.items():
+            ring.relays.put_before(address, rogue.address)
+        # Those who are connected to the true ones have to come again.
+        ring.relays.set(Link.REFUSED)
+        time.sleep(OUTAGE_S)
+        for address in rogues:
+            ring.relays.put_before(address)
+        ring.relays.set(Link.OPEN)
+    if not all(rogue.messages for rogue in rogues.values()):
+        raise RuntimeError("nobody came to an owner's address")
 
 
 def record_overwritten(value: bytes) -> Inject:
@@ -103,10 +124,11 @@ def _records(ring: ChaosApp) -> dict[str, bytes]:
         }
 
 
+def _addresses(ring: ChaosApp) -> list[str]:
+    """Where readers look for the prefill workers."""
+    return [str(json.loads(record)["addresses"][0]) for record in _records(ring).values()]
+
+
 def _client(ring: ChaosApp) -> pyetcd.Etcd3Client:
     host, _, port = ring.etcd.endpoints[0].partition(":")
     return pyetcd.client(host=host, port=int(port), timeout=2)
-
-
-def _address(record: bytes) -> str:
-    return str(json.loads(record)["addresses"][0])

@@ -220,6 +220,11 @@ class WorkerRelays(Relays):
         self._looker.join()
         super().__exit__(kind, error, trace)
 
+    def put_before(self, address: str, other: str = "") -> None:
+        """Send those who connect to ``address`` from now on to ``other``, else to the relay."""
+        target, instead = parse_address(address), parse_address(other or self.instead_of(address))
+        self._world.connect_by(f"{target.host}:{target.port}", f"{instead.host}:{instead.port}")
+
     def _look(self) -> None:
         while not self._stop.wait(_LOOK_EVERY_S):
             try:
@@ -235,5 +240,4 @@ class WorkerRelays(Relays):
         document = json.loads(item.value or b"{}")
         (address,) = document.get("addresses") or [""]
         if document.get("role") == "kv_producer" and address not in self._relays:
-            target, relay = parse_address(address), parse_address(self.instead_of(address))
-            self._world.connect_by(f"{target.host}:{target.port}", f"{relay.host}:{relay.port}")
+            self.put_before(address)

@@ -12,6 +12,7 @@ from typing import Self
 from tests.support.raw_connections import Message, connect, receive
 from transfer.settings import TransferSettings
 from transfer.transports import tcp_wire as wire
+from transfer.transports.tcp_proofs import PROOF_BYTES
 from transfer.transports.tcp_wire import MessageType
 from transfer.transports.tls import TlsContexts
 
@@ -19,11 +20,33 @@ Meddler = Callable[[Message], bytes | Message | None]
 """Gives, for a reader's message, the answer that the reader gets at once, or what goes to the owner
 in its place; None passes it on."""
 
-GREETING = (MessageType.HELLO, MessageType.PROVE)
+_GREETING = (MessageType.HELLO, MessageType.PROVE)
+_ANSWERS = {
+    MessageType.BEGIN: MessageType.OK,
+    MessageType.RELEASE: MessageType.OK,
+    MessageType.ABORT: MessageType.OK,
+    MessageType.RENEW: MessageType.RENEWED,
+    MessageType.ATTACH: MessageType.ATTACHED,
+}
 
 
 def pass_on(message: Message) -> None:
     """Meddle with nothing."""
+
+
+def forged(message: Message, proof: bytes = bytes(PROOF_BYTES)) -> bytes:
+    """What an owner would answer, with a proof of one's own."""
+    type_, number, body = message.header.type, message.header.request_id, message.body
+    if type_ is MessageType.READ:
+        _, spans = wire.decode_read(body[PROOF_BYTES:])
+        data = bytes(int(spans[:, 1].sum()))
+        return wire.message(MessageType.DATA, number, proof, data)
+    return wire.message(_ANSWERS[type_], number, proof)
+
+
+def greet_only(message: Message) -> bytes | None:
+    """Let the true owner greet, and answer everything else."""
+    return None if message.header.type in _GREETING else forged(message)
 
 
 class MeddlingRelay:

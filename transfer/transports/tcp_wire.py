@@ -19,8 +19,8 @@ bits each.
 
 A connection begins with a greeting, in which each end proves that it knows the secret of one
 hand-off, and nothing else is taken in before. HELLO has the reader's nonce and its claim of the
-hand-off. WELCOME has the owner's proof and nonce. PROVE is the reader's proof; it
-has no answer, and may come along with the first request.
+hand-off. WELCOME has the owner's proof and nonce. PROVE is the reader's proof; it has no answer,
+and may come along with the first request.
 
 From then on the body of every message but ERROR begins with a proof (see :mod:`.tcp_proofs`): under
 the secret of the hand-off that a request claims, under that of the greeting in ATTACH and RENEW,

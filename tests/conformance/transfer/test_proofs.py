@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support import raw_connections
-from tests.support.meddling_relay import GREETING, MeddlingRelay
+from tests.support.meddling_relay import MeddlingRelay, forged, greet_only
 from tests.support.raw_connections import Message, RawReader, receive, until_closed
 from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import (
@@ -27,22 +27,6 @@ from transfer.transports.tcp import TcpTransport
 from transfer.transports.tcp_proofs import PROOF_BYTES
 from transfer.transports.tcp_wire import MessageType
 from transfer.types import Credentials, PeerId, PeerInfo
-
-ANSWERS = {
-    MessageType.BEGIN: MessageType.OK,
-    MessageType.RELEASE: MessageType.OK,
-    MessageType.ATTACH: MessageType.ATTACHED,
-}
-
-
-def forged(message: Message, proof: bytes = bytes(PROOF_BYTES)) -> bytes:
-    """What an owner would answer, with a proof of one's own."""
-    type_, number, body = message.header.type, message.header.request_id, message.body
-    if type_ is MessageType.READ:
-        _, spans = wire.decode_read(body[PROOF_BYTES:])
-        data = bytes(int(spans[:, 1].sum()))
-        return wire.message(MessageType.DATA, number, proof, data)
-    return wire.message(ANSWERS[type_], number, proof)
 
 
 def read_through(
@@ -68,9 +52,6 @@ def is_as_if_nothing_had_been(pair: Pair, proof: Credentials, relay: MeddlingRel
 
 
 def test_an_owner_that_repeats_what_any_stranger_is_told(pair: Pair) -> None:
-    def greet_only(message: Message) -> bytes | None:
-        return None if message.header.type in GREETING else forged(message)
-
     relay, proof, handle = read_through(pair, greet_only)
     fails(handle, OwnerUnproven, "has not proved")
     assert proof.handoff_id.encode() in relay.seen
