@@ -119,9 +119,9 @@ def test_forfeits_count_as_releases(pair: Pair) -> None:
 
 
 def test_renewal_keeps_an_offer_alive(pair: Pair) -> None:
-    kept, left = pair.offer(ttl_s=0.3), pair.offer(ttl_s=0.3)
+    kept, left = pair.offer(ttl_s=1.0), pair.offer(ttl_s=1.0)
     unknown = replace(kept, handoff_id="0" * 32)
-    until = time.monotonic() + 0.6
+    until = time.monotonic() + 2.0
     while time.monotonic() < until:
         pair.reader.submit_renew(pair.owner_id, [unknown, kept])
         time.sleep(0.05)
