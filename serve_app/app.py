@@ -34,6 +34,8 @@ _CONNECTOR = {
     "kv_connector_module_path": "transfer.connector",
     "kv_load_failure_policy": "recompute",
 }
+_CPU_STEP_TOKENS = 256
+"""Longest step of a decode engine, for each of its workers."""
 _KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
 _ONE_CORE_ENGINE = {
     # One CPU worker computes inside the engine process, on one core (deployments.engine).
@@ -114,6 +116,7 @@ def build_app(args: dict[str, Any]) -> Application:
         ),
         max_prompts=router.max_prompts,
         prompts_at_once=router.prompts_at_once,
+        max_prompt_logprobs=router.max_prompt_logprobs,
         max_tokenize_length=router.max_tokenize_length,
         pick_timeout_s=router.pick_timeout_s,
         health_timeout_s=router.health_timeout_s,
@@ -170,6 +173,7 @@ def _engine_kwargs(settings: Settings, role: Role) -> dict[str, Any]:
         "die_with_parent": True,
     }
     return {
+        **(_decode_defaults(settings) if role == "decode" else {}),
         **settings.engine,
         **side.engine,
         "tensor_parallel_size": side.tensor_parallel_size,
@@ -180,6 +184,23 @@ def _engine_kwargs(settings: Settings, role: Role) -> dict[str, Any]:
             "kv_connector_extra_config": extra,
         },
     }
+
+
+def _decode_defaults(settings: Settings) -> dict[str, Any]:
+    """Engine arguments of decode that the settings may overrule.
+
+    Prompts that decode computes itself, because a hand-off failed or cannot be used, share its
+    steps with its streams, which go on only from step to step. In a step of vLLM's own default
+    length a CPU computes for seconds.
+    """
+    side = settings.decode
+    engine = {**settings.engine, **side.engine}
+    if side.resources.gpus_per_worker or engine.get("enable_chunked_prefill") is False:
+        return {}
+    tokens = _CPU_STEP_TOKENS * side.tensor_parallel_size
+    streams = engine.get("max_num_seqs")
+    # vLLM refuses a step that has no room for a token of each stream.
+    return {"max_num_batched_tokens": max(tokens, streams if isinstance(streams, int) else 0)}
 
 
 def _deployment_config(side: SideSettings) -> dict[str, Any]:

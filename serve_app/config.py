@@ -182,6 +182,7 @@ class RouterSettings(Section):
     prompts_at_once: Annotated[int, Field(ge=1)] = 16
     max_bytes_in_flight: Annotated[int, Field(ge=1024)] = 256 << 20
     body_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    max_prompt_logprobs: Annotated[int, Field(ge=1)] = 1 << 18
     max_tokenize_length: Annotated[int, Field(ge=1)] = 1 << 20
     allowed_origins: list[str] = Field(
         default_factory=lambda: ["*"],

@@ -49,7 +49,7 @@ from serve_app.edge import Fault, header_fault
 from serve_app.guard import Guard
 from serve_app.http_errors import add_error_handlers, error_response, fault_response
 from serve_app.metrics import SCRAPE_KEPT_S, scrape
-from serve_app.router import bypass_reason
+from serve_app.router import bypass_reason, prompt_logprobs
 from serve_app.shared import Shared
 from serve_app.sse import as_events
 
@@ -72,6 +72,8 @@ class Ingress(OpenAiIngress):
         admission: bounds of what is let in.
         max_prompts: prompts times samples in one request.
         prompts_at_once: of one request, how many are under way at the same time.
+        max_prompt_logprobs: log-probabilities of prompts in one answer, as
+            :func:`~serve_app.router.prompt_logprobs` counts them.
         max_tokenize_length: characters to be tokenized, or tokens to be detokenized, in a request.
         pick_timeout_s: how long a request waits for a replica that can take it.
         health_timeout_s: how long ``/health`` waits for a side's answer.
@@ -92,6 +94,7 @@ class Ingress(OpenAiIngress):
         admission: AdmissionPolicy,
         max_prompts: int,
         prompts_at_once: int,
+        max_prompt_logprobs: int,
         max_tokenize_length: int,
         pick_timeout_s: float,
         health_timeout_s: float,
@@ -109,6 +112,7 @@ class Ingress(OpenAiIngress):
             self._caller, policy, Admission(admission), _count, prompts_at_once=prompts_at_once
         )
         self._max_prompts = max_prompts
+        self._max_prompt_logprobs = max_prompt_logprobs
         self._max_tokenize_length = max_tokenize_length
         self._health_timeout_s = health_timeout_s
         self._cache_salt_by_key = cache_salt_by_key
@@ -270,6 +274,15 @@ class Ingress(OpenAiIngress):
                 f"{'prompt' if prompts > 1 else 'n'}: {prompts} prompts with {samples} samples "
                 f"each are more than {self._max_prompts} answers; send several requests",
                 param="prompt" if prompts > 1 else "n",
+            )
+        field, logprobs = prompt_logprobs(body)
+        if logprobs > (allowed := self._max_prompt_logprobs):
+            return error_response(
+                400,
+                f"{field}: {logprobs} log-probabilities of the prompts (characters, or tokens if "
+                "they are given, times samples, times the token's own and the best) are more than "
+                f"{allowed}; ask for fewer, or send several requests",
+                param=field,
             )
         return None
 

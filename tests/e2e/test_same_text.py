@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import openai
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 from serve_app.demo_model import resolve_model
 from tests.support.baton_app import ROOT, BatonApp, write_config
 from tests.support.reference import reference_texts
+from tests.support.streams import Stream
 from tests.support.vllm_server import get, metric, post
 
 pytestmark = pytest.mark.timeout(900)
@@ -246,3 +248,24 @@ def test_a_client_that_leaves_frees_both_sides(demo: BatonApp, after_s: float) -
 
 def _running_requests(app: BatonApp) -> int:
     return sum(worker["unfinished_requests"] for side in app.status().values() for worker in side)
+
+
+def test_logprobs_of_a_long_prompt_do_not_stop_another_stream(demo: BatonApp) -> None:
+    """Decode computes such a prompt itself, beside the stream, in pieces."""
+    words = (ROOT / "LICENSE").read_text().split()
+    asked = {"model": MODEL, "prompt": " ".join(words[:700]), "max_tokens": 1}
+    body = {"model": MODEL, "prompt": "The sea is salty", "max_tokens": 1000, "ignore_eos": True}
+    with Stream(demo.url, "/v1/completions", body) as stream, ThreadPoolExecutor(1) as pool:
+        events = iter(stream)
+        next(events)
+        came = [time.monotonic()]
+        answer = pool.submit(post, f"{demo.url}/v1/completions", {**asked, "prompt_logprobs": 20})
+        for _ in events:
+            came.append(time.monotonic())
+            if answer.done():
+                break
+        tokens = answer.result()["choices"][0]["prompt_logprobs"]
+
+    assert len(tokens) > 700
+    longest = max(after - before for before, after in pairwise(came))
+    assert longest < (came[-1] - came[0]) / 2

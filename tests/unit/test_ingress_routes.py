@@ -160,6 +160,7 @@ class Endpoint:
             admission=AdmissionPolicy(max_requests=max_requests),
             max_prompts=4,
             prompts_at_once=2,
+            max_prompt_logprobs=100,
             max_tokenize_length=100,
             pick_timeout_s=1.0,
             health_timeout_s=1.0,
@@ -550,6 +551,48 @@ def test_request_that_cannot_use_foreign_blocks_goes_to_decode_alone(endpoint: E
 
     assert response.status_code == 200
     assert endpoint.caller.sides() == ["decode"]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "field"),
+    [
+        ("/v1/completions", {"prompt": "x" * 10, "prompt_logprobs": 10}, "prompt_logprobs"),
+        ("/v1/completions", {"prompt": "x" * 10, "echo": True, "logprobs": 10}, "logprobs"),
+        ("/v1/completions", {"prompt": [7] * 51, "prompt_logprobs": 1}, "prompt_logprobs"),
+        ("/v1/completions", {"prompt": [[7] * 26] * 2, "prompt_logprobs": 1}, "prompt_logprobs"),
+        ("/v1/completions", {"prompt": "x" * 26, "n": 4, "prompt_logprobs": 0}, "prompt_logprobs"),
+        ("/v1/completions", {"prompt": "x", "prompt_logprobs": -1}, "prompt_logprobs"),
+        ("/v1/chat/completions", {"prompt_logprobs": 20}, "prompt_logprobs"),
+        ("/v1/chat/completions", {"echo": True, "logprobs": True, "top_logprobs": 20}, "top_"),
+    ],
+)
+def test_too_many_logprobs_of_prompts_are_refused(
+    endpoint: Endpoint, path: str, asked: dict[str, Any], field: str
+) -> None:
+    body = {**(CHAT if "chat" in path else COMPLETION), **asked}
+
+    error = endpoint.refused(400, "POST", path, json=body)
+
+    assert error["param"].startswith(field)
+    assert "100; ask for fewer" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"prompt": "x" * 10, "prompt_logprobs": 9},
+        {"prompt": "x" * 10, "echo": True, "logprobs": 9},
+        {"prompt": "x" * 25, "n": 4, "prompt_logprobs": 0},
+        {"prompt": [7] * 1000, "logprobs": 5},
+        {"prompt": "x" * 1000, "echo": True},
+    ],
+)
+def test_as_many_as_are_allowed_pass(endpoint: Endpoint, asked: dict[str, Any]) -> None:
+    endpoint.caller.chunks = [ANSWER]
+
+    answer = endpoint.ask("POST", "/v1/completions", json={**COMPLETION, **asked})
+
+    assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
