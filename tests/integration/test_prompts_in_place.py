@@ -16,7 +16,7 @@ from tests.support.scheduler_requests import make_ticket, tokens
 from tests.support.staged_memory import BLOCK, MODEL
 from tests.support.transfer_engines import LAYOUT_HASH, Directory, make_engine
 from transfer.connector.in_place import InPlace
-from transfer.connector.metadata import NewOffer, NewRead
+from transfer.connector.metadata import Holding, NewOffer, NewRead
 from transfer.connector.offers import EndedOffer, PromptOffers
 from transfer.connector.reads import EndedRead, PromptReads
 from transfer.connector.stats import Outcome
@@ -55,17 +55,19 @@ class HeldInPlace(InPlace):
 class Worker:
     """A connector's worker side without vLLM, whose blocks stay where they are."""
 
-    def __init__(self, directory: Directory, name: str) -> None:
+    def __init__(self, directory: Directory, name: str, layout_hash: str = LAYOUT_HASH) -> None:
         self.pool = make_pool(
             MODEL, KVCacheLayout.LBNHC, num_blocks=NUM_BLOCKS, kernel_tokens=BLOCK
         )
-        self.engine = make_engine(directory, name, layout=self.pool.layout.encode())
+        self.engine = make_engine(
+            directory, name, layout=self.pool.layout.encode(), layout_hash=layout_hash
+        )
         storage = self.pool.layers[0].untyped_storage()
         self.engine.register(storage.data_ptr(), storage.nbytes())
         self.way = HeldInPlace(self.engine.wake, name)
         self.offers = PromptOffers(self.pool.layout, self.engine, None, self.way)
         self.reads = PromptReads(
-            PeerId(name, 0), self.pool.layout, LAYOUT_HASH, self.engine, 20.0, self.way
+            PeerId(name, 0), self.pool.layout, layout_hash, self.engine, 20.0, self.way
         )
         self.engine.start()
 
@@ -129,6 +131,26 @@ def polled(worker: Worker, take_ended: Callable[[], list[Ended]]) -> list[Ended]
 def arrived(owner: Worker, reader: Worker) -> bool:
     sent = owner.pool.read(TICKET.block_ids, TICKET.num_tokens)
     return torch.equal(reader.pool.read(TARGETS, TICKET.num_tokens), sent)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_ticket_of_another_layout_is_given_back_at_once(begun: bool) -> None:
+    directory = Directory()
+    owner, reader = Worker(directory, "owner"), Worker(directory, "reader", "9" * 64)
+    owner.way.held.passed.set()
+    try:
+        owner.offers.start(OFFER)
+        if begun:
+            reader.reads.start(READ)
+            (ended,) = ended_reads(reader)
+            assert ended.outcome is Outcome.REFUSED
+        else:
+            reader.reads.forfeit(Holding("decode-1", TICKET))
+
+        assert ended_offers(owner) == [EndedOffer("prefill-1", Outcome.RELEASED)]
+    finally:
+        reader.close()
+        owner.close()
 
 
 def test_nothing_is_read_before_the_owners_model_has_written_it(

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from transfer.connector.heads import HeadRange, heads_of, parts_of
+from transfer.connector.heads import HeadRange, heads_of, parts_of, parts_to_tell
 from transfer.errors import LayoutMismatch
 
 SIZES = (1, 2, 4, 8)
@@ -80,3 +80,11 @@ def test_readers_spread_over_owners(
             if len(part.heads):
                 found[part.owner_rank].append(rank)
     assert found == readers_of
+
+
+@pytest.mark.parametrize(("readers", "owners"), list(product([1, 2, 3, 4], [1, 2, 4, 8])))
+def test_every_owner_rank_is_told_once_that_nothing_is_read(readers: int, owners: int) -> None:
+    told = [part for rank in range(readers) for part in parts_to_tell(rank, readers, owners)]
+
+    assert sorted(part.owner_rank for part in told) == list(range(owners))
+    assert all(part.share == 1 and not len(part.heads) for part in told)

@@ -88,6 +88,14 @@ def parts_of(rank: int, tp_size: int, owner_tp_size: int, total_heads: int) -> t
     return tuple(parts)
 
 
+def parts_to_tell(rank: int, tp_size: int, owner_tp_size: int) -> tuple[Part, ...]:
+    """The owner ranks that a reader rank tells that its engine reads nothing at all.
+
+    Together, all reader ranks tell every owner rank, each once, whatever heads are where.
+    """
+    return tuple(Part(owner, HeadRange(0, 0), 1) for owner in range(rank, owner_tp_size, tp_size))
+
+
 def _sources(rank: int, tp_size: int, owner_tp_size: int, total_heads: int) -> dict[int, HeadRange]:
     wanted = heads_of(rank, tp_size, total_heads)
     if owner_tp_size > total_heads:

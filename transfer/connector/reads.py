@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from transfer.connector.fence import Fence
 from transfer.connector.fingerprint import differing
-from transfer.connector.heads import HeadRange, Part, parts_of
+from transfer.connector.heads import HeadRange, Part, parts_of, parts_to_tell
 from transfer.connector.in_place import InPlace
 from transfer.connector.layout import KVLayout
 from transfer.connector.metadata import Holding, NewRead
@@ -154,7 +154,7 @@ class PromptReads:
             parts = self._parts(read.ticket)
         except LayoutMismatch as error:
             logger.warning("ticket of request %s refused: %s", read.request_id, error.message)
-            return
+            parts = self._parts_to_tell(read.ticket)
         into = Stretch(
             read.first_token,
             read.first_token + read.num_tokens,
@@ -275,11 +275,14 @@ class PromptReads:
         return parts_of(layout.rank, layout.tp_size, ticket.tp_size, layout.total_heads)
 
     def _known_parts(self, ticket: Ticket) -> tuple[Part, ...]:
-        """Of a ticket that is not read, and perhaps never looked at closely; maybe none."""
+        """Of a ticket that is not read, and perhaps never looked at closely."""
         try:
             return self._parts(ticket)
         except LayoutMismatch:
-            return ()
+            return self._parts_to_tell(ticket)
+
+    def _parts_to_tell(self, ticket: Ticket) -> tuple[Part, ...]:
+        return parts_to_tell(self._layout.rank, self._layout.tp_size, ticket.tp_size)
 
     def _addressee(self, request_id: str, ticket: Ticket, part: Part) -> tuple[PeerId, Credentials]:
         return PeerId(ticket.engine_id, part.owner_rank), Credentials(

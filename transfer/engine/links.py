@@ -22,7 +22,7 @@ from transfer.errors import (
 from transfer.settings import TransferSettings
 from transfer.transports.base import Caller, ControlChannel
 from transfer.transports.registry import Transports
-from transfer.types import Credentials, PeerId, PeerInfo, WorkerRecord
+from transfer.types import Credentials, PeerId, PeerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -114,10 +114,28 @@ class PeerLinks:
             OwnerUnproven: what answers does not know the secret.
             HandoffRefused: the owner is another start, or does not know the hand-off.
             HandoffNotReady: it will, soon.
-            LayoutMismatch: the owner's layout hash differs from ours.
         """
         ready = self._ready(credentials.incarnation)
         return LinkUse(self, ready or self._acquire(credentials, deadline))
+
+    def require_layout(self, told: PeerInfo | None = None) -> None:
+        """Checks that the owner's blocks mean what ours do, which only reads need.
+
+        Args:
+            told: in the handshake; None: goes by its record, if there is one.
+
+        Raises:
+            LayoutMismatch: its layout hash differs from ours.
+        """
+        said = told or self._discovery.lookup(self._owner)
+        if said is None:
+            return
+        if said.layout_hash and said.layout_hash != self._layout_hash:
+            raise LayoutMismatch(
+                f"its layout hash is {said.layout_hash[:64]}, ours {self._layout_hash}",
+                phase=Phase.CONNECT,
+                peer=str(self._owner),
+            )
 
     def let_go(self, link: Link, error: BaseException | None) -> None:
         """A user of ``link`` is through with it; one that broke is not used again."""
@@ -188,7 +206,6 @@ class PeerLinks:
     def _connect(self, credentials: Credentials, deadline: float) -> Link:
         left_s = deadline - time.monotonic()
         record = self._discovery.wait_for(self._owner, max(0.0, min(_DISCOVERY_WAIT_S, left_s)))
-        self._check_layout(record)
         control = self._transports.control.open_control(
             self._transports.control_address(record.addresses),
             self._caller,
@@ -227,14 +244,6 @@ class PeerLinks:
         if news:
             logger.info("reads from %s go over %s", self._owner, route)
 
-    def _check_layout(self, said: WorkerRecord | PeerInfo) -> None:
-        if said.layout_hash and said.layout_hash != self._layout_hash:
-            raise LayoutMismatch(
-                f"its layout hash is {said.layout_hash[:64]}, ours {self._layout_hash}",
-                phase=Phase.CONNECT,
-                peer=str(self._owner),
-            )
-
     def _check_info(self, info: PeerInfo, incarnation: str) -> None:
         if info.peer != self._owner:
             raise PeerUnreachable(
@@ -242,7 +251,6 @@ class PeerLinks:
             )
         if info.incarnation != incarnation:
             raise self._wrong_start(info.incarnation, incarnation)
-        self._check_layout(info)
 
     def _wrong_start(self, found: str, wanted: str) -> HandoffRefused:
         return HandoffRefused(

@@ -241,7 +241,9 @@ class _Read:
 
     def _try(self) -> None:
         handle = self._handle
+        self._links.require_layout()
         with self._links.use(self._credentials, handle.deadline) as link:
+            self._links.require_layout(link.info)
             plan = self._plan = self._plan or self._checked_plan(link.info)
             if not self._all_read:
                 self._read(link, plan)

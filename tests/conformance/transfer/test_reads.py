@@ -340,6 +340,17 @@ def test_another_layout_hash_is_told_before_anything_is_asked(pair: Pair) -> Non
         fails(handle, LayoutMismatch, "different")
 
 
+def test_an_engine_of_another_layout_may_say_that_it_will_not_read(pair: Pair) -> None:
+    with pair.engine("other", layout_hash="different") as other:
+        proof = pair.offer()
+        fails(other.submit_read(pair.owner_id, proof, never_planned, 5), LayoutMismatch)
+
+        other.submit_release(pair.owner_id, proof, used=False)
+
+        (ended,) = take_ended(pair.owner)
+        assert ended.state is HandoffState.RELEASED
+
+
 def test_an_owner_is_read_by_no_other_transport_than_its_own() -> None:
     """Not even over TCP, whose port is open for control."""
     if why := why_no_process_memory():
