@@ -200,6 +200,54 @@ def test_chat_streams_through(demo: Demo) -> None:
     assert "Paris" in "".join(delta.get("content") or "" for delta in deltas)
 
 
+WHOLE = 2048
+"""The servers' ``--max-model-len``."""
+RIVERS = "Rivers run down to the sea. " * 60
+HILLS = "The hills are older than the sea. " * 60
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "is_read"),
+    [
+        ("completions", {"prompt": RIVERS, "logprobs": 2, "logprob_token_ids": [50, 60]}, True),
+        ("chat/completions", {"content": HILLS, "truncate_prompt_tokens": 200}, True),
+        ("chat/completions", {"content": "Hi", "truncate_prompt_tokens": WHOLE}, False),
+        ("completions", {"prompt": LONG * 6, "truncate_prompt_tokens": -1}, False),
+        ("chat/completions", {"content": "Hi", "echo": True}, False),
+    ],
+    ids=["ids of logprobs", "cut", "cut to the model", "cut to the room", "echo"],
+)
+def test_answers_are_those_of_one_server(
+    demo: Demo, path: str, body: dict[str, Any], is_read: bool
+) -> None:
+    if content := body.get("content"):
+        # As many tokens as there is room for, or until the first blank.
+        asked = {**body, "messages": [{"role": "user", "content": content}], "stop": [" "]}
+        del asked["content"]
+    else:
+        asked = {**body, "max_tokens": 9}
+    before = _read_bytes(demo)
+
+    answers = [
+        demo.prefill.ask(
+            f"{url}/v1/{path}",
+            {"model": demo.model, "temperature": 0, **asked, **more},
+            {"Authorization": f"Bearer {KEY}"},
+        )
+        for url, more in (
+            (demo.proxy, {}),
+            (f"http://{demo.decode.address}:8200", {"cache_salt": "alone"}),
+        )
+    ]
+
+    assert [status for status, _ in answers] == [200, 200]
+    (ours, near), (alone, numbers) = (_without_numbers(text) for _, text in answers)
+    assert ours["usage"] == alone["usage"]
+    assert ours["choices"] == alone["choices"]
+    assert near == pytest.approx(numbers, abs=1e-3)  # a prompt's last token is computed alone
+    assert (_read_bytes(demo) > before) is is_read
+
+
 @pytest.mark.parametrize(
     ("change", "headers", "status", "said"),
     [
@@ -248,6 +296,12 @@ def test_without_decode_the_answer_is_503_and_nothing_stays_pinned(demo: Demo) -
     _until(lambda: demo.counts(demo.prefill, 8100, "baton:pinned_blocks") == 0)
     assert demo.counts(demo.prefill, 8100, "baton:handoffs_total", outcome="aborted") == 1
     assert demo.counts(demo.prefill, 8100, "baton:handoffs_total", outcome="expired") == 0
+
+
+def _without_numbers(text: str) -> tuple[dict[str, Any], list[float]]:
+    """A JSON object, and its log-probabilities, which are not in it any more."""
+    numbers: list[float] = []
+    return json.loads(text, parse_float=lambda number: numbers.append(float(number))), numbers
 
 
 def _until(condition: Callable[[], bool]) -> None:
