@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from tests.support.baton_app import BatonApp, write_config
+from tests.support.tiny_adapter import make_tiny_adapter
 from tests.support.vllm_server import VllmServer, get, metric, post
 
 pytestmark = pytest.mark.timeout(600)
 
 MODEL = "tiny"
+ADAPTER = "org/pirate:v1"
 MAX_MODEL_LEN = 1024
 MAX_BODY_BYTES = 1 << 20
 PROMPT = "The quick brown fox jumps over the lazy dog and then it goes home to sleep."
@@ -46,11 +48,19 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def one_engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_adapter(tmp_path_factory.mktemp("adapter") / "lora", seed=1)
+
+
+@pytest.fixture(scope="module")
+def one_engine(
+    tiny_model: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmServer]:
     log = tmp_path_factory.mktemp("one-engine") / "server.log"
     arguments = [
         *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--block-size", "32"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        *("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{ADAPTER}={adapter}"),
     ]
     with VllmServer(tiny_model, arguments, log) as server:
         yield server
@@ -58,7 +68,10 @@ def one_engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def app(
-    tiny_model: Path, one_engine: VllmServer, tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Path,
+    adapter: Path,
+    one_engine: VllmServer,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[BatonApp]:
     folder = tmp_path_factory.mktemp("2p2d")
     config = write_config(
@@ -69,6 +82,9 @@ def app(
             "max_model_len": MAX_MODEL_LEN,
             "enable_auto_tool_choice": True,
             "tool_call_parser": "hermes",
+            "enable_lora": True,
+            "max_lora_rank": 8,
+            "lora_modules": [{"name": ADAPTER, "path": str(adapter)}],
         },
         prefill={"replicas": 2},
         decode={"replicas": 2},
@@ -122,17 +138,27 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
     "token-id-prompts": {"prompt": [[7, 8, 9] * 15, [30, 31] * 40]},
     "cache_salt": {"cache_salt": "mine"},
     "truncate": {"truncate_prompt_tokens": 20},
+    "truncate-to-the-room": {"prompt": PROMPT * 40, "truncate_prompt_tokens": -1},
+    "logprob_token_ids": {"logprobs": 2, "logprob_token_ids": [50, 60]},
     "beam-search": {"use_beam_search": True, "n": 2},
     "suffixless-user": {"user": "somebody"},
+    "adapter": {"model": ADAPTER},
 }
 CHATS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "adapter": {"model": ADAPTER},
     "max_completion_tokens": {"max_tokens": None, "max_completion_tokens": 9},
     "min_tokens": {"min_tokens": 10},
     "logprobs": {"logprobs": True, "top_logprobs": 2},
     "prompt_logprobs": {"prompt_logprobs": 1},
     "n": {"n": 2, "temperature": 0.9, "seed": 8},
     "echo": {"echo": True},
+    "logprob_token_ids": {"logprobs": True, "logprob_token_ids": [50, 60]},
+    "truncate-to-the-model": {"truncate_prompt_tokens": MAX_MODEL_LEN, "max_tokens": None},
+    "truncate-to-the-room": {
+        "messages": [{"role": "user", "content": PROMPT * 40}],
+        "truncate_prompt_tokens": -1,
+    },
     "stop": {"stop": ["o"]},
     "response_format": {
         "response_format": {
