@@ -83,7 +83,7 @@ class ConnectionProofs:
         place = _PLACE.pack(who, self._greeting, type_, request_id, request_proof, size)
         # In one call, as every call counts on the way of a small read.
         return hashlib.blake2b(
-            b"%b%b" % (place, content), digest_size=PROOF_BYTES, key=key
+            b"".join((place, content)), digest_size=PROOF_BYTES, key=key
         ).digest()
 
 
