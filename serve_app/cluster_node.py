@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Final
 
 from serve_app.etcd_binary import find_etcd
+from serve_app.no_proxy import without_proxy
 from serve_app.parent_death import TERM_GRACE_S, Keeper, descendants, run_guarded
 from serve_app.services import Progress, Service, ServiceError, ServiceRunner, tail
 
@@ -167,7 +168,15 @@ def _ray_service(state: Path, command: Sequence[str]) -> Service:
     # Its processes become the keeper's when the command ends.
     log = state / "ray.log"
     log.unlink(missing_ok=True)
-    return Service("ray start", command, log, lambda: None, _RAY_TIMEOUT_S, daemon=True)
+    return Service(
+        "ray start",
+        command,
+        log,
+        lambda: None,
+        _RAY_TIMEOUT_S,
+        without_proxy(os.environ),
+        daemon=True,
+    )
 
 
 def _etcd_service(state: Path, command: Sequence[str]) -> Service:

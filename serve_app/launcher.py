@@ -32,6 +32,7 @@ from serve_app.config import (
 from serve_app.demo_model import DEMO_SOURCE, ModelError, ensure_demo_model, resolve_model
 from serve_app.etcd_binary import find_etcd
 from serve_app.mooncake_args import with_mooncake
+from serve_app.no_proxy import LOOPBACK, without_proxy
 from serve_app.parent_death import Keeper, Stopped, end_descendants, run_guarded
 from serve_app.serve_driver import read_status
 from serve_app.services import Progress, Service, ServiceError, ServiceRunner
@@ -316,7 +317,7 @@ def ray_environment(settings: Settings, token: Path) -> dict[str, str]:
     env.update(os.environ)
     # An address of another Ray would send `ray start` and the driver there.
     env.pop("RAY_ADDRESS", None)
-    return env
+    return without_proxy(env, (*LOOPBACK, _RAY_HOST))
 
 
 def _has_package(name: str) -> bool:

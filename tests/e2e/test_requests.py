@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.baton_app import BatonApp, write_config
+from tests.support.stand_in_proxy import StandInProxy
 from tests.support.tiny_adapter import make_tiny_adapter
 from tests.support.vllm_server import VllmServer, get, metric, post
 
@@ -67,10 +68,17 @@ def one_engine(
 
 
 @pytest.fixture(scope="module")
+def stand_in() -> Iterator[StandInProxy]:
+    with StandInProxy() as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
 def app(
     tiny_model: Path,
     adapter: Path,
     one_engine: VllmServer,
+    stand_in: StandInProxy,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[BatonApp]:
     folder = tmp_path_factory.mktemp("2p2d")
@@ -90,7 +98,7 @@ def app(
         decode={"replicas": 2},
         router={"max_body_bytes": MAX_BODY_BYTES},
     )
-    with BatonApp(config, folder / "up.log") as running:
+    with BatonApp(config, folder / "up.log", stand_in.environment) as running:
         one_engine.wait()
         _wait_until_all_serve(running)
         yield running
@@ -423,3 +431,9 @@ def test_metrics_of_baton_and_vllm_appear(app: BatonApp) -> None:
     assert metric(text, "ray_baton_handoff_seconds_count") >= read
     assert metric(text, "ray_baton_pinned_blocks") == 0
     assert metric(text, "ray_vllm_generation_tokens_total") > 0
+
+
+def test_no_connection_inside_goes_by_a_proxy_of_the_environment(
+    app: BatonApp, stand_in: StandInProxy
+) -> None:
+    assert [words for words in stand_in.contacts if b"127." in words or b"localhost" in words] == []

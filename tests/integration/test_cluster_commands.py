@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, with_envs
@@ -190,6 +191,10 @@ def test_a_cluster_starts_with_its_roles_and_stops_whole(cluster: Cluster) -> No
     head, prefill, decode = (cluster.processes(a) for a in (HEAD, PREFILL, DECODE))
     assert {"etcd", "gcs_server", "raylet"} <= {process.command for process in head}
     assert "raylet" in {process.command for process in prefill}
+    # Ray's exporter of metrics would use a proxy even to its own machine.
+    for process in head | prefill:
+        if process.command == "raylet":
+            assert "127.0.0.1" in psutil.Process(process.pid).environ()["no_proxy"].split(",")
     assert not {"etcd", "gcs_server"} & {process.command for process in prefill | decode}
 
     cluster.stop(PREFILL)
