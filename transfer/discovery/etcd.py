@@ -122,7 +122,7 @@ class EtcdDiscovery(Discovery):
                 refusal = self._lease_loop.refusal or self._watch_loop.refusal
                 if refusal is not None:
                     raise refusal
-                if self._mirror.listed and self._own.written:
+                if self._mirror.listed and self._own.written and self.healthy:
                     return
                 left_s = deadline_s - monotonic()
                 if left_s <= 0:
