@@ -28,6 +28,7 @@ from transfer.transports.tcp_greeting import greet_reader
 from transfer.transports.tcp_messages import MessageReader
 from transfer.transports.tcp_places import Places
 from transfer.transports.tcp_stream import TcpStream
+from transfer.transports.tcp_threads import ServingThreads
 from transfer.transports.tcp_wire import MessageType
 from transfer.transports.tls import TlsContexts
 from transfer.transports.tls_stream import TlsStream
@@ -38,7 +39,7 @@ _BACKLOG = 128
 
 
 class TcpListener(Listener):
-    """Listens on one port, with one thread per connection that sleeps in ``recv``.
+    """Listens on one port, with one thread for each connection that sleeps in ``recv``.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
@@ -61,7 +62,8 @@ class TcpListener(Listener):
         self._closed = False
         self._places = Places(settings.max_connections)
         self._stranger_s = min(settings.connect_timeout_s, settings.stall_timeout_s)
-        self._threads: dict[TcpStream, threading.Thread] = {}
+        self._streams: set[TcpStream] = set()
+        self._threads = ServingThreads("baton-serve", self._serve)
         try:
             self._socket = socket.create_server(
                 (settings.host, settings.port),
@@ -96,12 +98,12 @@ class TcpListener(Listener):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread in accept
         self._thread.join()
         self._socket.close()
+        self._threads.close()
         with self._lock:
-            threads = dict(self._threads)
-        for stream in threads:
+            streams = list(self._streams)
+        for stream in streams:
             stream.shutdown()
-        for thread in threads.values():
-            thread.join()
+        self._threads.join()
 
     def _accept(self) -> None:
         while True:
@@ -130,30 +132,17 @@ class TcpListener(Listener):
         return TlsStream.accepted(self._tls, accepted, peer, self._options)
 
     def _admit(self, stream: TcpStream) -> None:
-        thread = threading.Thread(
-            target=self._serve, args=(stream,), name=f"baton-serve-{stream.peer}", daemon=True
-        )
-        gone, started, why_not = None, False, ""
         with self._lock:
-            if not self._closed:
-                gone = self._places.enter(stream)
-                try:
-                    # Under the lock, so that close() finds only threads that can be joined.
-                    thread.start()
-                    self._threads[stream] = thread
-                    started = True
-                except RuntimeError as error:
-                    why_not = f"the owner: {error}"
+            self._streams.add(stream)
+        gone = self._places.enter(stream)
         if gone is not None:
             logger.info("connection from %s cut: it said nothing, and others wait", gone.peer)
             gone.shutdown()
-        if started:
-            return
-        self._places.leave(stream)
-        if why_not:
-            self._turn_away(stream, why_not)
-        else:
-            stream.close()
+        try:
+            self._threads.serve(stream)
+        except RuntimeError as error:
+            self._turn_away(stream, f"the owner: {error}")
+            self._forget(stream)
 
     def _turn_away(self, stream: TcpStream, why: str) -> None:
         try:
@@ -164,8 +153,6 @@ class TcpListener(Listener):
                 stream.send(wire.message(MessageType.ERROR, 0, busy))
         except OSError:
             pass  # it is gone: nobody to tell
-        finally:
-            stream.close()
 
     def _serve(self, stream: TcpStream) -> None:
         try:
@@ -181,10 +168,13 @@ class TcpListener(Listener):
         except OSError as error:
             logger.debug("connection from %s ended: %s", stream.peer, error)
         finally:
-            self._places.leave(stream)
-            with self._lock:
-                self._threads.pop(stream, None)
-            stream.close()
+            self._forget(stream)
+
+    def _forget(self, stream: TcpStream) -> None:
+        self._places.leave(stream)
+        with self._lock:
+            self._streams.discard(stream)
+        stream.close()
 
     def _greet_and_converse(self, stream: TcpStream) -> None:
         messages = MessageReader(stream, self._settings.stall_timeout_s)
