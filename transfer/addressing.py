@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
 from collections.abc import Collection, Iterable
@@ -33,6 +34,8 @@ class Address:
         return f"{self.scheme}://{host_and_port(self.host, self.port)}"
 
 
+# One address is connected to again and again, and IDNA is slow.
+@functools.lru_cache(maxsize=256)
 def parse_address(text: str) -> Address:
     """Parse ``scheme://host:port``; an IPv6 host stands in brackets.
 

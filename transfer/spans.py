@@ -231,6 +231,9 @@ def slice_plan(plan: ReadPlan, max_bytes: int, max_rows: int) -> Iterator[ReadPl
 
 
 def _pieces(plan: ReadPlan, max_bytes: int, max_rows: int) -> Iterator[ReadPlan]:
+    if 0 < plan.local.shape[0] <= max_rows and total_bytes(plan.local) <= max_bytes:
+        yield plan
+        return
     row_ends = np.cumsum(plan.local[:, 1])
     total = int(row_ends[-1]) if row_ends.size else 0
     done = 0

@@ -14,14 +14,13 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 # Where fewer are moved, the way to another processor is too long.
 _WORTH_BYTES = 2 << 20
 
 
-@contextmanager
-def apart(number: int, streams: int, size_bytes: int) -> Iterator[None]:
+def apart(number: int, streams: int, size_bytes: int) -> AbstractContextManager[None]:
     """Keeps the thread that takes in stream ``number`` of a read away from those of the others.
 
     Args:
@@ -29,19 +28,16 @@ def apart(number: int, streams: int, size_bytes: int) -> Iterator[None]:
         size_bytes: that this thread may have to move; without effect if they are few.
     """
     allowed = _scarce(streams, size_bytes)
-    with _kept_to(allowed[number % len(allowed)] if allowed else -1, allowed):
-        yield
+    return _kept_to(allowed[number % len(allowed)], allowed) if allowed else nullcontext()
 
 
-@contextmanager
-def beside_peer(sock: socket.socket, streams: int, size_bytes: int) -> Iterator[None]:
+def beside_peer(sock: socket.socket, streams: int, size_bytes: int) -> AbstractContextManager[None]:
     """As :func:`apart`, where the other end of a connection within the host ran last.
 
     Without effect where the system does not say where that is.
     """
     allowed = _scarce(streams, size_bytes)
-    with _kept_to(_last_seen(sock) if allowed else -1, allowed):
-        yield
+    return _kept_to(_last_seen(sock), allowed) if allowed else nullcontext()
 
 
 def _scarce(streams: int, size_bytes: int) -> list[int]:

@@ -17,6 +17,7 @@ import threading
 import uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
@@ -167,14 +168,17 @@ class ShmData(DataChannel):
         self, credentials: Credentials, plan: ReadPlan, timeout_s: float
     ) -> ShmReadSession:
         read_id = uuid.uuid4().hex
-        with ThreadPoolExecutor(1, "baton-sort") as helper:
-            # Sorted while the owner looks at what is asked for, which takes about as long.
-            ordered = helper.submit(by_remote_address, plan) if _has_small_rows(plan) else None
-            self._control.begin_read(credentials, plan.remote, read_id, timeout_s)
+        ask = partial(self._control.begin_read, credentials, plan.remote, read_id, timeout_s)
+        if _has_small_rows(plan):
+            with ThreadPoolExecutor(1, "baton-sort") as helper:
+                # Sorted while the owner looks at what is asked for, which takes about as long.
+                ordered = helper.submit(by_remote_address, plan)
+                ask()
+            plan = ordered.result()
+        else:
+            ask()
         self.check_seal()
-        return ShmReadSession(
-            self, read_id, plan if ordered is None else ordered.result(), self._settings
-        )
+        return ShmReadSession(self, read_id, plan, self._settings)
 
     def close(self) -> None:
         pass  # holds nothing

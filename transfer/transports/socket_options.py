@@ -47,8 +47,11 @@ class SocketOptions:
                     ) from error
         return cls(settings.socket_buffer_bytes, settings.tcp_congestion)
 
-    def apply(self, sock: socket.socket) -> None:
+    def apply(self, sock: socket.socket) -> bool:
         """Sets a connected socket.
+
+        Returns:
+            whether its connection is one from an IP address to itself.
 
         Raises:
             OSError: the connection is gone.
@@ -58,7 +61,7 @@ class SocketOptions:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
-        within = is_within_host(sock)
+        within = bool(sock.getsockname()[0] == sock.getpeername()[0])
         if buffer_bytes := self.buffer_bytes or (_BUFFER_BYTES_WITHIN if within else 0):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
@@ -68,15 +71,7 @@ class SocketOptions:
             # Some kernels keep even this from some processes: that is only slower.
             with suppress(OSError):
                 _set_congestion(sock, _CONGESTION_WITHIN)
-
-
-def is_within_host(sock: socket.socket) -> bool:
-    """Whether a connection is one from an IP address to itself.
-
-    Raises:
-        OSError: the connection is gone.
-    """
-    return bool(sock.getsockname()[0] == sock.getpeername()[0])
+        return within
 
 
 def _set_congestion(sock: socket.socket, name: str) -> None:

@@ -96,8 +96,8 @@ class SpanCursor:
             code = ctypes.get_errno()
             if code != errno.EINTR:
                 raise OSError(code, os.strerror(code))
-        if count:
-            self.done_bytes += count
+        self.done_bytes += count
+        if 0 < self.done_bytes < self.total_bytes:
             self._aim()
         return count
 

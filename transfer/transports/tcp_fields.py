@@ -40,24 +40,29 @@ class Fields:
 
     def __init__(self, body: Buffer) -> None:
         self._body = body
+        self._size = len(body)
         self._at = 0
 
+    def _pass(self, count: int) -> int:
+        """Where the next ``count`` bytes begin."""
+        begin = self._at
+        self._at = begin + count
+        if self._at > self._size:
+            raise malformed(f"body of {self._size} bytes ends within a field")
+        return begin
+
     def _take(self, count: int) -> Buffer:
-        upto = self._at + count
-        if upto > len(self._body):
-            raise malformed(f"body of {len(self._body)} bytes ends within a field")
-        taken = self._body[self._at : upto]
-        self._at = upto
-        return taken
+        begin = self._pass(count)
+        return self._body[begin : self._at]
 
     def u8(self) -> int:
-        return int(self._take(1)[0])
+        return self._body[self._pass(1)]
 
     def u16(self) -> int:
-        return int(U16.unpack(self._take(2))[0])
+        return int(U16.unpack_from(self._body, self._pass(U16.size))[0])
 
     def u32(self) -> int:
-        return int(U32.unpack(self._take(4))[0])
+        return int(U32.unpack_from(self._body, self._pass(U32.size))[0])
 
     def flag(self) -> bool:
         value = self.u8()
@@ -66,16 +71,19 @@ class Fields:
         return value == 1
 
     def text(self) -> str:
-        return self._text(self.u16(), MAX_TEXT_BYTES)
+        length = self.u16()
+        if length > MAX_TEXT_BYTES:
+            raise _too_long(length, MAX_TEXT_BYTES)
+        return _decoded(self._take(length))
 
     def claim(self) -> Claim:
-        fence, share, length = _CLAIM.unpack(self._take(_CLAIM.size))
+        fence, share, length = _CLAIM.unpack_from(self._body, self._pass(_CLAIM.size))
         if length > _CLAIM_TEXTS * MAX_TEXT_BYTES:
             raise _too_long(length, _CLAIM_TEXTS * MAX_TEXT_BYTES)
         return _claim(fence, share, bytes(self._take(length)))
 
     def rows(self) -> SpanArray:
-        size = len(self._body) - self._at
+        size = self._size - self._at
         if size % ROW_BYTES or not 0 < size <= MAX_READ_ROWS * ROW_BYTES:
             raise malformed(f"spans of {size} bytes are not 1 to {MAX_READ_ROWS} rows")
         words = np.frombuffer(self._body, dtype="<u8", offset=self._at)
@@ -87,19 +95,14 @@ class Fields:
         return bytes(self._take(PROOF_BYTES))
 
     def skip(self, count: int) -> None:
-        self._take(count)
+        self._pass(count)
 
     def rest(self) -> bytes:
-        return bytes(self._take(len(self._body) - self._at))
+        return bytes(self._take(self._size - self._at))
 
     def end(self) -> None:
-        if self._at != len(self._body):
-            raise malformed(f"{len(self._body) - self._at} bytes too many in the body")
-
-    def _text(self, length: int, limit: int) -> str:
-        if length > limit:
-            raise _too_long(length, limit)
-        return _decoded(self._take(length))
+        if self._at != self._size:
+            raise malformed(f"{self._size - self._at} bytes too many in the body")
 
 
 # All requests of a read have the same.

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 
 from transfer.errors import DeadlineExceeded, PeerUnreachable, Phase, TlsRefused, TransferError
 from transfer.transports import processors
-from transfer.transports.socket_options import SocketOptions, is_within_host
+from transfer.transports.socket_options import SocketOptions
 from transfer.transports.span_cursor import SpanCursor
 
 # A plain integer: to combine the flags of ``socket`` costs more than a call with them.
@@ -38,8 +38,7 @@ class TcpStream:
         self._closed = False
         self.peer = peer
         sock.setblocking(True)
-        options.apply(sock)
-        self._gains_by_sharing = is_within_host(sock)
+        self._gains_by_sharing = options.apply(sock)
 
     def __repr__(self) -> str:
         return f"<TcpStream {self.peer} {'closed' if self._closed else 'open'}>"

@@ -38,6 +38,7 @@ Versions: 2 has proofs in the place of the secret, which had crossed in 1.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 from enum import IntEnum, unique
@@ -202,13 +203,18 @@ def decode_hello(body: Buffer) -> Hello:
 
 
 def encode_welcome(info: PeerInfo, nonce: bytes) -> bytes:
+    return nonce + _encoded_info(info)
+
+
+# An owner says the same of itself to everybody, and a reader hears it on every connection.
+@functools.lru_cache(maxsize=4)
+def _encoded_info(info: PeerInfo) -> bytes:
     if len(info.layout) > MAX_LAYOUT_BYTES:
         raise malformed(f"layout of {len(info.layout)} bytes, at most {MAX_LAYOUT_BYTES}")
     if len(info.addresses) > MAX_ADDRESSES:
         raise malformed(f"{len(info.addresses)} addresses, at most {MAX_ADDRESSES}")
     return b"".join(
         (
-            nonce,
             encode_text(info.peer.engine_id),
             U32.pack(info.peer.rank),
             encode_text(info.incarnation),
@@ -223,6 +229,12 @@ def encode_welcome(info: PeerInfo, nonce: bytes) -> bytes:
 def decode_welcome(content: Buffer) -> PeerInfo:
     fields = Fields(content)
     fields.skip(NONCE_BYTES)
+    return _decoded_info(fields.rest())
+
+
+@functools.lru_cache(maxsize=16)
+def _decoded_info(content: bytes) -> PeerInfo:
+    fields = Fields(content)
     peer = PeerId(fields.text(), fields.u32())
     incarnation, layout_hash = fields.text(), fields.text()
     count = fields.u16()
