@@ -96,7 +96,7 @@ class Discovery(ABC):
 
     @abstractmethod
     def ready(self, timeout_s: float) -> None:
-        """Block until the first listing of peers is done, own records are written and it is healthy.
+        """Block until it is healthy, has listed peers for the first time and written own records.
 
         Raises:
             PeerUnreachable: not within ``timeout_s`` seconds; names the endpoints and what to do.
