@@ -59,6 +59,8 @@ def nothing_waits_or_is_left(app: BatonApp) -> Iterator[None]:
     """No prompt is computed twice, and nothing ends by expiry."""
     before = app.totals("decode").get("recomputed_tokens", 0)
     yield
+    if app.process.poll() is not None:
+        return
     deadline = time.monotonic() + 3.0
     while app.pinned_blocks() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -186,6 +188,17 @@ def test_clients_that_leave_at_any_moment_leave_nothing(app: BatonApp) -> None:
         connection.request("POST", PATH, body, {"Content-Type": "application/json"})
         time.sleep(chance.uniform(0.0, 0.08))
         connection.close()
+
+
+def test_it_stops_promptly_after_all_that(app: BatonApp) -> None:
+    """The last one here. Prefill stays for blocks that are still to be read; there are none."""
+    post(app.url + PATH, request([PROMPTS[0][:120]] * 5))
+    post(app.url + PATH, request(PROMPTS))
+    began = time.monotonic()
+
+    app.stop()
+
+    assert time.monotonic() - began < FEW_SECONDS
 
 
 # ---- clients -------------------------------------------------------------------------------------
