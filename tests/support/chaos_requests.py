@@ -20,6 +20,8 @@ _EQUAL, _EQUAL_REQUESTS = 5, 8
 _BEYOND_THE_POOL = 80
 _LONG_IDS, _LONG_IDS_AT_ONCE, _LONG_ID_CHARS = 60, 8, 4000
 _KILLER, _KILLER_SENT, _KILLED_AT_MOST = "killer", 5, 2
+_KILLER_PROMPT = Question(tuple(range(3, 103)), max_tokens=8, text="it is never answered")
+"""Nobody else asks it: those of the same content share their fate."""
 
 
 def equal_prompts(ring: ChaosApp, began: Began) -> None:
@@ -63,7 +65,7 @@ def killer_prompt(ring: ChaosApp, began: Began) -> None:
     killing.start()
     try:
         for _ in range(_KILLER_SENT):
-            began.own.append(_ask(ring, [ring.questions[3]], user=_KILLER))
+            began.own.append(_ask(ring, [_KILLER_PROMPT], user=_KILLER))
     finally:
         over.set()
         killing.join()
