@@ -59,7 +59,7 @@ _BAD: list[tuple[dict[str, Any] | bytes, str]] = [
     ({"model": "another"}, "model"),
     ({"prompt": ""}, "prompt"),
     ({"prompt": list(range(3, 203)) * 10}, "length"),
-    ({"prompt": [1 << 40]}, "Token id"),
+    ({"prompt": [1 << 40]}, "prompt.0"),
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": "many"}, "max_tokens"),
     ({"temperature": -1}, "temperature"),
