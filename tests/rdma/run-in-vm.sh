@@ -215,6 +215,13 @@ if [ "$code" = 0 ]; then
   wait "${readers[@]}" || true
   readers=()
 fi
-[ ! -s "$work/orders/code" ] || exit "$(cat "$work/orders/code")"
+if [ -s "$work/orders/code" ]; then
+  code=$(cat "$work/orders/code")
+  if [ "$code" -gt 128 ]; then
+    echo "$self: the command died of signal $((code - 128)); the guest kernel's last lines:"
+    tail -n 15 "$work/kernel.log"
+  fi >&2
+  exit "$code"
+fi
 { tail -n 5 "$work/qemu.log"; tail -n 15 "$work/kernel.log"; } >&2
 fail "the virtual machine died (QEMU's exit code $code)"
