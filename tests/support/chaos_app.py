@@ -128,12 +128,16 @@ class ChaosApp:
 
 @contextmanager
 def chaos_app(
-    model: Path, folder: Path, transfer: Mapping[str, Any] | None = None
+    model: Path,
+    folder: Path,
+    transfer: Mapping[str, Any] | None = None,
+    max_requests: int = MAX_REQUESTS,
 ) -> Iterator[ChaosApp]:
     """Start it, ask every question once, and end it.
 
     Args:
         transfer: more settings of its transfers.
+        max_requests: that it lets in at once.
     """
     prompts = [random.Random(length).choices(range(3, 200), k=length) for length in _LENGTHS]
     points = FaultPoints(folder / "faults")
@@ -148,7 +152,7 @@ def chaos_app(
             engine={"max_model_len": _MAX_MODEL_LEN, "enable_prefix_caching": False},
             prefill={"replicas": REPLICAS, "drain_timeout_s": DRAIN_TIMEOUT_S},
             decode={"replicas": REPLICAS, "drain_timeout_s": DRAIN_TIMEOUT_S},
-            router={"max_requests": MAX_REQUESTS},
+            router={"max_requests": max_requests},
             transfer={
                 "transports": ["tcp"],
                 "digests": True,
