@@ -188,13 +188,15 @@ GUEST
 mkfifo "$work/out" "$work/err"
 cat "$work/out" & readers+=($!)
 cat "$work/err" >&2 & readers+=($!)
-# Without erms the guest's kernel copies by words; "rep movsb" is emulated byte by byte.
+# Without erms the guest's kernel copies by words; "rep movsb" is emulated byte by byte. Signals that
+# kill are told by the kernel even where a handler could not say anything any more.
+options="panic=-1 mitigations=off random.trust_cpu=on tsc=nowatchdog nowatchdog"
 timeout "${RDMA_VM_LIMIT:-900}" qemu-system-x86_64 \
   -accel tcg,thread=multi,tb-size=512 -cpu max,-erms,-smap,-smep,-la57,-pku -M pc \
   -smp "${RDMA_VM_CPUS:-2}" -m "${RDMA_VM_MEMORY:-4096}" \
   -nodefaults -no-user-config -display none -nic none -no-reboot \
   -kernel "$cache/ready/vmlinux" -initrd "$cache/ready/initramfs" \
-  -append "console=ttyS2 panic=-1 mitigations=off random.trust_cpu=on tsc=nowatchdog nowatchdog" \
+  -append "console=ttyS2 $options print-fatal-signals=1" \
   -chardev "file,id=out,path=$work/out" -serial chardev:out \
   -chardev "file,id=err,path=$work/err" -serial chardev:err \
   -chardev "file,id=log,path=$work/kernel.log" -serial chardev:log \
