@@ -111,22 +111,11 @@ class ReplicaCaller:
             NoReplica, ReplicaLost, TimeoutError: it cannot.
         """
         async with asyncio.timeout(timeout_s):
-            return str(await self._unary(role, "ready", RouteHint()))
+            return await self._well(role, RouteHint())
 
     async def well(self, side: Side, exclude: frozenset[str]) -> str:
         """A replica that has just said that it is well; see :class:`deployments.caller.Caller`."""
-        handle = self._handles[side].options(method_name="ready")
-        hint = RouteHint(exclude=exclude)
-        async with AsyncExitStack() as stack:
-            selection = await self._select(stack, side, handle, hint)
-            response = handle.dispatch(selection, hint)
-            try:
-                async with asyncio.timeout(WELL_TIMEOUT_S):
-                    return str(await response)
-            except (RayActorError, ReplicaUnavailableError, RayTaskError, TimeoutError) as error:
-                response.cancel()
-                cause = f"it is not well: {_first_line(error)}"
-                raise ReplicaLost(side, selection.replica_id, cause, held=False) from error
+        return await self._well(side, RouteHint(exclude=exclude), WELL_TIMEOUT_S)
 
     async def replicas(self, side: Side) -> int:
         """How many replicas of a side say that they are well."""
@@ -170,6 +159,28 @@ class ReplicaCaller:
             finally:
                 if not finished:
                     response.cancel()
+
+    async def _well(self, role: str, hint: RouteHint, timeout_s: float | None = None) -> str:
+        """Asks one replica whether it can really serve; ``timeout_s`` without the time of the pick.
+
+        Raises:
+            NoReplica: there is none to be asked.
+            ReplicaLost: it cannot, or does not answer.
+        """
+        handle = self._handles[role].options(method_name="ready")
+        async with AsyncExitStack() as stack:
+            selection = await self._select(stack, role, handle, hint)
+            response = handle.dispatch(selection, hint)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return str(await response)
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except (RayActorError, ReplicaUnavailableError, RayTaskError, TimeoutError) as error:
+                response.cancel()
+                cause = f"it is not well: {_first_line(_cause(error))}"
+                raise ReplicaLost(role, selection.replica_id, cause, held=False) from error
 
     async def _give_up(self, replica_id: str, handoff_id: str) -> int:
         hint = RouteHint(only=replica_id)
@@ -235,7 +246,7 @@ def _id_of_its_own() -> Iterator[None]:
 
 def _translated(error: Exception, role: str, replica_id: str) -> Exception:
     """A dead actor and a dead engine are one thing to a caller: try another replica."""
-    cause: Any = error.cause if isinstance(error, RayTaskError) else error
+    cause = _cause(error)
     if isinstance(cause, ContinuationMismatch):
         return cause
     if isinstance(cause, EngineGone):
@@ -243,6 +254,11 @@ def _translated(error: Exception, role: str, replica_id: str) -> Exception:
     if not isinstance(cause, EngineDeadError | RayActorError | ReplicaUnavailableError):
         return error
     return ReplicaLost(role, replica_id, _first_line(cause))
+
+
+def _cause(error: Exception) -> Any:
+    """What went wrong at the replica, without Ray's account of where."""
+    return error.cause if isinstance(error, RayTaskError) else error
 
 
 def _first_line(error: Exception) -> str:

@@ -28,11 +28,14 @@ from deployments.admission import AdmissionPolicy
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
 from deployments.handoff_state import RetryPolicy
+from deployments.health import TransferUnhealthy
+from deployments.replica import ReplicaCaller
 from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import BodyLimits
 from serve_app.cache_salt import cache_salt, salt_of_key
 from serve_app.ingress import Ingress, ingress_app
 from tests.support.malformed_requests import JUNK, bodies
+from tests.support.scripted_handles import FakeHandle, answers, fails
 from tests.support.tickets import make_ticket
 from transfer.errors import ConfigurationError
 
@@ -717,6 +720,27 @@ def test_health_says_which_side_is_missing(endpoint: Endpoint, error: Exception,
 
     assert response.status_code == 503
     assert response.json() == {"status": "unavailable", "prefill": "ok", "decode": said}
+
+
+def test_health_says_which_transfer_engine_is_down(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handles: Any = [
+        FakeHandle({"p1": fails(TransferUnhealthy("the transfer engine of rank 0 of e is down"))}),
+        FakeHandle({"d1": answers("d1")}),
+    ]
+    caller = ReplicaCaller(*handles, pick_timeout_s=1.0)
+    monkeypatch.setattr(endpoint.caller, "ready", caller.ready)
+
+    response = endpoint.ask("GET", "/health")
+
+    assert response.status_code == 503
+    assert response.json() == {
+        "status": "unavailable",
+        "prefill": "prefill replica p1 was lost: it is not well: "
+        "the transfer engine of rank 0 of e is down",
+        "decode": "ok",
+    }
 
 
 # ---- too much at once ----------------------------------------------------------------------------
