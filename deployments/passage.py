@@ -205,7 +205,7 @@ class Passage:
         before_waiting: Callable[[], None] = lambda: None,
     ) -> str | None:
         """The replica that a suspect is tried on; None: the request is none."""
-        taken = self._trials.suspects.tried_on(case, side)
+        taken = self._trials.suspects.resume_trial(case, side)
         only = taken or await self._trials.replica_for(case, side, exclude, before_waiting)
         if only is not None and taken is None:
             self._say(f"is tried apart from others on {side} replica {only}", request)

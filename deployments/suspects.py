@@ -6,7 +6,9 @@ so that the next death has one name. A request under which two engines died is c
 works on it any more, nor on others of the same content, for some minutes.
 
 Where an engine ends in a suspect's trial, that one is blamed: others that were there become
-suspects, but none is condemned by that, and who was answering already is not even suspected.
+suspects, but none is condemned by that, and who was answering already is not even suspected. Where
+several were on trial, because one took too long, nobody can say which it was: all that were there
+are suspects, and none is condemned.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ REMEMBERED_S = 300.0
 """How long a death counts."""
 
 TRIAL_S = 30.0
-"""A trial that takes longer keeps others from the engine no more."""
+"""A trial that takes longer keeps others from the engine no more. It goes on beside theirs."""
 
 _DEATHS = 2
 _MOST = 4096
@@ -71,13 +73,22 @@ class _Record:
 class _Death:
     number: int
     at: float
-    on_trial: Case | None
+    on_trial: tuple[Case, ...]
+
+    def is_named(self, case: Case) -> bool:
+        """Whether it condemns whoever died of another one: it was alone on trial, or nobody was."""
+        return self.on_trial in ((), (case,))
+
+    def has_spared(self, case: Case) -> bool:
+        """Whether another one is to blame for sure."""
+        return len(self.on_trial) == 1 and not self.is_named(case)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Trial:
     case: Case
     side: Side
+    engine: str
     since: float
 
 
@@ -92,7 +103,7 @@ class Suspects:
         self._clock = clock
         self._records: dict[bytes, _Record] = {}
         self._deaths: dict[str, _Death] = {}
-        self._trials: dict[str, _Trial] = {}
+        self._trials: list[_Trial] = []
         self._number = 0
 
     def standing(self, case: Case) -> Standing:
@@ -130,10 +141,10 @@ class Suspects:
         """
         now = self._clock()
         death = self._death(engine, now)
-        if began > death.at or (answering and death.on_trial not in (None, case)):
+        if began > death.at or (answering and death.has_spared(case)):
             return self.standing(case)
         record = self._record(case) or _Record(now)
-        if not record.deaths or death.on_trial in (None, case):
+        if not record.deaths or death.is_named(case):
             record.deaths[death.number] = side
         record.until = now + REMEMBERED_S
         self._records.pop(case.content, None)
@@ -166,30 +177,32 @@ class Suspects:
     def begin_trial(self, case: Case, side: Side, engine: str) -> bool:
         """Takes an engine for a suspect; False: another suspect is being tried there."""
         now = self._clock()
-        trial = self._trials.get(engine)
-        if trial is not None and now - trial.since < TRIAL_S:
+        if any(trial.engine == engine and now - trial.since < TRIAL_S for trial in self._trials):
             return False
-        self._trials[engine] = _Trial(case, side, now)
+        self._trials.append(_Trial(case, side, engine, now))
         return True
 
-    def tried_on(self, case: Case, side: Side) -> str | None:
-        """The engine of a side that is taken for a suspect."""
-        taken = (
-            engine
-            for engine, trial in self._trials.items()
-            if trial.case is case and trial.side == side
-        )
-        return next(taken, None)
+    def resume_trial(self, case: Case, side: Side) -> str | None:
+        """The engine of a side that is taken for a suspect; it is sent there only now."""
+        trial = self._trial(case, side)
+        if trial is None:
+            return None
+        trial.since = self._clock()
+        return trial.engine
 
     def end_trial(self, case: Case, side: Side) -> bool:
         """Its first output came, or it ended in another way; whether an engine was taken for it."""
-        engine = self.tried_on(case, side)
-        if engine is None:
+        trial = self._trial(case, side)
+        if trial is None:
             return False
-        del self._trials[engine]
+        self._trials.remove(trial)
         return True
 
     # ------------------------------------------------------------------------------------------
+
+    def _trial(self, case: Case, side: Side) -> _Trial | None:
+        own = (trial for trial in self._trials if trial.case is case and trial.side == side)
+        return next(own, None)
 
     def _record(self, case: Case) -> _Record | None:
         if not self._records:
@@ -204,8 +217,8 @@ class Suspects:
         death = self._deaths.get(engine)
         if death is None:
             self._number += 1
-            trial = self._trials.get(engine)
-            death = _Death(self._number, now, None if trial is None else trial.case)
+            on_trial = tuple(trial.case for trial in self._trials if trial.engine == engine)
+            death = _Death(self._number, now, on_trial)
             self._deaths[engine] = death
             _forget_oldest(self._deaths)
         return death

@@ -176,6 +176,53 @@ def test_who_answered_already_is_not_blamed_for_anothers_trial(suspects: Suspect
     assert suspects.died(answering, "decode", "d2", began=BEGAN, answering=True) is Standing.SUSPECT
 
 
+def test_a_death_in_several_trials_is_nobodys_alone(suspects: Suspects, clock: Clock) -> None:
+    killer, other, answering, clear = (
+        case(name) for name in ("killer", "other", "answering", "clear")
+    )
+    for one in (killer, other, answering):
+        suspects.died(one, "prefill", "p1", began=BEGAN)
+    assert suspects.begin_trial(killer, "prefill", "p2")
+    clock.now += TRIAL_S
+    assert suspects.begin_trial(other, "prefill", "p2")
+
+    assert suspects.died(other, "prefill", "p2", began=BEGAN) is Standing.SUSPECT
+    suspects.end_trial(other, "prefill")
+    assert suspects.died(killer, "prefill", "p2", began=BEGAN) is Standing.SUSPECT
+    suspects.end_trial(killer, "prefill")
+    # Neither is anybody else cleared or condemned by it.
+    for one in (answering, clear):
+        assert suspects.died(one, "prefill", "p2", began=BEGAN, answering=True) is Standing.SUSPECT
+
+    assert suspects.begin_trial(killer, "prefill", "p3")
+    assert suspects.died(killer, "prefill", "p3", began=BEGAN) is Standing.CONDEMNED
+
+
+def test_who_is_left_of_several_trials_is_blamed(suspects: Suspects, clock: Clock) -> None:
+    killer, slow = case("killer"), case("slow")
+    for one in (killer, slow):
+        suspects.died(one, "prefill", "p1", began=BEGAN)
+    assert suspects.begin_trial(slow, "prefill", "p2")
+    clock.now += TRIAL_S
+    assert suspects.begin_trial(killer, "prefill", "p2")
+    suspects.end_trial(slow, "prefill")
+
+    assert suspects.died(killer, "prefill", "p2", began=BEGAN) is Standing.CONDEMNED
+
+
+def test_a_trial_lasts_from_when_the_request_is_sent(suspects: Suspects, clock: Clock) -> None:
+    one, other = case("one"), case("other")
+    assert suspects.begin_trial(one, "decode", "d1")
+    clock.now += TRIAL_S - 1.0
+
+    assert suspects.resume_trial(one, "decode") == "d1"
+    clock.now += TRIAL_S - 1.0
+    assert not suspects.begin_trial(other, "decode", "d1")
+    clock.now += 1.0
+    assert suspects.begin_trial(other, "decode", "d1")
+    assert suspects.resume_trial(one, "prefill") is None
+
+
 def test_who_answered_is_blamed_where_nobody_was_tried(suspects: Suspects) -> None:
     suspects.died(case(), "decode", "d1", began=BEGAN)
 
@@ -260,13 +307,14 @@ class OneKiller(RuleBasedStateMachine):
         ):
             return
         self.waiting.remove(one)
-        running = self.engines[engine]
-        running.append((one, False))
-        if not self.kills(one):
-            return
-        # Nothing comes between: whoever is sent there next finds another engine.
+        self.engines[engine].append((one, False))
+        if self.kills(one) and not self.is_slow(one):
+            # Nothing comes between: whoever is sent there next finds another engine.
+            self.ends(data, engine)
+
+    def ends(self, data: st.DataObject, engine: str) -> None:
         self.killed += 1
-        del self.engines[engine]
+        running = self.engines.pop(engine)
         self.engines[f"e{self.starts}"] = []
         self.starts += 1
         for lost, answering in data.draw(st.permutations(running)):
@@ -274,11 +322,18 @@ class OneKiller(RuleBasedStateMachine):
             self.suspects.end_trial(lost, "decode")
             (self.condemned if standing is Standing.CONDEMNED else self.waiting).append(lost)
 
+    def is_slow(self, one: Case) -> bool:
+        """Whether it works for a while before its engine ends."""
+        return False
+
     @precondition(lambda self: any(self.engines.values()))
     @rule(data=st.data(), ends=st.booleans())
     def goes_on(self, data: st.DataObject, ends: bool) -> None:
         engine = self.pick(data, sorted(name for name, has in self.engines.items() if has))
         at = data.draw(st.integers(0, len(self.engines[engine]) - 1))
+        if self.kills(self.engines[engine][at][0]):
+            self.ends(data, engine)
+            return
         one, _ = self.engines[engine].pop(at)
         self.suspects.end_trial(one, "decode")
         if ends:
@@ -286,7 +341,7 @@ class OneKiller(RuleBasedStateMachine):
         else:
             self.engines[engine].append((one, True))
 
-    @rule(seconds=st.floats(0, 20))
+    @rule(seconds=st.sampled_from([1.0, TRIAL_S]))
     def time_passes(self, seconds: float) -> None:
         self.clock.now += seconds
 
@@ -302,5 +357,26 @@ class OneKiller(RuleBasedStateMachine):
         assert all(self.kills(one) for one in self.condemned)
 
 
-OneKiller.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+class SlowKiller(OneKiller):
+    """On trial, it works longer than a trial keeps others away: it costs more engines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.engines["e2"]
+        for name in ("killer", "prompt 0"):
+            one = case(name)
+            self.suspects.died(one, "decode", "the first", began=BEGAN)
+            self.waiting.append(one)
+
+    def is_slow(self, one: Case) -> bool:
+        return self.suspects.resume_trial(one, "decode") is not None
+
+    @invariant()
+    def few_engines_end(self) -> None:
+        pass
+
+
+EFFORT = settings(max_examples=100, stateful_step_count=30, deadline=None)
+OneKiller.TestCase.settings = SlowKiller.TestCase.settings = EFFORT
 TestOneKiller = OneKiller.TestCase
+TestSlowKiller = SlowKiller.TestCase
