@@ -119,21 +119,13 @@ class ReplicaCaller:
 
     async def replicas(self, side: Side) -> int:
         """How many replicas of a side say that they are well."""
-        response = self._handles[side].broadcast("ready", RouteHint())
-        try:
-            told = await response.results_async(timeout_s=WELL_TIMEOUT_S, return_exceptions=True)
-        except (DeploymentUnavailableError, TimeoutError):
-            return 0
+        told = await self._answers_of_all(side, "ready", WELL_TIMEOUT_S)
         return sum(isinstance(one, str) for one in told)
 
     async def status(self, role: str, timeout_s: float) -> list[dict[str, Any]]:
-        """Transfer status of every worker of every replica of ``role`` that answers."""
-        try:
-            response = self._handles[role].broadcast("status", RouteHint())
-            replicas = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
-        except DeploymentUnavailableError:
-            return []
-        return [status for told in replicas if isinstance(told, list) for status in told]
+        """Transfer status of every worker of every replica of ``role`` that answers in time."""
+        replicas = await self._answers_of_all(role, "status", timeout_s)
+        return [status for told in replicas for status in told]
 
     async def decode(
         self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
@@ -181,6 +173,29 @@ class ReplicaCaller:
                 response.cancel()
                 cause = f"it is not well: {_first_line(_cause(error))}"
                 raise ReplicaLost(role, selection.replica_id, cause, held=False) from error
+
+    async def _answers_of_all(self, role: str, method_name: str, timeout_s: float) -> list[Any]:
+        """What the replicas of a side say, without those that fail or are not done in time."""
+        until_s = time.monotonic() + timeout_s
+        response = self._handles[role].broadcast(method_name, RouteHint())
+        try:
+            async with asyncio.timeout(timeout_s):
+                # Not `results_async`, for which one silent replica is the silence of all.
+                replicas = await response._fetch_replica_results_async()
+        except (DeploymentUnavailableError, TimeoutError):
+            return []
+        asked = {asyncio.ensure_future(replica.get_async()): replica for replica in replicas}
+        try:
+            if asked:
+                await asyncio.wait(asked, timeout=until_s - time.monotonic())
+        finally:
+            for answer, replica in asked.items():
+                if not answer.done():
+                    answer.cancel()
+                    replica.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        done = [answer for answer in asked if answer.done() and not answer.cancelled()]
+        return [answer.result() for answer in done if answer.exception() is None]
 
     async def _give_up(self, replica_id: str, handoff_id: str) -> int:
         hint = RouteHint(only=replica_id)

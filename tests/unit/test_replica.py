@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from deployments import replica
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.health import TransferUnhealthy
 from deployments.replica import ReplicaCaller
@@ -48,5 +50,42 @@ def test_readiness_has_its_time_and_then_the_call_is_cancelled() -> None:
 
         caller, *_ = caller_of(prefill={"p1": answers("p1")})
         assert await caller.ready("prefill", 1.0) == "p1"
+
+    drive(main())
+
+
+async def dies_cancelled(method_name: str, *args: Any) -> Any:
+    """What Ray makes of a task that somebody else cancelled."""
+    raise asyncio.CancelledError
+
+
+def test_one_replica_that_hangs_does_not_silence_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replica, "WELL_TIMEOUT_S", 0.05)
+
+    async def main() -> None:
+        caller, _, decode = caller_of(
+            decode={
+                "d1": answers("d1"),
+                "d2": hangs,
+                "d3": fails(DOWN),
+                "d4": dies_cancelled,
+                "d5": answers("d5"),
+            }
+        )
+        assert await caller.replicas("decode") == 2
+        assert [response.was_cancelled for response in decode.responses] == [
+            False,
+            True,
+            False,
+            False,
+            False,
+        ]
+
+        one, two = {"rank": 0}, {"rank": 1}
+        caller, *_ = caller_of(decode={"d1": answers([one, two]), "d2": hangs, "d3": fails(DOWN)})
+        assert await caller.status("decode", 0.05) == [one, two]
+        assert await caller.status("prefill", 0.05) == []
 
     drive(main())
