@@ -53,6 +53,8 @@ from transfer.ticket import Ticket, handoff_id_of
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
+_NOTICE = "giving up a hand-off"
+
 
 class Passage:
     """Carries prompts through prefill and decode, each by itself.
@@ -249,7 +251,7 @@ class Passage:
         except ProtocolError as error:
             self._say(f"its ticket cannot be read ({error}); decode computes the prompt", request)
             if handoff_id_of(raw) is not None:
-                self._background.start(self._give_up(answer.replica_id, raw))
+                self._background.start(_NOTICE, self._give_up(answer.replica_id, raw))
             return None
 
     async def _decode(
@@ -324,7 +326,7 @@ class Passage:
         for instruction in instructions:
             if isinstance(instruction, GiveUp):
                 ticket = instruction.ticket.to_params()
-                self._background.start(self._give_up(instruction.replica_id, ticket))
+                self._background.start(_NOTICE, self._give_up(instruction.replica_id, ticket))
             else:
                 step = instruction
         return step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
@@ -26,6 +27,8 @@ from deployments.errors import ContinuationMismatch, EngineGone, NoReplica, Repl
 from deployments.generation import GenerationRequest, Output, PrefillAnswer
 from deployments.route_hint import RouteHint
 from deployments.suspects import Side
+
+logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 RETRY_PICK_S = 0.2
 """How long to wait for a replica of a side that had none a moment ago."""
@@ -69,7 +72,7 @@ class ReplicaCaller:
         """
         calls: list[_Dispatched] = []
         hint, handoff_id = RouteHint(exclude=exclude, only=only), uuid4().hex
-        call = self._background.start(
+        call = self._background.call(
             self._unary("prefill", "prefill", hint, request, handoff_id, calls=calls)
         )
         try:
@@ -78,7 +81,7 @@ class ReplicaCaller:
             for dispatched in calls:
                 dispatched.response.cancel()
                 # Its answer may be on the way already, or come before the word to cancel.
-                self._background.start(self._give_up(dispatched.replica_id, handoff_id))
+                self._take_back(dispatched.replica_id, handoff_id)
             if not calls:
                 call.cancel()
             raise
@@ -196,6 +199,17 @@ class ReplicaCaller:
             await asyncio.gather(*asked, return_exceptions=True)
         done = [answer for answer in asked if answer.done() and not answer.cancelled()]
         return [answer.result() for answer in done if answer.exception() is None]
+
+    def _take_back(self, replica_id: str, handoff_id: str) -> None:
+        """Gives up what a prefill may leave behind whose answer nobody will get."""
+
+        async def give_up() -> None:
+            try:
+                await self._give_up(replica_id, handoff_id)
+            except (NoReplica, ReplicaLost) as gone:
+                logger.info("hand-off %s not given up: %s", handoff_id, gone)
+
+        self._background.start("giving up a hand-off", give_up())
 
     async def _give_up(self, replica_id: str, handoff_id: str) -> int:
         hint = RouteHint(only=replica_id)

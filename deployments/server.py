@@ -43,7 +43,7 @@ class BatonServer(LLMServer):
         self._background = Background()
         await super().__init__(llm_config, **kwargs)
         self._health = EngineHealth(engine_timeout_s, time.monotonic())
-        self._watching = self._background.start(self._watch_engine())
+        self._watching = self._background.start("watching the engine", self._watch_engine())
 
     async def __del__(self) -> None:
         """Serve calls this when all requests have ended, before it ends the process.

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import RequestCancelledError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments import replica
+from deployments.background import Background
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.health import TransferUnhealthy
 from deployments.replica import ReplicaCaller
 from tests.support.scripted_handles import FakeHandle, Script, answers, fails, hangs
-from tests.support.scripted_replicas import drive
+from tests.support.scripted_replicas import drive, generation
 
 DOWN = TransferUnhealthy("the transfer engine of rank 0 of e is down")
 
@@ -89,3 +94,58 @@ def test_one_replica_that_hangs_does_not_silence_the_others(
         assert await caller.status("prefill", 0.05) == []
 
     drive(main())
+
+
+# ---- prefills whose answer nobody gets -----------------------------------------------------------
+
+
+def given_up(handle: FakeHandle) -> list[tuple[str, str]]:
+    """What replicas were told to let go of, for whom they had computed it."""
+    (_, handoff_id) = handle.calls[0][2]
+    told = [(name, method) for name, method, args in handle.calls if args == ([handoff_id],)]
+    assert len(told) == len(handle.calls) - 1
+    return told
+
+
+def test_a_client_that_leaves_during_prefill_is_no_trouble(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        caller, prefill, _ = caller_of(prefill={"p1": ends_when_cancelled})
+        leaving = asyncio.ensure_future(caller.prefill(generation(), frozenset()))
+        await asyncio.sleep(0.01)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        # The replica takes its leave, and its last word is that it is gone.
+        await asyncio.sleep(0.01)
+        assert given_up(prefill) == [("p1", "abort_handoffs")]
+
+    drive(main())
+    assert [one for one in caplog.records if one.levelno >= logging.WARNING] == []
+
+
+async def ends_when_cancelled(method_name: str, *args: Any) -> Any:
+    """Serve's word for a call that was cancelled; a notice finds nobody."""
+    if method_name == "abort_handoffs":
+        raise RayTaskError(method_name, "ray::abort()", EngineDeadError()).as_instanceof_cause()
+    try:
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        raise RequestCancelledError("r") from None
+
+
+def test_work_of_its_own_that_fails_is_told_under_its_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        async def fails_at_once() -> None:
+            raise KeyError("x")
+
+        background = Background()
+        background.start("counting", fails_at_once())
+        await background.drain()
+        await asyncio.sleep(0)
+
+    drive(main())
+    assert caplog.messages == ["counting failed: 'x'"]
