@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.serve.context import _get_serve_request_context, _serve_request_context
 from ray.serve.exceptions import (
     BackPressureError,
@@ -84,6 +84,11 @@ class ReplicaCaller:
                 self._take_back(dispatched.replica_id, handoff_id)
             if not calls:
                 call.cancel()
+            raise
+        except ReplicaLost as lost:
+            if isinstance(lost.__cause__, ActorUnavailableError):
+                # It could not be reached, perhaps for a moment, and computes the prompt.
+                self._take_back(lost.replica_id, handoff_id)
             raise
         return answer
 

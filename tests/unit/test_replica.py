@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RequestCancelledError
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -99,12 +99,46 @@ def test_one_replica_that_hangs_does_not_silence_the_others(
 # ---- prefills whose answer nobody gets -----------------------------------------------------------
 
 
+def unreachable_at_first() -> Script:
+    """A replica that computes the prompt while its caller is told that it cannot be reached."""
+
+    async def script(method_name: str, *args: Any) -> Any:
+        if method_name == "prefill":
+            raise ActorUnavailableError("the connection broke", None)
+        return 1
+
+    return script
+
+
 def given_up(handle: FakeHandle) -> list[tuple[str, str]]:
     """What replicas were told to let go of, for whom they had computed it."""
     (_, handoff_id) = handle.calls[0][2]
     told = [(name, method) for name, method, args in handle.calls if args == ([handoff_id],)]
     assert len(told) == len(handle.calls) - 1
     return told
+
+
+def test_a_replica_that_could_not_be_reached_is_told_to_give_its_blocks_up() -> None:
+    async def main() -> None:
+        caller, prefill, _ = caller_of(prefill={"p1": unreachable_at_first()})
+        with pytest.raises(ReplicaLost):
+            await caller.prefill(generation(), frozenset())
+        await asyncio.sleep(0.01)
+        assert given_up(prefill) == [("p1", "abort_handoffs")]
+
+    drive(main())
+
+
+@pytest.mark.parametrize("error", [EngineDeadError(), ActorDiedError()])
+def test_a_replica_that_died_has_nothing_to_give_up(error: Exception) -> None:
+    async def main() -> None:
+        caller, prefill, _ = caller_of(prefill={"p1": fails(error)})
+        with pytest.raises(ReplicaLost):
+            await caller.prefill(generation(), frozenset())
+        await asyncio.sleep(0.01)
+        assert given_up(prefill) == []
+
+    drive(main())
 
 
 def test_a_client_that_leaves_during_prefill_is_no_trouble(
