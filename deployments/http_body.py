@@ -18,7 +18,7 @@ class JsonBody:
     """A request's JSON object, its fields as attributes, as with the models that Ray parses.
 
     Attributes:
-        fields: the object.
+        fields: the object; those that are looked at here as vLLM reads them.
         headers: of the HTTP request, to be sent with it.
     """
 

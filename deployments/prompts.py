@@ -22,7 +22,7 @@ def split(request: GenerationRequest) -> list[GenerationRequest]:
 
 
 def samples_of(n: Any) -> int:
-    """How many answers each prompt gets, by the request's ``n``, whatever that is."""
+    """How many answers each prompt gets, by the request's ``n`` as vLLM reads it."""
     return n if type(n) is int and n > 0 else 1
 
 

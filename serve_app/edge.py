@@ -1,7 +1,8 @@
 """What a client must not say, and within which numbers it must stay. Pure; needs no engine.
 
 The ingress and ``baton proxy`` both ask here before anything else sees a request: what is behind
-them may rely on it. Bodies are looked at as they came, before any model reads them.
+them may rely on it. Bodies are looked at before any model reads them, but as models read them
+(:func:`~serve_app.lax_fields.as_read`).
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def body_fault(fields: Mapping[str, Any]) -> Fault | None:
     """Why a body must not be passed on; None if it may.
 
     Args:
-        fields: the JSON object, those fields that the API does not know included.
+        fields: the JSON object :func:`~serve_app.lax_fields.as_read`, those fields that the API
+            does not know included.
     """
     return _unfit(fields) or _reserved(fields) or _out_of_range(fields)
 

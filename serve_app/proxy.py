@@ -26,6 +26,7 @@ from deployments.ticket_notices import TicketNotices
 from serve_app.body_limits import Bodies, Body, BodyLimits, BodyRefused
 from serve_app.edge import Fault, body_fault, header_fault
 from serve_app.error_body import error_body
+from serve_app.lax_fields import as_read
 from serve_app.router import bypass_reason
 from serve_app.sse import as_events
 from transfer.discovery.base import Discovery
@@ -215,6 +216,7 @@ def _fields(request: web.Request, content: bytes) -> dict[str, Any]:
         raise _bad_request(Fault("", f"the body is not valid JSON: {error}")) from error
     if not isinstance(fields, dict):
         raise _bad_request(Fault("", "the body is not a JSON object"))
+    fields = as_read(fields)
     if fault := body_fault(fields) or header_fault(request.headers):
         raise _bad_request(fault)
     if answers(fields) > MAX_ANSWERS:

@@ -21,6 +21,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 )
 
 from serve_app.edge import INT64, TOKEN_IDS, Fault, body_fault, number_fault
+from serve_app.lax_fields import as_read
 from serve_app.validation_faults import first_fault
 
 
@@ -37,6 +38,7 @@ def _check(model: Any, body: Any, validate: Callable[[Any], Any]) -> Any:
         raise _refused(Fault("Content-Type", "the body must be sent as application/json"))
     if not isinstance(body, dict):
         raise _refused(Fault("", "the body is not a JSON object"))
+    body = as_read(body)
     if fault := body_fault(body) or _tool_calls_fault(body):
         raise _refused(fault)
     for name, types in _fields(model).items():

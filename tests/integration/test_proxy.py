@@ -232,6 +232,44 @@ def test_every_prompt_is_a_handoff_of_its_own(prompt: Any, stream: bool) -> None
     run(main())
 
 
+@pytest.mark.parametrize("n", ["2", 2.0])
+@pytest.mark.parametrize("stream", [False, True])
+def test_numbers_given_as_text_are_numbers_to_all(n: Any, stream: bool) -> None:
+    async def main() -> None:
+        async with setup([new_ticket], [completes]) as it:
+            for prompt, indexes in ((["a", "b"], [0, 1, 2, 3]), ("a", [0, 1])):
+                status, text, _ = await it.ask(prompt=prompt, n=n, stream=stream)
+                assert status == 200
+                parts = events_of(text) if stream else [json.loads(text)]
+                choices = [choice for part in parts for choice in part["choices"]]
+                assert sorted(choice["index"] for choice in choices) == indexes
+            asked = [body for body in it.prefill[0].bodies if "kv_transfer_params" in body]
+            assert {body["kv_transfer_params"]["readers"] for body in asked} == {2}
+
+    run(main())
+
+
+def test_a_stream_of_two_samples_is_whole_when_both_have_ended() -> None:
+    one = 'data: {"choices": [{"index": 0, "text": "", "finish_reason": "stop"}]}\n\n'
+
+    async def main() -> None:
+        async with setup([ticket()], [streams(one.encode(), DONE.encode())]) as it:
+            _, text, _ = await it.ask(stream=True, n="2")
+            assert '"code": 503' in text
+
+    run(main())
+
+
+def test_a_prompt_of_tokens_is_one_prompt_however_they_are_written() -> None:
+    async def main() -> None:
+        good = streams(*(part.encode() for part in (*EVENTS, DONE)))
+        async with setup([ticket()], [good]) as it:
+            status, text, _ = await it.ask(prompt=[1.0, 2.0], stream=True)
+            assert (status, text) == (200, "".join((*EVENTS, DONE)))
+
+    run(main())
+
+
 def test_one_wrong_prompt_refuses_all_before_any_is_computed() -> None:
     bad = says(400, error={"message": "prompt 2 is too long"})
 
@@ -370,6 +408,7 @@ def test_decode_decides_on_what_prefill_refuses(status: int, stream: bool) -> No
     ("path", "body"),
     [
         ("/v1/completions", {"truncate_prompt_tokens": -1, "max_tokens": 200}),
+        ("/v1/completions", {"truncate_prompt_tokens": "-1", "max_tokens": 200}),
         ("/v1/completions", {"prompt_logprobs": 0}),
         ("/v1/completions", {"echo": True, "logprobs": 0}),
         ("/v1/chat/completions", {"truncate_prompt_tokens": -1, "messages": []}),
@@ -580,12 +619,17 @@ def test_a_client_that_leaves_in_mid_stream_ends_the_call() -> None:
         (b'{"prompt": "\\ud800"}', 400, "prompt: the character 0 is half of a surrogate pair"),
         (b'{"prompt": "x", "top_k": 1' + b"0" * 40 + b"}", 400, "top_k: it must be between"),
         (b'{"prompt": [' + b'"x",' * 1024 + b'"x"]}', 400, "prompt: 1025 prompts and samples"),
+        (b'{"prompt": "x", "n": "16384"}', 400, "prompt: 16384 prompts and samples"),
+        (
+            b'{"prompt": "x", "use_beam_search": true, "length_penalty": "-5000"}',
+            *(400, "length_penalty: with use_beam_search it must be"),
+        ),
         (b'{"prompt": "x", "temperature": NaN}', 400, "temperature: it must be a finite"),
         (b" " * (BODY_LIMITS.max_body_bytes + 1), 413, "the body is longer than 16777216"),
     ],
     ids=[
         *("no JSON", "too deep", "no object", "brings a ticket", "no text", "beyond the wire"),
-        *("too many prompts", "not finite", "too long"),
+        *("too many prompts", "too many samples", "beyond beam search", "not finite", "too long"),
     ],
 )
 def test_requests_that_cannot_be_meant(content: bytes, status: int, said: str) -> None:

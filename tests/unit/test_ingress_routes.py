@@ -45,6 +45,7 @@ ANSWER = "answer"
 """In a script: a completion with the name by which the replica knows the request."""
 COMPLETION: dict[str, Any] = {"model": "demo", "prompt": "Once"}
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
+BEAMS: dict[str, Any] = {**COMPLETION, "use_beam_search": "true", "n": 2, "max_tokens": 3}
 KV_PARAMS, CONTENT = "kv_transfer_params", "messages.0.content.0.text"
 SMELL: dict[str, Any] = {"role": "user", "content": [{"type": "smell"}]}
 MAX_BODY_BYTES = 16 << 10
@@ -222,6 +223,9 @@ def test_malformed_json_is_refused(endpoint: Endpoint, path: str) -> None:
         ("/v1/completions", {**COMPLETION, "max_tokens": "many"}, "max_tokens"),
         ("/v1/completions", {**COMPLETION, "temperature": "hot"}, "temperature"),
         ("/v1/completions", {**COMPLETION, "prompt": ""}, "prompt"),
+        ("/v1/completions", {**BEAMS, "length_penalty": "-5000"}, "length_penalty"),
+        ("/v1/completions", {**BEAMS, "length_penalty": -5000}, "length_penalty"),
+        ("/v1/chat/completions", {**CHAT, **BEAMS, "length_penalty": "1e9"}, "length_penalty"),
         ("/v1/completions", {**COMPLETION, "prompt": []}, "prompt"),
         ("/v1/completions", {**COMPLETION, "kv_transfer_params": TICKET}, "kv_transfer_params"),
         ("/v1/chat/completions", {**CHAT, "messages": []}, "messages"),
@@ -778,6 +782,8 @@ def test_more_requests_than_allowed_get_429_with_retry_after(
         ({"prompt": ["a"] * 5}, "prompt"),
         ({"prompt": [[1]] * 2, "n": 3}, "prompt"),
         ({"n": 5}, "n"),
+        ({"n": "5"}, "n"),
+        ({"n": 5.0}, "n"),
     ],
 )
 def test_too_many_answers_of_one_request(
