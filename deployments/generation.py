@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from transfer.ticket import Ticket
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
 Method = Literal["chat", "completions"]
+
+_NAME_CHARACTERS: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,8 @@ class GenerationRequest:
         http: what the replicas need to know of the HTTP request.
         sent: set if the stream may go on at another replica, then with all that the client has by
             now; None: it must not.
-        client_id: what the client calls it, of any length; empty: nothing. For answers and logs:
-            replicas get names of Baton's own.
+        client_id: what the client calls it, whatever is in it; empty: nothing. For answers, and as
+            :attr:`name_in_logs`: replicas get names of Baton's own.
     """
 
     method: Method
@@ -49,6 +51,13 @@ class GenerationRequest:
     http: RawRequestInfo | None = None
     sent: Sent | None = None
     client_id: str = ""
+
+    @property
+    def name_in_logs(self) -> str:
+        """What the client calls it, in quotes on one line and cut short; ``-``: nothing."""
+        if len(self.client_id) > _NAME_CHARACTERS:
+            return f"{self.client_id[:_NAME_CHARACTERS]!r}…"
+        return repr(self.client_id) if self.client_id else "-"
 
     def named(self, request_id: str) -> GenerationRequest:
         """This request as replicas shall call it."""

@@ -342,7 +342,7 @@ class Passage:
 
     def _say(self, text: str, request: GenerationRequest) -> None:
         own = request.body.request_id
-        logger.warning("request %s (inside: %s): %s", request.client_id or "-", own, text)
+        logger.warning("request %s (inside: %s): %s", request.name_in_logs, own, text)
 
 
 class _Renamed:

@@ -21,6 +21,7 @@ TOKEN_IDS: Final = range(1 << 32)
 
 _WIRE: Final = range(INT64.start, 1 << 64)
 """What the engine's messages hold."""
+_MAX_NAME: Final = 256
 _MAX_LENGTH_PENALTY: Final = 40
 """Beam search raises lengths to this power; a float holds that for any length there is."""
 _PATH_CHARACTERS: Final = 200
@@ -64,7 +65,7 @@ def body_fault(fields: Mapping[str, Any]) -> Fault | None:
         fields: the JSON object :func:`~serve_app.lax_fields.as_read`, those fields that the API
             does not know included.
     """
-    return _unfit(fields) or _reserved(fields) or _out_of_range(fields)
+    return _unfit(fields) or _reserved(fields) or _out_of_range(fields) or _name(fields)
 
 
 def header_fault(headers: Mapping[str, str]) -> Fault | None:
@@ -104,6 +105,13 @@ def _out_of_range(fields: Mapping[str, Any]) -> Fault | None:
         bounds = f"-{_MAX_LENGTH_PENALTY} and {_MAX_LENGTH_PENALTY}"
         return Fault("length_penalty", f"with use_beam_search it must be between {bounds}")
     return None
+
+
+def _name(fields: Mapping[str, Any]) -> Fault | None:
+    name = fields.get("request_id")
+    if name is None or (isinstance(name, str) and len(name) <= _MAX_NAME):
+        return None
+    return Fault("request_id", f"it must be a text of at most {_MAX_NAME} characters")
 
 
 class _Inside(NamedTuple):

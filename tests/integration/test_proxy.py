@@ -488,6 +488,27 @@ def test_broken_decode_server_is_replaced(broken: Step, stream: bool) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("in_body", [False, True])
+def test_a_name_of_a_client_is_in_the_log_on_one_line_and_short(
+    in_body: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "n" * 200 if not in_body else "n\n2026-01-01 WARNING forged " + "n" * 200
+    given: dict[str, Any] = {"request_id": name} if in_body else {"headers": {"X-Request-Id": name}}
+
+    async def main() -> None:
+        async with setup([dead], [says(choices=[])]) as it:
+            await it.ask(**given)
+
+    with caplog.at_level("WARNING", logger="ray.serve"):
+        run(main())
+    lines = [record.getMessage() for record in caplog.records if "n'" in record.getMessage()]
+    assert lines
+    for line in lines:
+        assert line.startswith("request 'n")
+        assert "\n" not in line
+        assert "n" * 101 not in line
+
+
 @BROKEN
 @pytest.mark.parametrize("stream", [False, True])
 def test_never_an_empty_200(broken: Step, stream: bool) -> None:
@@ -619,6 +640,7 @@ def test_a_client_that_leaves_in_mid_stream_ends_the_call() -> None:
         (b'{"prompt": "\\ud800"}', 400, "prompt: the character 0 is half of a surrogate pair"),
         (b'{"prompt": "x", "top_k": 1' + b"0" * 40 + b"}", 400, "top_k: it must be between"),
         (b'{"prompt": [' + b'"x",' * 1024 + b'"x"]}', 400, "prompt: 1025 prompts and samples"),
+        (b'{"request_id": "' + b"n" * 257 + b'"}', 400, "request_id: it must be a text of at"),
         (b'{"prompt": "x", "n": "16384"}', 400, "prompt: 16384 prompts and samples"),
         (
             b'{"prompt": "x", "use_beam_search": true, "length_penalty": "-5000"}',
@@ -629,7 +651,14 @@ def test_a_client_that_leaves_in_mid_stream_ends_the_call() -> None:
     ],
     ids=[
         *("no JSON", "too deep", "no object", "brings a ticket", "no text", "beyond the wire"),
-        *("too many prompts", "too many samples", "beyond beam search", "not finite", "too long"),
+        *(
+            "too many prompts",
+            "too long a name",
+            "too many samples",
+            "beyond beam search",
+            "not finite",
+            "too long",
+        ),
     ],
 )
 def test_requests_that_cannot_be_meant(content: bytes, status: int, said: str) -> None:

@@ -19,6 +19,7 @@ JSON = st.recursive(
 ONLY_BATON = "only Baton itself may set it"
 BETWEEN = "it must be between -9223372036854775808 and 9223372036854775807"
 ON_THE_WIRE = "it must be between -9223372036854775808 and 18446744073709551615"
+NAME = "it must be a text of at most 256 characters"
 NO_TEXT = "the character 2 is half of a surrogate pair"
 
 
@@ -59,6 +60,8 @@ def test_a_header_of_more_digits_than_python_reads_is_refused() -> None:
         ({"json": {"maximum": (1 << 64) - 1, "minimum": -(1 << 63)}}, {}),
         ({"prompt": [5, 7] * 9, "text": "\U0001f600", "length_penalty": 1e300}, {}),
         ({"use_beam_search": True, "length_penalty": -2.5}, {}),
+        ({"request_id": "\n" * 256}, {}),
+        ({"request_id": None}, {}),
     ],
 )
 def test_the_rest_passes(fields: dict[str, Any], headers: dict[str, str]) -> None:
@@ -75,6 +78,8 @@ def test_the_rest_passes(fields: dict[str, Any], headers: dict[str, str]) -> Non
         ({"logit_bias": {"5": float("-inf")}}, Fault("logit_bias.5", "it must be a finite number")),
         ({"prompt": "ab\ud800"}, Fault("prompt", NO_TEXT)),
         ({"stop": ["a", "ab\udfff"]}, Fault("stop.1", NO_TEXT)),
+        ({"request_id": "r" * 257}, Fault("request_id", NAME)),
+        ({"request_id": 7}, Fault("request_id", NAME)),
         ({"ab\ud800": 1}, Fault("", f"a name in it is no text: {NO_TEXT}")),
         ({"a": {"ab\ud800": 1}}, Fault("a", f"a name in it is no text: {NO_TEXT}")),
         (
