@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deployments.generation import Method
-from deployments.prompts import samples_of
+from deployments.prompts import prompts_in, samples_of
 
 PATHS: dict[Method, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
@@ -44,7 +44,4 @@ class JsonBody:
 
 def answers(fields: Mapping[str, Any]) -> int:
     """How many choices the answer to a request has, whatever its number of prompts."""
-    prompt = fields.get("prompt")
-    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-    prompts = len(prompt) if several and isinstance(prompt, list) else 1
-    return prompts * samples_of(fields.get("n"))
+    return prompts_in(fields.get("prompt")) * samples_of(fields.get("n"))

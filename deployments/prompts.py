@@ -21,6 +21,12 @@ def split(request: GenerationRequest) -> list[GenerationRequest]:
     return [request.with_prompt(one) for one in prompt]
 
 
+def prompts_in(prompt: Any) -> int:
+    """How many prompts are in a request's ``prompt``: only a list of texts or of lists has more."""
+    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    return len(prompt) if several else 1
+
+
 def samples_of(n: Any) -> int:
     """How many answers each prompt gets, by the request's ``n`` as vLLM reads it."""
     return n if type(n) is int and n > 0 else 1

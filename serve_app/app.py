@@ -116,6 +116,7 @@ def build_app(args: dict[str, Any]) -> Application:
         ),
         max_prompts=router.max_prompts,
         prompts_at_once=router.prompts_at_once,
+        max_body_bytes=router.max_body_bytes,
         max_prompt_logprobs=router.max_prompt_logprobs,
         max_tokenize_length=router.max_tokenize_length,
         pick_timeout_s=router.pick_timeout_s,

@@ -68,6 +68,22 @@ def body_fault(fields: Mapping[str, Any]) -> Fault | None:
     return _unfit(fields) or _reserved(fields) or _out_of_range(fields) or _name(fields)
 
 
+def copies_fault(prompts: int, rest_bytes: int, most: int) -> Fault | None:
+    """Why a request's prompts must not go out one by one, each with all else; None if they may.
+
+    Args:
+        rest_bytes: of the body without its prompts, as JSON.
+        most: bytes that a body may have; the copies of a small one may not have more.
+    """
+    if prompts == 1 or prompts * rest_bytes <= most:
+        return None
+    return Fault(
+        "prompt",
+        f"{prompts} prompts, each with the {rest_bytes} bytes of the body's other fields, are more "
+        f"than {most} bytes; send several requests",
+    )
+
+
 def header_fault(headers: Mapping[str, str]) -> Fault | None:
     """Why a request with these headers must not be passed on; None if it may.
 

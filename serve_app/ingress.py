@@ -39,13 +39,14 @@ from deployments.errors import NoReplica, ReplicaLost
 from deployments.generation import GenerationRequest, Method, Sent, WholeAnswer
 from deployments.handoff import Coordinator
 from deployments.handoff_state import RetryPolicy
+from deployments.prompts import prompts_in
 from deployments.replica import ReplicaCaller
 from deployments.router_event import RouterEvent
 from serve_app import request_models
 from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import BodyLimits
 from serve_app.cache_salt import cache_salt
-from serve_app.edge import Fault, header_fault
+from serve_app.edge import Fault, copies_fault, header_fault
 from serve_app.guard import Guard
 from serve_app.http_errors import add_error_handlers, error_response, fault_response
 from serve_app.metrics import SCRAPE_KEPT_S, scrape
@@ -72,6 +73,7 @@ class Ingress(OpenAiIngress):
         admission: bounds of what is let in.
         max_prompts: prompts times samples in one request.
         prompts_at_once: of one request, how many are under way at the same time.
+        max_body_bytes: of one body; of what several prompts carry along together, too.
         max_prompt_logprobs: log-probabilities of prompts in one answer, as
             :func:`~serve_app.router.prompt_logprobs` counts them.
         max_tokenize_length: characters to be tokenized, or tokens to be detokenized, in a request.
@@ -94,6 +96,7 @@ class Ingress(OpenAiIngress):
         admission: AdmissionPolicy,
         max_prompts: int,
         prompts_at_once: int,
+        max_body_bytes: int,
         max_prompt_logprobs: int,
         max_tokenize_length: int,
         pick_timeout_s: float,
@@ -112,6 +115,7 @@ class Ingress(OpenAiIngress):
             self._caller, policy, Admission(admission), _count, prompts_at_once=prompts_at_once
         )
         self._max_prompts = max_prompts
+        self._max_body_bytes = max_body_bytes
         self._max_prompt_logprobs = max_prompt_logprobs
         self._max_tokenize_length = max_tokenize_length
         self._health_timeout_s = health_timeout_s
@@ -267,7 +271,7 @@ class Ingress(OpenAiIngress):
             and body.prompt in (None, "", [], [[]], [""])
         ):
             return error_response(400, "prompt: it must not be empty", param="prompt")
-        prompts, samples = _prompts(body), body.n or 1
+        prompts, samples = prompts_in(getattr(body, "prompt", None)), body.n or 1
         if prompts * samples > self._max_prompts:
             return error_response(
                 400,
@@ -275,6 +279,10 @@ class Ingress(OpenAiIngress):
                 f"each are more than {self._max_prompts} answers; send several requests",
                 param="prompt" if prompts > 1 else "n",
             )
+        if prompts > 1 and bypass_reason(body) is None:
+            rest = body.model_dump_json(exclude={"prompt"}, exclude_unset=True)
+            if fault := copies_fault(prompts, len(rest.encode()), self._max_body_bytes):
+                return fault_response(fault)
         field, logprobs = prompt_logprobs(body)
         if logprobs > (allowed := self._max_prompt_logprobs):
             return error_response(
@@ -344,13 +352,6 @@ _EVENTS = Counter(
 
 def _count(event: RouterEvent) -> None:
     _EVENTS.inc(tags={"event": event.value})
-
-
-def _prompts(body: Body) -> int:
-    """How many prompts a request has: only a list of texts or of lists holds several."""
-    prompt = getattr(body, "prompt", None)
-    several = isinstance(prompt, list) and not all(isinstance(item, int) for item in prompt)
-    return len(prompt) if several and prompt is not None else 1
 
 
 async def _closing(first: Any, chunks: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:

@@ -22,9 +22,10 @@ from deployments.http_body import PATHS, JsonBody, answers
 from deployments.http_caller import HttpCaller
 from deployments.http_servers import HttpServers, Role
 from deployments.prefill_body import not_clamped
+from deployments.prompts import prompts_in
 from deployments.ticket_notices import TicketNotices
 from serve_app.body_limits import Bodies, Body, BodyLimits, BodyRefused
-from serve_app.edge import Fault, body_fault, header_fault
+from serve_app.edge import Fault, body_fault, copies_fault, header_fault
 from serve_app.error_body import error_body
 from serve_app.lax_fields import as_read
 from serve_app.router import bypass_reason
@@ -158,7 +159,9 @@ class Proxy:
     async def _generate(self, method: Method, request: web.Request) -> web.StreamResponse:
         with self._bodies.request() as body:
             content = await self._read(request, body)
-            return await self._answer(method, request, _fields(request, content))
+            fields = _fields(request, content)
+            self._require_few_copies(fields)
+            return await self._answer(method, request, fields)
 
     async def _read(self, request: web.Request, body: Body) -> bytes:
         """The whole body.
@@ -176,6 +179,15 @@ class Proxy:
         except TimeoutError as error:
             raise self._bodies.too_slow() from error
         return b"".join(parts)
+
+    def _require_few_copies(self, fields: Mapping[str, Any]) -> None:
+        prompts = prompts_in(fields.get("prompt"))
+        if prompts == 1 or bypass_reason(JsonBody(fields, {})):
+            return
+        rest = {name: value for name, value in fields.items() if name != "prompt"}
+        size = len(json.dumps(rest, ensure_ascii=False).encode())
+        if fault := copies_fault(prompts, size, self._bodies.limits.max_body_bytes):
+            raise _bad_request(fault)
 
     async def _answer(
         self, method: Method, request: web.Request, fields: dict[str, Any]

@@ -680,6 +680,21 @@ def test_requests_that_cannot_be_meant(content: bytes, status: int, said: str) -
     run(main())
 
 
+def test_several_prompts_carry_no_more_than_a_body_has() -> None:
+    limits = BodyLimits(max_body_bytes=3000, max_bytes_in_flight=3000, timeout_s=30.0)
+
+    async def main() -> None:
+        async with setup([new_ticket], [completes], limits=limits) as it:
+            assert (await it.ask(prompt=["a", "b"], junk="j" * 1000))[0] == 200
+            assert (await it.ask(prompt="a", junk="j" * 2000))[0] == 200
+            asked = len(it.prefill[0].paths)
+            status, text, _ = await it.ask(prompt=["a", "b", "c"], junk="j" * 1000)
+            assert (status, json.loads(text)["error"]["param"]) == (400, "prompt")
+            assert len(it.prefill[0].paths) == asked
+
+    run(main())
+
+
 # ---- slow and many bodies ------------------------------------------------------------------------
 
 JSON = {"Content-Type": "application/json"}

@@ -164,6 +164,7 @@ class Endpoint:
             admission=AdmissionPolicy(max_requests=max_requests),
             max_prompts=4,
             prompts_at_once=2,
+            max_body_bytes=MAX_BODY_BYTES,
             max_prompt_logprobs=100,
             max_tokenize_length=100,
             pick_timeout_s=1.0,
@@ -793,3 +794,23 @@ def test_too_many_answers_of_one_request(
 
     assert error["param"] == field
     assert "more than 4 answers" in error["message"]
+
+
+@pytest.mark.parametrize("name", ["user", "unknown"])
+def test_several_prompts_carry_no_more_than_a_body_has(endpoint: Endpoint, name: str) -> None:
+    large = "é" * (MAX_BODY_BYTES // 6)
+    endpoint.caller.chunks = [ANSWER]
+
+    for prompt in ("a", ["a"], ["a", "b"]):
+        body = {**COMPLETION, "prompt": prompt, name: large}
+        assert endpoint.ask("POST", COMPLETIONS, json=body).status_code == 200
+    endpoint.caller.calls.clear()
+
+    error = endpoint.refused(
+        400, "POST", COMPLETIONS, json={**COMPLETION, "prompt": ["a"] * 4, name: large}
+    )
+    assert error["param"] == "prompt"
+    assert error["message"].startswith("prompt: 4 prompts, each with the ")
+    # Those that go to decode as they are carry it once.
+    whole = {**COMPLETION, "prompt": ["a"] * 4, name: large, "use_beam_search": True}
+    assert endpoint.ask("POST", COMPLETIONS, json=whole).status_code == 200
