@@ -89,7 +89,6 @@ def build_app(args: dict[str, Any]) -> Application:
             ),
             api_keys=api_keys,
             allowed_origins=tuple(router.allowed_origins),
-            cache_salt_by_key=router.cache_salt_by_key,
         ),
         name="Ingress",
         num_replicas=router.replicas,

@@ -62,8 +62,8 @@ Body: TypeAlias = ChatCompletionRequest | CompletionRequest
 class Ingress(OpenAiIngress):
     """OpenAI's API over one prefill and one decode deployment.
 
-    Chat and completions go through the hand-off; the other endpoints that Ray's ingress has
-    (tokenize, embeddings, score) go to decode replicas as Ray sends them.
+    Chat and completions go through the hand-off; tokenize, detokenize, embeddings and score go to
+    decode replicas as Ray sends them.
 
     Args:
         prefill: handle of the prefill deployment.
@@ -218,7 +218,7 @@ class Ingress(OpenAiIngress):
 
     async def _ask_decode(self, method: str, body: Any, request: Request) -> Response:
         """Has a decode replica answer, as Ray's ingress does."""
-        if refused := self._unknown(body.model):
+        if refused := self._unfit(body.model, request):
             return refused
         async with router_request_timeout(DEFAULT_LLM_ROUTER_HTTP_TIMEOUT):
             answers = self._get_response(body=body, call_method=method, raw_request=request)
@@ -229,7 +229,7 @@ class Ingress(OpenAiIngress):
         return JSONResponse(answer.model_dump())
 
     async def _get_model_id(self, model: str | None) -> str:
-        """Any name, for :meth:`_unknown` has looked at it; by default the model's own.
+        """Any name, for :meth:`_unfit` has looked at it; by default the model's own.
 
         Ray's ingress takes what follows a colon for an adapter that it is to load itself.
         """
@@ -249,7 +249,10 @@ class Ingress(OpenAiIngress):
         allowed = self._max_tokenize_length
         return fault_response(Fault(field, f"it has {length} {unit}, and {allowed} are allowed"))
 
-    def _unknown(self, model: str | None) -> JSONResponse | None:
+    def _unfit(self, model: str | None, request: Request) -> JSONResponse | None:
+        """Faults of any request for an engine, but of its body."""
+        if fault := header_fault(request.headers):
+            return fault_response(fault)
         if model is None or model in self._model_cards:
             return None
         known = ", ".join(self._model_cards)
@@ -259,10 +262,8 @@ class Ingress(OpenAiIngress):
 
     def _refusal(self, body: Body, request: Request) -> JSONResponse | None:
         """Faults that need no engine to be seen."""
-        if refused := self._unknown(body.model):
+        if refused := self._unfit(body.model, request):
             return refused
-        if fault := header_fault(request.headers):
-            return fault_response(fault)
         if isinstance(body, ChatCompletionRequest) and not body.messages:
             return error_response(400, "messages: at least one message is needed", param="messages")
         if (
@@ -300,7 +301,6 @@ def ingress_app(
     limits: BodyLimits,
     api_keys: ApiKeys,
     allowed_origins: tuple[str, ...],
-    cache_salt_by_key: bool,
 ) -> Any:
     """The ingress class with its routes, for ``serve.deployment``.
 
@@ -308,7 +308,6 @@ def ingress_app(
         limits: of bodies, for each replica.
         api_keys: accepted bearer keys; none: no key is asked for.
         allowed_origins: whose pages may call from a browser; ``*`` is all of them.
-        cache_salt_by_key: nothing is there for which engines take no salt.
     """
     app = FastAPI(lifespan=metrics_lifespan)
     add_error_handlers(app)
@@ -326,8 +325,8 @@ def ingress_app(
         "status": lambda app: app.get("/baton/status"),
         **DEFAULT_ENDPOINTS,
     }
-    if cache_salt_by_key:
-        del endpoints["transcriptions"]
+    # Forms, which nothing here has looked at; and no engine here writes down what it hears.
+    del endpoints["transcriptions"]
     return make_fastapi_ingress(Ingress, endpoint_map=endpoints, app=app)
 
 

@@ -149,7 +149,6 @@ class Endpoint:
             limits=BodyLimits(MAX_BODY_BYTES, MAX_BODY_BYTES, timeout_s=5.0),
             api_keys=api_keys,
             allowed_origins=allowed_origins,
-            cache_salt_by_key=cache_salt_by_key,
         )
         (self.app,) = apps
         handle: Any = SimpleNamespace(options=self._options)
@@ -276,6 +275,37 @@ def test_unknown_model_is_refused_with_the_known_one(
 def test_unknown_path_and_method_are_refused(endpoint: Endpoint) -> None:
     endpoint.refused(404, "GET", "/v2/completions")
     endpoint.refused(405, "GET", "/v1/completions")
+
+
+@pytest.mark.parametrize("extra", ["{}", "[" * 100_000, '{"kv_transfer_params": "x"}'])
+def test_what_is_not_served_is_not_found_whatever_comes(
+    monkeypatch: pytest.MonkeyPatch, extra: str
+) -> None:
+    monkeypatch.setattr(f"{__name__}.MAX_BODY_BYTES", 1 << 20)
+    form = {"data": {"model": "demo", "vllm_xargs": extra}, "files": {"file": b"RIFF"}}
+
+    Endpoint(monkeypatch).refused(404, "POST", "/v1/audio/transcriptions", **form)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, COMPLETION),
+        (CHATS, CHAT),
+        ("/tokenize", COMPLETION),
+        ("/detokenize", {"tokens": [1]}),
+        ("/v1/embeddings", {"model": "demo", "input": "x"}),
+        ("/v1/score", {"model": "demo", "text_1": "a", "text_2": "b"}),
+    ],
+)
+def test_headers_are_judged_wherever_an_engine_is_asked(
+    endpoint: Endpoint, path: str, body: dict[str, Any]
+) -> None:
+    headers = {"x-vllm-priority": "9" * 40}
+
+    error = endpoint.refused(400, "POST", path, json=body, headers=headers)
+
+    assert error["param"] == "x-vllm-priority"
 
 
 JSON = {"content-type": "application/json"}
@@ -406,12 +436,6 @@ def test_what_decode_answers_alone_is_salted_too(
         salting.ask("POST", path, json={**body, "cache_salt": "blue"}, headers=bearer(key))
 
     assert seen == [cache_salt(salt_of_key(key.encode()), "blue") for key in TWO_KEYS]
-
-
-def test_what_engines_take_no_salt_for_is_not_there(salting: Endpoint, endpoint: Endpoint) -> None:
-    path = "/v1/audio/transcriptions"
-    assert salting.ask("POST", path, headers=bearer(TWO_KEYS[0])).status_code == 404
-    assert endpoint.ask("POST", path).status_code == 400
 
 
 def test_without_the_setting_a_salt_of_the_client_goes_through_as_it_is(
