@@ -42,6 +42,7 @@ class JsonBody:
         return replace(self, fields={**fields, **given})
 
 
-def answers(fields: Mapping[str, Any]) -> int:
-    """How many choices the answer to a request has, whatever its number of prompts."""
-    return prompts_in(fields.get("prompt")) * samples_of(fields.get("n"))
+def answers(method: Method, fields: Mapping[str, Any]) -> tuple[int, int]:
+    """How many prompts a request has, and how many samples each of them gets."""
+    prompts = prompts_in(fields.get("prompt")) if method == "completions" else 1
+    return prompts, samples_of(fields.get("n"))

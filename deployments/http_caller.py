@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
@@ -126,7 +127,7 @@ class HttpCaller:
                         yield Output(answer, url, refused=answer.status != 200)
                         return
                     ended = False
-                    end = StreamEnd(answers(body.fields))
+                    end = StreamEnd(math.prod(answers(request.method, body.fields)))
                     async for events in _events(response.content):
                         end.take(events)
                         ended = events.endswith(LAST_EVENT)

@@ -68,6 +68,21 @@ def body_fault(fields: Mapping[str, Any]) -> Fault | None:
     return _unfit(fields) or _reserved(fields) or _out_of_range(fields) or _name(fields)
 
 
+def answers_fault(prompts: int, samples: int, most: int) -> Fault | None:
+    """Why a request asks for more answers than it may; None if it does not.
+
+    Args:
+        samples: of each prompt.
+    """
+    if prompts * samples <= most:
+        return None
+    return Fault(
+        "prompt" if prompts > 1 else "n",
+        f"{prompts} prompts with {samples} samples each are more than {most} answers; send several "
+        "requests",
+    )
+
+
 def copies_fault(prompts: int, rest_bytes: int, most: int) -> Fault | None:
     """Why a request's prompts must not go out one by one, each with all else; None if they may.
 

@@ -46,7 +46,7 @@ from serve_app import request_models
 from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import BodyLimits
 from serve_app.cache_salt import cache_salt
-from serve_app.edge import Fault, copies_fault, header_fault
+from serve_app.edge import Fault, answers_fault, copies_fault, header_fault
 from serve_app.guard import Guard
 from serve_app.http_errors import add_error_handlers, error_response, fault_response
 from serve_app.metrics import SCRAPE_KEPT_S, scrape
@@ -273,13 +273,8 @@ class Ingress(OpenAiIngress):
         ):
             return error_response(400, "prompt: it must not be empty", param="prompt")
         prompts, samples = prompts_in(getattr(body, "prompt", None)), body.n or 1
-        if prompts * samples > self._max_prompts:
-            return error_response(
-                400,
-                f"{'prompt' if prompts > 1 else 'n'}: {prompts} prompts with {samples} samples "
-                f"each are more than {self._max_prompts} answers; send several requests",
-                param="prompt" if prompts > 1 else "n",
-            )
+        if fault := answers_fault(prompts, samples, self._max_prompts):
+            return fault_response(fault)
         if prompts > 1 and bypass_reason(body) is None:
             rest = body.model_dump_json(exclude={"prompt"}, exclude_unset=True)
             if fault := copies_fault(prompts, len(rest.encode()), self._max_body_bytes):

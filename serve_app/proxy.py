@@ -22,10 +22,16 @@ from deployments.http_body import PATHS, JsonBody, answers
 from deployments.http_caller import HttpCaller
 from deployments.http_servers import HttpServers, Role
 from deployments.prefill_body import not_clamped
-from deployments.prompts import prompts_in
 from deployments.ticket_notices import TicketNotices
 from serve_app.body_limits import Bodies, Body, BodyLimits, BodyRefused
-from serve_app.edge import Fault, body_fault, copies_fault, header_fault
+from serve_app.edge import (
+    PRIORITY_HEADER,
+    Fault,
+    answers_fault,
+    body_fault,
+    copies_fault,
+    header_fault,
+)
 from serve_app.error_body import error_body
 from serve_app.lax_fields import as_read
 from serve_app.router import bypass_reason
@@ -45,7 +51,7 @@ _CONNECT_TIMEOUT_S: Final = 2.0
 _HEALTH_TIMEOUT_S: Final = 5.0
 # vLLM closes connections that were idle for 5 s; a request must not meet that on its way.
 _IDLE_S: Final = 2.0
-_PASSED_ON: Final = ("Authorization", "traceparent", "tracestate")
+_PASSED_ON: Final = ("Authorization", "traceparent", "tracestate", PRIORITY_HEADER)
 _ROLES: Final[tuple[Role, Role]] = ("prefill", "decode")
 
 # A server whose machine is gone says nothing; the kernel asks it after 5 s of silence.
@@ -160,7 +166,7 @@ class Proxy:
         with self._bodies.request() as body:
             content = await self._read(request, body)
             fields = _fields(request, content)
-            self._require_few_copies(fields)
+            self._require_few(method, fields)
             return await self._answer(method, request, fields)
 
     async def _read(self, request: web.Request, body: Body) -> bytes:
@@ -180,8 +186,10 @@ class Proxy:
             raise self._bodies.too_slow() from error
         return b"".join(parts)
 
-    def _require_few_copies(self, fields: Mapping[str, Any]) -> None:
-        prompts = prompts_in(fields.get("prompt"))
+    def _require_few(self, method: Method, fields: Mapping[str, Any]) -> None:
+        prompts, samples = answers(method, fields)
+        if fault := answers_fault(prompts, samples, MAX_ANSWERS):
+            raise _bad_request(fault)
         if prompts == 1 or bypass_reason(JsonBody(fields, {})):
             return
         rest = {name: value for name, value in fields.items() if name != "prompt"}
@@ -231,9 +239,6 @@ def _fields(request: web.Request, content: bytes) -> dict[str, Any]:
     fields = as_read(fields)
     if fault := body_fault(fields) or header_fault(request.headers):
         raise _bad_request(fault)
-    if answers(fields) > MAX_ANSWERS:
-        what = f"{answers(fields)} prompts and samples are more than {MAX_ANSWERS}"
-        raise _bad_request(Fault("prompt", f"{what}; send several requests"))
     return fields
 
 

@@ -139,7 +139,12 @@ def test_a_request_goes_through_prefill_and_decode() -> None:
                 max_tokens=1000,
                 min_tokens=5,
                 temperature=0,
-                headers={"Authorization": "Bearer k", "X-Request-Id": "r1", "Cookie": "c"},
+                headers={
+                    "Authorization": "Bearer k",
+                    "X-Request-Id": "r1",
+                    "Cookie": "c",
+                    "X-Vllm-Priority": "-3",
+                },
             )
             assert (status, json.loads(text)) == (200, {"id": "cmpl-1", "choices": [{"text": "é"}]})
             (asked,) = it.prefill[0].bodies
@@ -171,6 +176,7 @@ def test_a_request_goes_through_prefill_and_decode() -> None:
             for server in (*it.prefill, *it.decode):
                 assert server.paths == ["/v1/completions"]
                 assert server.headers[0]["Authorization"] == "Bearer k"
+                assert server.headers[0]["X-Vllm-Priority"] == "-3"
                 assert "X-Request-Id" not in server.headers[0]
                 assert "Cookie" not in server.headers[0]
 
@@ -639,9 +645,9 @@ def test_a_client_that_leaves_in_mid_stream_ends_the_call() -> None:
         (b'{"prompt": "x", "kv_transfer_params": {}}', 400, "kv_transfer_params: only Baton"),
         (b'{"prompt": "\\ud800"}', 400, "prompt: the character 0 is half of a surrogate pair"),
         (b'{"prompt": "x", "top_k": 1' + b"0" * 40 + b"}", 400, "top_k: it must be between"),
-        (b'{"prompt": [' + b'"x",' * 1024 + b'"x"]}', 400, "prompt: 1025 prompts and samples"),
+        (b'{"prompt": [' + b'"x",' * 1024 + b'"x"]}', 400, "prompt: 1025 prompts with 1 samples"),
         (b'{"request_id": "' + b"n" * 257 + b'"}', 400, "request_id: it must be a text of at"),
-        (b'{"prompt": "x", "n": "16384"}', 400, "prompt: 16384 prompts and samples"),
+        (b'{"prompt": "x", "n": "16384"}', 400, "n: 1 prompts with 16384 samples"),
         (
             b'{"prompt": "x", "use_beam_search": true, "length_penalty": "-5000"}',
             *(400, "length_penalty: with use_beam_search it must be"),
@@ -676,6 +682,18 @@ def test_requests_that_cannot_be_meant(content: bytes, status: int, said: str) -
             assert it.prefill[0].paths == it.decode[0].paths == []
             async with it.client.get(f"{it.url}/v1/else") as response:
                 assert (response.status, response.content_type) == (404, "application/json")
+
+    run(main())
+
+
+def test_a_chat_of_too_many_samples_is_told_by_their_number() -> None:
+    async def main() -> None:
+        async with setup([ticket()], [says()]) as it:
+            for prompt in ("x", ["x", "y"]):
+                path = "/v1/chat/completions"
+                status, text, _ = await it.ask(path, messages=[], prompt=prompt, n=2000)
+                assert (status, json.loads(text)["error"]["param"]) == (400, "n")
+            assert it.prefill[0].paths == it.decode[0].paths == []
 
     run(main())
 

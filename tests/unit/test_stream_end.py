@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from deployments.generation import Method
 from deployments.http_body import answers
 from deployments.stream_end import StreamEnd
 
@@ -39,14 +40,17 @@ def test_every_choice_needs_a_reason(choices: int, parts: list[str], sound: bool
 
 
 @pytest.mark.parametrize(
-    ("fields", "count"),
+    ("method", "fields", "count"),
     [
-        ({"prompt": "a"}, 1),
-        ({"prompt": ["a", "b"], "n": 3}, 6),
-        ({"prompt": [1, 2]}, 1),
-        ({"messages": [], "n": 2}, 2),
-        ({"messages": [], "n": None}, 1),
+        ("completions", {"prompt": "a"}, (1, 1)),
+        ("completions", {"prompt": ["a", "b"], "n": 3}, (2, 3)),
+        ("completions", {"prompt": [1, 2]}, (1, 1)),
+        ("chat", {"messages": [], "n": 2}, (1, 2)),
+        ("chat", {"messages": [], "n": None}, (1, 1)),
+        ("chat", {"messages": [], "prompt": ["a", "b"]}, (1, 1)),
     ],
 )
-def test_how_many_choices_a_request_asks_for(fields: dict[str, object], count: int) -> None:
-    assert answers(fields) == count
+def test_how_many_choices_a_request_asks_for(
+    method: Method, fields: dict[str, object], count: tuple[int, int]
+) -> None:
+    assert answers(method, fields) == count
