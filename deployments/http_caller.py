@@ -31,6 +31,10 @@ _UNAVAILABLE = (502, 503, 504)
 _REFUSED = (400, 401, 403, 413, 422, 429)
 # Of a body. What prefill is asked is not quite the client's, so decode decides.
 _UNFIT = (400, 422)
+_NO_REASON = (
+    "its stream ended without a finish reason, as where KV did not load; start it with "
+    "kv_load_failure_policy: recompute"
+)
 _EVENT_END = b"\n\n"
 
 
@@ -132,8 +136,7 @@ class HttpCaller:
                         end.take(events)
                         ended = events.endswith(LAST_EVENT)
                         if ended and not end.sound:
-                            cause = "its stream ended without a reason"
-                            raise ReplicaLost("decode", url, cause, held=False)
+                            raise ReplicaLost("decode", url, _NO_REASON, held=False)
                         yield Output(events, url)
                     if not ended:
                         raise ReplicaLost("decode", url, "its stream broke off", held=False)

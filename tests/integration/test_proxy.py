@@ -555,6 +555,35 @@ def test_a_stream_that_is_only_done_was_never_answered() -> None:
     run(main())
 
 
+ROLE = 'data: {"choices": [{"index": 0, "delta": {"role": "assistant"}}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("path", "events"),
+    [("/v1/completions", [DONE]), ("/v1/chat/completions", [ROLE, DONE])],
+    ids=["only done", "a chat's role and done"],
+)
+def test_what_servers_should_be_started_with_is_told_where_kv_did_not_load(
+    path: str, events: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        broken = streams(*(event.encode() for event in events))
+        async with setup([ticket()], [broken]) as it:
+            status, text, _ = await it.ask(path, stream=True, messages=[])
+            if ROLE not in events:
+                assert status == 503
+                return
+            assert status == 200
+            role, last, done, rest = text.split("\n\n")
+            assert role + "\n\n" == ROLE
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
+            assert (done + "\n\n", rest) == (DONE, "")
+
+    with caplog.at_level("WARNING", logger="ray.serve"):
+        run(main())
+    assert "kv_load_failure_policy: recompute" in caplog.text
+
+
 def test_a_stream_that_ends_without_a_reason_ends_with_an_error() -> None:
     async def main() -> None:
         async with setup([ticket()], [streams(EVENTS[0].encode(), DONE.encode())]) as it:
