@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deployments.generation import Method
@@ -19,11 +19,12 @@ class JsonBody:
 
     Attributes:
         fields: the object; those that are looked at here as vLLM reads them.
-        headers: of the HTTP request, to be sent with it.
+        headers: of the HTTP request, to be sent with it. They hold the client's key, so no repr
+            has them.
     """
 
     fields: Mapping[str, Any]
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] = field(repr=False)
 
     def __getattr__(self, name: str) -> Any:
         try:
