@@ -25,7 +25,8 @@ class ApiKeys:
     """Accepted keys by reference; see :mod:`transfer.secret`. Each place holds one key a line.
 
     Files are looked at when a request comes, at most once a second. One that cannot be used any
-    more leaves its keys as they were, and an error is logged. Not for several threads at once.
+    more leaves its keys as they were, an error is logged, and it is tried again at each look. Not
+    for several threads at once.
 
     Args:
         references: where the keys are; none: anybody may ask.
@@ -68,22 +69,30 @@ class ApiKeys:
 
 
 class _Place:
-    """The keys of one place, and what its file looked like when they were read."""
+    """The keys of one place, and what its file looked like when they were read.
+
+    What cannot be read is tried again each time, changed or not: what is in the way, such as too
+    many open files, need not be a matter of the file. The log says it once.
+    """
 
     def __init__(self, reference: SecretReference) -> None:
         self.keys: tuple[bytes, ...] = ()
         self._reference = reference
         self._seen: object = None
+        self._fault = ""
 
     def refresh(self) -> None:
         state = _state(self._reference.file)
         if state == self._seen:
             return
-        self._seen = state
         try:
             self.keys = self.read()
         except ConfigurationError as error:
-            logger.error("router.api_keys: %s; its keys stay as they were", error.message)
+            if error.message != self._fault:
+                logger.error("router.api_keys: %s; its keys stay as they were", error.message)
+            self._fault = error.message
+            return
+        self._seen, self._fault = state, ""
 
     def read(self) -> tuple[bytes, ...]:
         lines = [line for line in self._reference.read().split("\n") if line.strip()]
@@ -109,7 +118,7 @@ def _state(file: Path | None) -> object:
         found = file.stat()
     except OSError as error:
         return error.errno
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _bad(message: str) -> ConfigurationError:

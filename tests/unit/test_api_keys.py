@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -106,6 +107,46 @@ def test_a_file_that_cannot_be_used_leaves_its_keys(
     assert "short" not in line
     replace(file, NEW)
     clock.now_s = 4.0
+    assert accepted(keys) == [NEW]
+
+
+def test_a_file_is_read_once_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a chmod, or when files may be opened again: its time and size are the same."""
+    clock = Clock()
+    file = tmp_path / "keys"
+    file.write_text(OLD)
+    keys = ApiKeys([f"file:{file}"], clock)
+    assert accepted(keys) == [OLD]
+    replace(file, NEW)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr(Path, "open", refused)
+        for second in (1.0, 2.0, 3.0):
+            clock.now_s = second
+            assert accepted(keys) == [OLD]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "cannot be read: Permission denied; its keys stay" in line
+    clock.now_s = 4.0
+    assert accepted(keys) == [NEW]
+
+
+def test_a_file_rewritten_in_place_with_its_time_put_back_is_read_again(tmp_path: Path) -> None:
+    clock = Clock()
+    file = tmp_path / "keys"
+    file.write_text(OLD)
+    keys = ApiKeys([f"file:{file}"], clock)
+    assert accepted(keys) == [OLD]
+    before = file.stat()
+    file.write_text(NEW)
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # the kernel's clock has ticks
+        os.utime(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    clock.now_s = 1.0
     assert accepted(keys) == [NEW]
 
 

@@ -24,8 +24,8 @@ class TlsContexts:
     """What the two ends of a new connection need, from the files that the settings name.
 
     Files that change are read again for the next connection; while they do not fit together, as
-    between the writing of a certificate and that of its key, those before stay in use.
-    Thread-safe.
+    between the writing of a certificate and that of its key, those before stay in use, and each
+    connection tries anew: what is in the way need not be a matter of the files. Thread-safe.
 
     Args:
         settings: with ``tls_ca``, ``tls_cert`` and ``tls_key``.
@@ -39,6 +39,7 @@ class TlsContexts:
         self._lock = threading.Lock()
         self._stamps = _stamps(settings)
         self._ends = _ends(settings)
+        self._fault = ""
 
     @property
     def server(self) -> ssl.SSLContext:
@@ -64,13 +65,19 @@ class TlsContexts:
             # Taken before the files are read: a change meanwhile is one for the next time.
             stamps = _stamps(self._settings)
             if stamps != self._stamps:
-                self._stamps = stamps
-                try:
-                    self._ends = _ends(self._settings)
-                    logger.info("the TLS files have changed: new connections use the new ones")
-                except ConfigurationError as error:
-                    logger.warning("the TLS files as they were stay in use: %s", error.message)
+                self._read(stamps)
             return self._ends
+
+    def _read(self, stamps: list[tuple[int, ...]]) -> None:
+        try:
+            self._ends = _ends(self._settings)
+        except ConfigurationError as error:
+            if error.message != self._fault:
+                logger.warning("the TLS files as they were stay in use: %s", error.message)
+            self._fault = error.message
+            return
+        logger.info("the TLS files have changed: new connections use the new ones")
+        self._stamps, self._fault = stamps, ""
 
 
 def _stamps(settings: TransferSettings) -> list[tuple[int, ...]]:

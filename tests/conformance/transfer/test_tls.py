@@ -323,6 +323,30 @@ def test_files_that_do_not_fit_together_yet(
     assert contexts.server is contexts.server
 
 
+def test_files_are_read_once_they_can_be(
+    tls: TlsFiles,
+    authority: Authority,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As when files may be opened again: they themselves have not changed meanwhile."""
+    used = TlsFiles(*(str(tmp_path / name) for name in WHOLE))
+    put(tls, WHOLE, used)
+    contexts = TlsContexts(TransferSettings(**used.settings()))
+    before = contexts.server
+    put(authority.issue("next", "127.0.0.1"), WHOLE, used)
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr(Path, "read_bytes", refused)
+        assert [contexts.server, contexts.server] == [before, before]
+    assert [one.levelname for one in caplog.records] == ["WARNING"]
+    assert contexts.server is not before
+
+
 FILES = {"tls_ca": "a", "tls_cert": "b", "tls_key": "c"}
 
 
