@@ -5,7 +5,6 @@ Everything that is started here lives and dies with this program, see ``serve_ap
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
@@ -34,12 +33,14 @@ from serve_app.etcd_binary import find_etcd
 from serve_app.mooncake_args import with_mooncake
 from serve_app.no_proxy import LOOPBACK, without_proxy
 from serve_app.parent_death import Keeper, Stopped, end_descendants, run_guarded
+from serve_app.probe import ask
 from serve_app.serve_driver import read_status
 from serve_app.services import Progress, Service, ServiceError, ServiceRunner
 from serve_app.surroundings import (
     DEFAULT_HOST,
     HttpAddress,
     bind_problem,
+    certificate_problem,
     check_model,
     etcd_endpoints,
     free_ports,
@@ -51,7 +52,6 @@ from serve_app.surroundings import (
 
 _ETCD_TIMEOUT_S: Final = 30.0
 _RAY_TIMEOUT_S: Final = 120.0
-_PROBE_TIMEOUT_S: Final = 2.0
 _EXCEPTION_LINE: Final = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*$", re.MULTILINE)
 _LONGEST_GIST: Final = 400
 _RAY_HOST: Final = "127.0.0.2"
@@ -158,14 +158,15 @@ def prepare(options: UpOptions, report: Callable[[str], None]) -> Plan:
     Raises:
         SettingsError: the configuration is wrong.
         ModelError: the model is missing.
-        LaunchError: a port is taken, a secret is not there, or the named etcd does not answer.
+        LaunchError: a port is taken, a secret or a certificate cannot be used, or the named etcd
+            does not answer.
     """
     document = load_document(options.config)
     settings = load_settings(options.config)
     address = http_address(document, options.port)
     if problem := bind_problem(address.host, address.port):
         raise LaunchError(f"{problem}: choose another with --port")
-    if problem := secret_problem(settings):
+    if problem := certificate_problem(document) or secret_problem(settings):
         raise LaunchError(problem)
     endpoints = etcd_endpoints(settings)
     reachable = is_reachable(endpoints)
@@ -224,14 +225,12 @@ def _etcd(folder: Path) -> tuple[Service, str]:
     command += ["--initial-cluster", f"baton={peer}", "--log-level", "warn"]
     # Nothing here has to survive a crash of the machine.
     command += ["--unsafe-no-fsync"]
-    endpoint = client.removeprefix("http://")
-    host, _, port = endpoint.partition(":")
 
     def ready() -> str | None:
-        return None if _get(host, int(port), "/health")[0] == 200 else "etcd"
+        return None if ask(f"{client}/health")[0] == 200 else "etcd"
 
     log = folder / "etcd.log"
-    return Service("etcd", command, log, ready, _ETCD_TIMEOUT_S), endpoint
+    return Service("etcd", command, log, ready, _ETCD_TIMEOUT_S), client.removeprefix("http://")
 
 
 def _ray_token(folder: Path) -> Path:
@@ -284,9 +283,7 @@ def _serve(plan: Plan, folder: Path, config: Path, head: Head, timeout_s: float)
             # Serve also has words for what merely takes long; only exceptions are news.
             failed = [text for text in status["problems"] if _EXCEPTION_LINE.search(text)]
             return ", ".join(missing) + (f"; retrying after {gist(failed[0])}" if failed else "")
-        code, body = _get(
-            plan.address.reachable_host, plan.address.port, f"{plan.address.prefix}/health"
-        )
+        code, body = ask(f"{plan.address.url}/health")
         return None if code == 200 else f"/health to say 200 (now: {body[:200] or 'no answer'})"
 
     return Service("Serve", command, log, ready, timeout_s, env)
@@ -331,19 +328,6 @@ def _has_package(name: str) -> bool:
 def _beside_python(name: str) -> str:
     """A program of this Python's environment, also where that is not activated."""
     return str(Path(sys.executable).parent / name)
-
-
-def _get(host: str, port: int, path: str) -> tuple[int, str]:
-    """Status and body of a GET; 0 and nothing if there was no answer."""
-    connection = http.client.HTTPConnection(host, port, timeout=_PROBE_TIMEOUT_S)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read(4096).decode(errors="replace").strip()
-    except (OSError, http.client.HTTPException):
-        return 0, ""
-    finally:
-        connection.close()
 
 
 # --- words ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import http.client
 import socket
+import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
 
 _CONNECT_TIMEOUT_S: Final = 2.0
+_TLS_FILES: Final = ("ssl_certfile", "ssl_keyfile")
 _OWN_ETCD: Final = frozenset({("127.0.0.1", 2379), ("localhost", 2379), ("[::1]", 2379)})
 
 
@@ -39,16 +41,22 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class HttpAddress:
-    """Where the OpenAI endpoint listens, and where a client on this machine finds it."""
+    """Where the OpenAI endpoint listens, and where a client on this machine finds it.
+
+    Attributes:
+        tls: it has a certificate, and takes nothing in the clear.
+    """
 
     host: str
     port: int
     prefix: str
+    tls: bool
 
     @property
     def url(self) -> str:
         """Base address, without a slash at its end."""
-        return f"http://{host_and_port(self.reachable_host, self.port)}{self.prefix}"
+        scheme = "https" if self.tls else "http"
+        return f"{scheme}://{host_and_port(self.reachable_host, self.port)}{self.prefix}"
 
     @property
     def reachable_host(self) -> str:
@@ -62,7 +70,8 @@ def http_address(document: dict[str, Any], port: int | None = None) -> HttpAddre
     """The address in a Serve config; ``port`` comes before the one written there.
 
     Raises:
-        SettingsError: host, port or route_prefix is not what it should be, or a secret is there.
+        SettingsError: host, port, certificate or route_prefix is not what it should be, or a
+            secret is there.
     """
     options = document.get("http_options") or {}
     if not isinstance(options, dict):
@@ -71,6 +80,12 @@ def http_address(document: dict[str, Any], port: int | None = None) -> HttpAddre
         raise SettingsError(
             "http_options.ssl_keyfile_password: a secret is not written out here; name a key file "
             "without a password that only its user can read"
+        )
+    files = [options.get(name) for name in _TLS_FILES]
+    if any(files) and not all(isinstance(file, str) and file for file in files):
+        raise SettingsError(
+            "http_options: ssl_certfile and ssl_keyfile are paths and go together: set both, or "
+            "neither"
         )
     host = options.get("host", DEFAULT_HOST)
     if not isinstance(host, str):
@@ -81,7 +96,24 @@ def http_address(document: dict[str, Any], port: int | None = None) -> HttpAddre
     prefix = document["applications"][0].get("route_prefix") or "/"
     if not isinstance(prefix, str) or not prefix.startswith("/"):
         raise SettingsError("applications.0.route_prefix: does not begin with /")
-    return HttpAddress(host, chosen, prefix.rstrip("/"))
+    return HttpAddress(host, chosen, prefix.rstrip("/"), tls=any(files))
+
+
+def certificate_problem(document: dict[str, Any]) -> str | None:
+    """Why the endpoint could not use the certificate that a Serve config names, or None."""
+    options = document.get("http_options") or {}
+    certificate, key = (options.get(name) for name in _TLS_FILES)
+    if not certificate:
+        return None
+    try:
+        # A password that is wrong keeps OpenSSL from asking for one on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        return (
+            f"http_options: ssl_certfile {certificate!r} with ssl_keyfile {key!r} cannot be used: "
+            f"{error}; they should be PEM files, the key without a password"
+        )
+    return None
 
 
 def bind_problem(host: str, port: int) -> str | None:
@@ -194,6 +226,8 @@ def check(path: Path, port: int | None = None) -> Iterator[Finding]:
             yield Finding("error", f"config: {line}")
         return
     yield Finding("ok", f"config: {path} is valid")
+    if problem := certificate_problem(document):
+        yield Finding("error", problem)
     if problem := secret_problem(settings):
         yield Finding("error", problem)
     yield check_model(settings)

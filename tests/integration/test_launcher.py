@@ -17,6 +17,8 @@ from typing import IO, Any
 import pytest
 import yaml
 
+from tests.support.certificates import Authority
+
 STAND_IN = Path(__file__).with_name("launcher_stand_in.py")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -136,13 +138,15 @@ def closed_port() -> int:
         return port
 
 
-def write_config(folder: Path, model: Path, **changes: Any) -> Path:
+def write_config(
+    folder: Path, model: Path, *, http: dict[str, str] | None = None, **changes: Any
+) -> Path:
     args: dict[str, Any] = {
         "model": {"id": "tiny", "source": str(model)},
         "discovery": {"kind": "etcd", "endpoints": ["127.0.0.1:2379"]},
     }
     document = {
-        "http_options": {"host": "127.0.0.1", "port": closed_port()},
+        "http_options": {"host": "127.0.0.1", "port": closed_port(), **(http or {})},
         "applications": [
             {
                 "name": "baton",
@@ -185,6 +189,20 @@ def test_a_taken_port_is_named(tmp_path: Path, tiny_model: Path, command: str) -
         done = baton(command, str(config), "--port", str(port), cache=tmp_path)
     assert done.returncode == 1
     assert f"port {port} on 127.0.0.1 is taken" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["up", "check"])
+def test_a_certificate_that_cannot_be_used_is_named(
+    tmp_path: Path, tiny_model: Path, command: str
+) -> None:
+    files = Authority(tmp_path, "ca").issue("locked", "127.0.0.1", password=b"secret")
+    http = {"ssl_certfile": files.tls_cert, "ssl_keyfile": files.tls_key}
+    config = write_config(tmp_path, tiny_model, http=http)
+    done = baton(command, str(config), cache=tmp_path)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1
+    assert f"ssl_certfile '{files.tls_cert}' with ssl_keyfile '{files.tls_key}' cannot be" in said
+    assert "the key without a password" in said
 
 
 @pytest.mark.parametrize("command", ["up", "check"])

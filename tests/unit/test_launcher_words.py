@@ -62,6 +62,26 @@ def test_the_http_address_comes_from_the_config_and_the_command_line() -> None:
     )
 
 
+def test_an_endpoint_with_a_certificate_is_asked_by_tls() -> None:
+    options = {"ssl_certfile": "cert.pem", "ssl_keyfile": "key.pem", "host": "::", "port": 9}
+    address = http_address({"applications": [{"route_prefix": "/a"}], "http_options": options})
+    assert address.url == "https://[::1]:9/a"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ssl_certfile": "cert.pem"},
+        {"ssl_keyfile": "key.pem"},
+        {"ssl_certfile": "cert.pem", "ssl_keyfile": ""},
+        {"ssl_certfile": ["cert.pem"], "ssl_keyfile": "key.pem"},
+    ],
+)
+def test_a_certificate_without_its_key_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(SettingsError, match=r"^http_options: ssl_certfile and ssl_keyfile are"):
+        http_address({"applications": [{}], "http_options": options})
+
+
 @pytest.mark.parametrize(
     ("host", "url"),
     [
