@@ -5,21 +5,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
+from hypothesis import given, settings
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.support.kv_pools import make_pool
 from tests.support.scheduler_requests import make_ticket, tokens
 from tests.support.staged_memory import BLOCK, MODEL
+from tests.support.tickets import changed_params
 from tests.support.transfer_engines import LAYOUT_HASH, Directory, make_engine
 from transfer.connector.in_place import InPlace
 from transfer.connector.metadata import Holding, NewOffer, NewRead
 from transfer.connector.offers import EndedOffer, PromptOffers
 from transfer.connector.reads import EndedRead, PromptReads
 from transfer.connector.stats import Outcome
+from transfer.errors import ProtocolError
+from transfer.ticket import Ticket
 from transfer.types import PeerId
 
 Ended = TypeVar("Ended", EndedRead, EndedOffer)
@@ -131,6 +135,38 @@ def polled(worker: Worker, take_ended: Callable[[], list[Ended]]) -> list[Ended]
 def arrived(owner: Worker, reader: Worker) -> bool:
     sent = owner.pool.read(TICKET.block_ids, TICKET.num_tokens)
     return torch.equal(reader.pool.read(TARGETS, TICKET.num_tokens), sent)
+
+
+def test_a_ticket_with_any_values_ends_in_some_way(workers: tuple[Worker, Worker]) -> None:
+    """Nothing that a ticket may hold raises in the model's thread, and no read stays for ever."""
+    owner, reader = workers
+    for worker in workers:
+        worker.way.held.passed.set()
+    owner.offers.start(OFFER)
+
+    @settings(deadline=None)
+    @given(changed_params(TICKET.to_params()))
+    def one(params: dict[str, Any]) -> None:
+        try:
+            ticket = Ticket.from_params(params)
+        except ProtocolError:
+            return
+        holding = Holding("decode-1", ticket)
+        reader.reads.renew([holding])
+        reader.reads.start(replace(READ, ticket=ticket))
+        (ended,) = ended_reads(reader)
+        assert ended.outcome in (Outcome.OK, Outcome.REFUSED, Outcome.FAILED, Outcome.UNPROVEN)
+        assert not len(reader.reads)
+        reader.reads.forfeit(holding)
+
+    one()
+    owner.offers.take_ended()
+    again = replace(OFFER, ticket=replace(TICKET, handoff_id="2" * 32, fence=2))
+    owner.offers.start(again)
+    reader.reads.start(replace(READ, ticket=again.ticket))
+    (ended,) = ended_reads(reader)
+    assert ended.outcome is Outcome.OK
+    assert arrived(owner, reader)
 
 
 @pytest.mark.parametrize("begun", [True, False])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hypothesis import strategies as st
+
 from transfer.ticket import Ticket
 
 
@@ -28,3 +30,28 @@ def make_ticket(digit: str = "1", **changes: Any) -> Ticket:
         **changes,
     }
     return Ticket(**fields)
+
+
+_NAMES = st.sampled_from(
+    ["do_remote_prefill", "do_remote_decode", "version", "tickets", "readers", "handoff_id"]
+)
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(_NAMES | st.text(), inner),
+    max_leaves=8,
+)
+_PASSABLE = st.sampled_from(
+    [
+        *(1, 3, 16, 17, 1 << 12, 1 << 40, (1 << 63) - 1),
+        *("0" * 32, "f" * 64, "nobody", "\ud800", "NHBC", "x" * 512),
+        *([1 << 39] * 3, [0, 0, 0], [2, 1, 0], [5], 0.0, -1e9),
+    ]
+)
+"""What some field or other of a ticket takes."""
+
+
+def changed_params(params: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """A ticket's, with other values, and perhaps what is no part of it."""
+    fields = st.sampled_from([*params, "do_remote_decode", "other"])
+    changes = st.dictionaries(fields, _PASSABLE | JSON, max_size=3)
+    return changes.map(lambda changed: {**params, **changed})
