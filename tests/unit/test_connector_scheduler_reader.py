@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import time
 from typing import Any
 
 import pytest
@@ -12,12 +14,14 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.scheduler_requests import (
     BLOCK,
+    HANDSHAKE,
     NOTHING,
     TTL_S,
     Clock,
     adapter,
     blocks_for,
     decode_request,
+    fingerprint_in_name,
     make_blocks,
     make_request,
     make_scheduler,
@@ -28,6 +32,7 @@ from tests.support.scheduler_requests import (
 )
 from transfer.connector.metadata import Holding, Verdict, WorkerReport
 from transfer.connector.stats import Outcome
+from transfer.connector.ticket_writer import TicketWriter
 from transfer.ticket import Medium, prompt_hash
 
 REFUSED = Verdict(Outcome.REFUSED, recomputed_tokens=39)
@@ -459,6 +464,39 @@ def test_rare_steps_renew_in_every_step() -> None:
     for _ in range(3):
         clock.now_s += TTL_S / 2
         assert scheduler.take_metadata(idle=False).renewals == [Holding("request-1", ticket)]
+
+
+def test_a_time_of_day_that_is_set_back_holds_up_no_renewal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of_day, monotonic = Clock(), Clock()
+    with monkeypatch.context() as clocks:
+        clocks.setattr(time, "time", of_day)
+        clocks.setattr(time, "monotonic", monotonic)
+        # Which clock it goes by is settled when the module is loaded.
+        spec = importlib.util.find_spec("transfer.connector.scheduler")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        writer = TicketWriter(
+            engine_id="engine-a",
+            tp_size=2,
+            block_size=BLOCK,
+            ttl_s=TTL_S,
+            adapter_fingerprint=fingerprint_in_name,
+        )
+        scheduler = module.BatonScheduler(writer, producer=False, consumer=True)
+        scheduler.set_handshake(HANDSHAKE)
+        ticket = make_ticket(tokens(40))
+        scheduler.on_new_request(decode_request(tokens(40), ticket))
+        scheduler.take_metadata(idle=False)
+
+        of_day.now_s -= 3600
+        for _ in range(3):
+            monotonic.now_s += TTL_S / 4
+            renewals = scheduler.take_metadata(idle=False).renewals
+            assert renewals == [Holding("request-1", ticket)]
 
 
 def test_all_readers_of_one_ticket_read_it() -> None:
