@@ -20,7 +20,7 @@ from tests.support.stock_servers import (
     transfer_config,
     wait_for,
 )
-from tests.support.vllm_server import VllmServer, post
+from tests.support.vllm_server import VllmServer, get, post
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -175,6 +175,34 @@ def test_a_ticket_that_is_not_right_is_never_used(
     assert changes.get(outcome) == 1, changes
     assert changes["recomputed"] == len(prompt) - 1
     assert "tokens" not in changes
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"vllm_xargs": {"kv_transfer_params": "x"}},
+        {"vllm_xargs": {"kv_transfer_params": 5}},
+        {"vllm_xargs": {"kv_transfer_params": ["do_remote_decode", 1]}},
+        {"kv_transfer_params": {"do_remote_decode": True, "handoff_id": ["a"], "readers": {}}},
+    ],
+    ids=["text", "number", "list", "wrong kinds inside"],
+)
+def test_what_is_no_ticket_ends_no_engine(
+    pair: tuple[VllmServer, VllmServer], body: dict[str, Any]
+) -> None:
+    prefill, decode = pair
+    prompt = make_prompt(2 * BLOCK + 3, salt=30_000 + len(str(body)))
+    expected = colocated(decode, prompt)
+
+    for server in pair:
+        answer = server.complete(prompt, **body)
+        assert answer["choices"][0]["text"] == expected
+        assert get(f"{server.url}/health")[0] == 200
+
+    prompt = make_prompt(2 * BLOCK + 3, salt=31_000 + len(str(body)))
+    counters = Counters(*pair)
+    decode.complete(prompt, kv_transfer_params=prefill_ticket(prefill, prompt))
+    wait_for(lambda: counters.changes().get("ok") == 1)
 
 
 def test_a_ticket_cannot_be_replayed(pair: tuple[VllmServer, VllmServer]) -> None:
