@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from tests.support.etcd_server import EtcdServer
 from tests.support.etcd_sessions import admin
+from tests.support.meddling_relay import Meddler, MeddlingRelay, greet_only
+from tests.support.raw_connections import Message, welcome
 from tests.support.stock_servers import (
     PREFILL,
     Counters,
@@ -21,6 +24,7 @@ from tests.support.stock_servers import (
     wait_for,
 )
 from tests.support.vllm_server import VllmServer, get, post
+from transfer.types import PeerId, PeerInfo
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -247,6 +251,52 @@ def test_an_owner_whose_record_was_overwritten_goes_on(
     wait_for(lambda: counters.changes().get("ok") == 1)
     wait_for(lambda: prefill.metric(name) == before[0] + 1)
     assert decode.metric(name) == before[1]
+
+
+def _impostor(message: Message) -> bytes:
+    """Greets in another's name without a secret of his."""
+    info = PeerInfo(PeerId("owner", 0), "owner-1", "same", b"layout")
+    return welcome(info, message.body, "0" * 32)[0]
+
+
+@pytest.mark.parametrize("meddle", [_impostor, greet_only], ids=["greeting", "true greeting"])
+def test_a_false_owner_at_the_address_of_a_record(
+    etcd: EtcdServer, pair: tuple[VllmServer, VllmServer], meddle: Meddler
+) -> None:
+    """It gives blocks and confirms them without the secret; then the true one's record is back."""
+    prefill, decode = pair
+    prompt = make_prompt(3 * BLOCK + 5, salt=40_000 + len(meddle.__name__))
+    expected = colocated(decode, prompt)
+    ticket = prefill_ticket(prefill, prompt)
+    key = f"/baton/stock/workers/{ticket['remote_engine_id']}/0"
+    counters = Counters(*pair)
+
+    with admin(etcd) as client:
+        true = client.get(key)[0]
+        record = json.loads(true)
+        with MeddlingRelay(record["addresses"][0], meddle) as relay:
+            # What no reader understands cuts their connections. The owner mends the first one at
+            # once and looks again when it renews its lease, and so a third one stands until then.
+            for _ in range(2):
+                client.put(key, b"garbage")
+                wait_for(lambda: client.get(key)[0] == true)
+            ticket = prefill_ticket(prefill, prompt)
+            client.put(key, json.dumps({**record, "addresses": [relay.address]}).encode())
+            answer = decode.complete(prompt, kv_transfer_params=ticket)
+            assert relay.messages
+        wait_for(lambda: client.get(key)[0] == true)
+
+    assert answer["choices"][0]["text"] == expected
+    assert ticket["secret"].encode() not in relay.seen
+    changes = counters.changes()
+    assert changes["unproven"] == 1, changes
+    assert changes["recomputed"] == len(prompt) - 1
+    assert not {"tokens", "ok", "released"} & changes.keys()
+
+    prompt = make_prompt(3 * BLOCK + 5, salt=41_000 + len(meddle.__name__))
+    counters = Counters(*pair)
+    decode.complete(prompt, kv_transfer_params=prefill_ticket(prefill, prompt))
+    wait_for(lambda: counters.changes().get("ok") == 1)
 
 
 def test_the_owner_dies_after_the_ticket(

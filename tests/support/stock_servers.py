@@ -48,6 +48,7 @@ class Counters:
         "forfeited": ("decode", "baton:handoffs_total", {"side": "reader", "outcome": "forfeited"}),
         "refused": ("decode", "baton:handoffs_total", {"side": "reader", "outcome": "refused"}),
         "failed": ("decode", "baton:handoffs_total", {"side": "reader", "outcome": "failed"}),
+        "unproven": ("decode", "baton:handoffs_total", {"side": "reader", "outcome": "unproven"}),
         "corrupted": ("decode", "baton:handoffs_total", {"side": "reader", "outcome": "corrupted"}),
         "released": ("prefill", "baton:handoffs_total", {"side": "owner", "outcome": "released"}),
         "expired": ("prefill", "baton:handoffs_total", {"side": "owner", "outcome": "expired"}),
