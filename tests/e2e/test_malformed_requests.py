@@ -1,4 +1,4 @@
-"""Hundreds of wrong requests, to Baton and to a plain vLLM server: refused by both alike."""
+"""Hundreds of wrong requests, which Baton refuses as a plain vLLM server does, or by name."""
 
 from __future__ import annotations
 
@@ -83,6 +83,15 @@ RAW = [
         (json.dumps(COMPLETION).encode(), {**JSON, "User-Agent": "\xff"}),
     ]
 ]
+HIDDEN: dict[str, Any] = {
+    "prompt_logprobs": 0,
+    "vllm_xargs": {"kv_transfer_params": "x"},
+}
+"""What the engine would take for a ticket, in a request that goes to decode alone."""
+HIDING = [
+    Sent("/v1/completions", json.dumps({**COMPLETION, **HIDDEN}).encode(), JSON),
+    Sent("/v1/chat/completions", json.dumps({**CHAT, **HIDDEN}).encode(), JSON),
+]
 
 
 def requests() -> list[Sent]:
@@ -92,7 +101,7 @@ def requests() -> list[Sent]:
         for path, (model, good, count) in ROUTES.items()
         for body in corpus(model, good, count, SEED)
     ]
-    return [*made, *RAW]
+    return [*made, *RAW, *HIDING]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +118,10 @@ def app(
 ) -> Iterator[BatonApp]:
     folder = tmp_path_factory.mktemp("app")
     config = write_config(
-        folder, model=str(tiny_model), model_id=MODEL, engine={"max_model_len": 256}
+        folder,
+        model=str(tiny_model),
+        model_id=MODEL,
+        engine={"max_model_len": 256},
     )
     with BatonApp(config, folder / "up.log") as running:
         plain.wait()
@@ -183,3 +195,48 @@ def test_what_a_plain_server_refuses_is_refused_and_leaves_nothing(
     ):
         assert time.monotonic() < deadline, app.status()
         time.sleep(0.2)
+
+
+def _engines(app: BatonApp) -> set[tuple[str, str]]:
+    return {
+        (worker["engine_id"], worker["replica_id"])
+        for side in app.status().values()
+        for worker in side
+    }
+
+
+def _said(content: Any, **more: Any) -> dict[str, Any]:
+    return {**CHAT, "messages": [{"role": "user", "content": content, **more}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {**COMPLETION, **HIDDEN}, "vllm_xargs.kv_transfer_params"),
+        ("/v1/chat/completions", {**CHAT, **HIDDEN}, "vllm_xargs.kv_transfer_params"),
+        ("/v1/chat/completions", _said([{"type": "smell"}]), "messages.0.content.0.text"),
+        ("/v1/chat/completions", _said([{"text": "a"}]), "messages.0.content.0.type"),
+        ("/v1/chat/completions", _said("a", tool_calls=5), "messages.0.tool_calls"),
+        ("/v1/chat/completions", _said("a\ud800"), "messages.0.content"),
+        ("/v1/completions", {**COMPLETION, "prompt": "a\ud800"}, "prompt"),
+        ("/v1/completions", {**COMPLETION, "stop": ["s"] * 200}, "stop"),
+        ("/detokenize", {"model": MODEL, "tokens": [10**12]}, "tokens.0"),
+    ],
+    ids=[
+        *("ticket", "ticket in a chat", "kind of part", "part of no kind", "tool calls"),
+        *("half a character in a chat", "half a character", "stops", "token"),
+    ],
+)
+def test_what_engines_must_not_see_is_refused_by_name(
+    app: BatonApp, path: str, body: dict[str, Any], param: str
+) -> None:
+    before = _engines(app)
+
+    answer = ask(app.url, Sent(path, json.dumps(body).encode(), JSON))
+
+    assert answer.status == 400, answer.text
+    assert answer.error["param"] == param
+    assert answer.error["type"] == "invalid_request_error"
+    good = post(f"{app.url}/v1/completions", COMPLETION)
+    assert good["usage"]["completion_tokens"] == 2
+    assert _engines(app) == before

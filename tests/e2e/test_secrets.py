@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import random
@@ -236,6 +237,26 @@ def test_what_is_open_to_everybody(guarded: Guarded) -> None:
         assert guarded.ask(f"{guarded.app.url}{path}")[0] == 200, path
     for path in ("/", "/baton/status", "/v1/models", "/docs", "/openapi.json", "/no/such/path"):
         assert guarded.ask(f"{guarded.app.url}{path}")[0] == 401, path
+
+
+def test_a_browser_may_ask_whether_it_may_call_and_has_no_key_yet(guarded: Guarded) -> None:
+    connection = http.client.HTTPConnection(guarded.app.url.removeprefix("http://"), timeout=30)
+    asks = {
+        "Origin": "https://pages.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    try:
+        connection.request("OPTIONS", "/v1/chat/completions", headers=asks)
+        response = connection.getresponse()
+        response.read()
+    finally:
+        connection.close()
+    assert response.status == 200
+    assert response.getheader("Access-Control-Allow-Origin") in ("*", asks["Origin"])
+    assert "POST" in response.getheader("Access-Control-Allow-Methods", "")
+    allowed = response.getheader("Access-Control-Allow-Headers", "").lower()
+    assert {"authorization", "content-type"} <= {name.strip() for name in allowed.split(",")}
 
 
 def test_no_secret_is_left_anywhere(guarded: Guarded) -> None:
