@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -174,6 +175,46 @@ def test_what_cannot_be_read_has_none_and_a_line_in_the_log(
 
     assert fingerprints(loaded(pirate)) is fingerprints(loaded(pirate)) is None
     assert caplog.text.count("prompts with adapter pirate are not handed over") == 1
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("look", ["is_dir", "is_file", "stat"])
+def test_a_folder_that_cannot_be_looked_at_now_can_be_later(
+    pirate: Path,
+    look: str,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # As on a network's file system that stumbles; pathlib passes these errors on.
+    def fail(path: Path, **_: Any) -> Any:
+        raise OSError(number, os.strerror(number), str(path))
+
+    fingerprints = AdapterFingerprints(LoRAConfig())
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, look, fail)
+        assert fingerprints(loaded(pirate)) is fingerprints(loaded(pirate)) is None
+    assert caplog.text.count("prompts with adapter pirate are not handed over") == 1
+    assert os.strerror(number) in caplog.text
+    first = fingerprints(loaded(pirate))
+    assert first == fingerprint(pirate) is not None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, look, fail)
+        assert fingerprints(loaded(pirate)) is None
+    assert fingerprints(loaded(pirate)) == first
+
+
+def test_what_changed_and_changed_back_is_not_known(pirate: Path) -> None:
+    # The engine may have dropped it and loaded the other one in between.
+    fingerprints = AdapterFingerprints(LoRAConfig())
+    fingerprints(loaded(pirate))
+    path, away = pirate / "adapter_config.json", pirate / "away"
+    path.rename(away)
+    shutil.copy(away, path)
+    assert fingerprints(loaded(pirate)) is None
+    away.rename(path)
+    assert fingerprints(loaded(pirate)) is None
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,10 @@ _Files = tuple[tuple[str, int, int, int], ...]
 
 @dataclass(slots=True)
 class _Adapter:
-    files: _Files
-    fingerprint: str | None
+    files: _Files = ()
+    fingerprint: str | None = None
     changed: bool = False
+    told: str = ""
 
 
 class AdapterFingerprints:
@@ -57,36 +58,37 @@ class AdapterFingerprints:
     def __call__(self, request: LoRARequest) -> str | None:
         """32 hex digits, equal for equal weights that are loaded alike, wherever they lie.
 
-        None if that cannot be told; the log says why, once for each adapter.
+        None if that cannot be told; the log says why, once for each adapter and reason.
         """
+        known = self._adapter_of(request)
+        try:
+            files = _files(request)
+            stale = known.changed or known.files != files
+            if stale and (request.load_inplace or known.fingerprint is None):
+                known.files, known.fingerprint, known.changed = files, None, False
+                known.fingerprint = self._read(request, files)
+        except (OSError, ValueError) as error:
+            _not_handed_over(request, known, f"it cannot be read: {error}")
+            return None
+        if known.files != files:
+            known.changed = True
+            _not_handed_over(request, known, "its files have changed since it was loaded")
+        return None if known.changed else known.fingerprint
+
+    def _adapter_of(self, request: LoRARequest) -> _Adapter:
         key = (request.lora_int_id, request.lora_name, request.lora_path)
-        files = _files(request)
-        known = self._known.get(key)
-        if known is None or (request.load_inplace and known.files != files):
-            known = self._known[key] = self._read(request, files)
+        known = self._known.setdefault(key, _Adapter())
         self._known.move_to_end(key)
         if len(self._known) > MAX_ADAPTERS:
             self._known.popitem(last=False)
-        if known.files == files:
-            return known.fingerprint
-        if not known.changed:
-            _not_handed_over(request, "its files have changed since it was loaded")
-        known.changed = True
-        return None
+        return known
 
-    def _read(self, request: LoRARequest, files: _Files) -> _Adapter:
-        if not files:
-            _not_handed_over(request, f"{request.lora_path} has no {_CONFIG} with weights here")
-            return _Adapter(files, None)
+    def _read(self, request: LoRARequest, files: _Files) -> str:
         digest = hashlib.blake2b(self._loading, digest_size=16, person=b"baton-adapter-1")
         digest.update(bytes([request.is_3d_lora_weight]))
-        try:
-            for path, *_ in files:
-                _add(digest, Path(path))
-        except (OSError, ValueError) as error:
-            _not_handed_over(request, f"it cannot be read: {error}")
-            return _Adapter(files, None)
-        return _Adapter(files, digest.hexdigest())
+        for path, *_ in files:
+            _add(digest, Path(path))
+        return digest.hexdigest()
 
 
 def _loading(config: LoRAConfig | None) -> bytes:
@@ -104,24 +106,25 @@ def _loading(config: LoRAConfig | None) -> bytes:
 
 
 def _files(request: LoRARequest) -> _Files:
-    """The adapter's files as they are now; none if it is not there as files."""
-    folder = None if request.tensorizer_config_dict else _folder(request.lora_path)
-    if folder is None:
-        return ()
+    """The adapter's files as they are now.
+
+    Raises:
+        OSError: it is not there as files, or they cannot be looked at.
+    """
+    if request.tensorizer_config_dict:
+        raise FileNotFoundError("it is streamed in from elsewhere, not from files")
+    folder = _folder(request.lora_path)
     weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
-        return ()
+        raise FileNotFoundError(f"{folder} has none of {', '.join(_WEIGHTS)}")
     found = []
     for path in (folder / _CONFIG, weights):
-        try:
-            status = path.stat()
-        except OSError:
-            return ()
+        status = path.stat()
         found.append((str(path), status.st_ino, status.st_size, status.st_mtime_ns))
     return tuple(found)
 
 
-def _folder(path: str) -> Path | None:
+def _folder(path: str) -> Path:
     folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         return folder
@@ -129,7 +132,8 @@ def _folder(path: str) -> Path | None:
         # vLLM takes it for a repository then, and has fetched it.
         return Path(snapshot_download(path, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
-        return None
+        # Their words speak of a network that was never to be asked.
+        raise FileNotFoundError(f"{path} is neither a folder nor a repository here") from None
 
 
 def _add(digest: Any, path: Path) -> None:
@@ -147,5 +151,7 @@ def _add(digest: Any, path: Path) -> None:
             digest.update(piece)
 
 
-def _not_handed_over(request: LoRARequest, why: str) -> None:
-    logger.warning("prompts with adapter %s are not handed over: %s", request.lora_name, why)
+def _not_handed_over(request: LoRARequest, known: _Adapter, why: str) -> None:
+    if known.told != why:
+        logger.warning("prompts with adapter %s are not handed over: %s", request.lora_name, why)
+    known.told = why
