@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,83 @@ def test_what_was_loaded_before_its_files_changed_is_not_known(
 ) -> None:
     fingerprints = AdapterFingerprints(LoRAConfig())
     before = fingerprints(loaded(pirate))
+    time.sleep(0.02)
     edit_weights(pirate)
 
     assert before is not None
     assert fingerprints(loaded(pirate)) is fingerprints(loaded(pirate)) is None
     assert caplog.text.count("changed since it was loaded") == 1
-    assert None is not fingerprints(loaded(pirate, number=2)) != before
+    # Nor can it be when it is loaded anew: before the change, or after it?
+    assert fingerprints(loaded(pirate, number=2)) is None
+
+
+def overwrite(folder: Path) -> None:
+    shutil.copy(folder.parent / "rival" / "adapter_model.safetensors", folder)
+
+
+def overwrite_and_keep_its_time(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    before = path.stat()
+    overwrite(folder)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def move_another_there(folder: Path) -> None:
+    folder.rename(folder.parent / "away")
+    (folder.parent / "rival").rename(folder)
+
+
+# ``served`` leads to the folder by way of a link in the middle of a path and a second one.
+CHAIN = (("served", "..data/adapter"), ("..data", "now"), ("now", "versions"))
+
+
+@pytest.mark.parametrize(
+    "change", [overwrite, overwrite_and_keep_its_time, move_another_there, edit_weights]
+)
+def test_what_changed_before_the_first_prompt_may_have_been_loaded_before(
+    pirate: Path, change: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    make_tiny_adapter(pirate.parent / "rival", seed=2)
+    fingerprints = AdapterFingerprints(LoRAConfig())
+    time.sleep(0.02)  # File systems take their time from the last tick of the kernel's clock.
+    change(pirate)
+
+    assert fingerprints(loaded(pirate)) is fingerprints(loaded(pirate)) is None
+    assert caplog.text.count("changed after this engine started") == 1
+    assert fingerprint(pirate) is not None  # an engine that starts now
+
+
+@pytest.mark.parametrize("relinked", [None, "served", "..data", "now"])
+def test_a_link_that_leads_elsewhere_is_a_change(pirate: Path, relinked: str | None) -> None:
+    folder = pirate.parent
+    (folder / "versions").mkdir()
+    pirate.rename(folder / "versions" / "adapter")
+    for link, target in CHAIN:
+        (folder / link).symlink_to(target)
+    fingerprints = AdapterFingerprints(LoRAConfig())
+    time.sleep(0.02)
+    for link, target in CHAIN:
+        if link == relinked:
+            (folder / link).unlink()
+            (folder / link).symlink_to(target)
+
+    named = fingerprints(loaded(folder / "served"))
+    assert named == (None if relinked else fingerprint(folder / "versions" / "adapter"))
+
+
+def test_what_changes_while_it_is_read_is_not_known(
+    pirate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = adapters._add
+
+    def add_late(digest: Any, path: Path) -> None:
+        time.sleep(0.02)
+        edit_weights(pirate)
+        add(digest, path)
+
+    fingerprints = AdapterFingerprints(LoRAConfig())
+    monkeypatch.setattr(adapters, "_add", add_late)
+    assert fingerprints(loaded(pirate)) is None
 
 
 def test_same_size_and_time_do_not_hide_another_file(pirate: Path) -> None:

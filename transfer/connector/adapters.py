@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import stat
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +30,15 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 """In the order in which vLLM looks for them."""
 _READ_BYTES: Final = 1 << 20
+_MAX_LINKS: Final = 40
+"""Of one path, as in Linux."""
+_TOO_NEW: Final = (
+    "its files, or the way to them, changed after this engine started, which may have loaded it "
+    "before that; start the engine anew"
+)
 
 _Files = tuple[tuple[str, int, int, int], ...]
-"""Path, inode, size and time of change of the files that an adapter consists of."""
+"""Path, inode, size and time of change, in Unix nanoseconds, of the files of an adapter."""
 
 
 @dataclass(slots=True)
@@ -45,13 +54,18 @@ class AdapterFingerprints:
 
     An adapter is read whole when it is first asked for, some 0.1 s for 100 MB, and looked at again
     whenever it is asked for. What an engine has loaded cannot be told any more when its files
-    change, unless vLLM was asked to load it in place.
+    change, unless vLLM was asked to load it in place. When it loaded them, nobody says: files that
+    changed after this was made may be others than those that it computes with.
+
+    Made before the engine loads its first adapter. The clock of the file system must agree with
+    this host's.
 
     Args:
         config: how the engine loads adapters; None: not at all.
     """
 
     def __init__(self, config: LoRAConfig | None) -> None:
+        self._made_ns = time.time_ns()
         self._loading = _loading(config)
         self._known: OrderedDict[tuple[int, str, str], _Adapter] = OrderedDict()
 
@@ -66,7 +80,11 @@ class AdapterFingerprints:
             stale = known.changed or known.files != files
             if stale and (request.load_inplace or known.fingerprint is None):
                 known.files, known.fingerprint, known.changed = files, None, False
-                known.fingerprint = self._read(request, files)
+                if request.load_inplace or _last_change_ns(files) <= self._made_ns:
+                    known.fingerprint = self._read(files, is_3d=request.is_3d_lora_weight)
+                    files = _files(request)  # as they are after they were read
+                else:
+                    _not_handed_over(request, known, _TOO_NEW)
         except (OSError, ValueError) as error:
             _not_handed_over(request, known, f"it cannot be read: {error}")
             return None
@@ -83,9 +101,9 @@ class AdapterFingerprints:
             self._known.popitem(last=False)
         return known
 
-    def _read(self, request: LoRARequest, files: _Files) -> str:
+    def _read(self, files: _Files, *, is_3d: bool) -> str:
         digest = hashlib.blake2b(self._loading, digest_size=16, person=b"baton-adapter-1")
-        digest.update(bytes([request.is_3d_lora_weight]))
+        digest.update(bytes([is_3d]))
         for path, *_ in files:
             _add(digest, Path(path))
         return digest.hexdigest()
@@ -120,7 +138,7 @@ def _files(request: LoRARequest) -> _Files:
     found = []
     for path in (folder / _CONFIG, weights):
         status = path.stat()
-        found.append((str(path), status.st_ino, status.st_size, status.st_mtime_ns))
+        found.append((str(path), status.st_ino, status.st_size, status.st_ctime_ns))
     return tuple(found)
 
 
@@ -134,6 +152,29 @@ def _folder(path: str) -> Path:
     except (LocalEntryNotFoundError, HFValidationError):
         # Their words speak of a network that was never to be asked.
         raise FileNotFoundError(f"{path} is neither a folder nor a repository here") from None
+
+
+def _last_change_ns(files: _Files) -> int:
+    """Unix time of the last change to the files, their folders and the links that lead there."""
+    newest = 0
+    for name, *_ in files:
+        path = Path(name).absolute()
+        newest = max(newest, path.stat().st_ctime_ns, path.parent.stat().st_ctime_ns)
+        newest = max(newest, _last_relinked_ns(path, _MAX_LINKS))
+    return newest
+
+
+def _last_relinked_ns(path: Path, links_left: int) -> int:
+    newest = 0
+    for part in (path, *path.parents):
+        status = part.lstat()
+        if not stat.S_ISLNK(status.st_mode):
+            continue
+        if not links_left:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        target = part.parent / part.readlink()
+        newest = max(newest, status.st_ctime_ns, _last_relinked_ns(target, links_left - 1))
+    return newest
 
 
 def _add(digest: Any, path: Path) -> None:
