@@ -6,6 +6,7 @@ because vLLM recomputes what any rank reports as failed, on all others.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Sequence
@@ -290,9 +291,18 @@ class PromptReads:
             incarnation=ticket.incarnation,
             fence=ticket.fence,
             secret=ticket.secret,
-            reader=f"{self._peer}#{request_id}",
+            reader=_reader_name(self._peer, request_id),
             share=part.share,
         )
+
+
+def _reader_name(peer: PeerId, request_id: str) -> str:
+    """What owners tell a request's reads from others' by.
+
+    Servers take the id from whoever sends the request: it may have any length and characters.
+    """
+    digest = hashlib.blake2b(request_id.encode("utf-8", "surrogatepass"), digest_size=16)
+    return f"{peer}#{digest.hexdigest()}"
 
 
 def _stop(load: _Load) -> None:
