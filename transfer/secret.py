@@ -68,6 +68,10 @@ class SecretReference:
         text = os.environ.get(self.variable)
         if text is None:
             raise _bad(f"{self}: there is no such environment variable")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise self._not_utf8() from None
         return text
 
     def _contents(self, file: Path) -> str:
@@ -81,8 +85,11 @@ class SecretReference:
         try:
             return data.decode()
         except UnicodeDecodeError:
-            # Its text would show the bytes.
-            raise _bad(f"{self} is not text in UTF-8") from None
+            raise self._not_utf8() from None
+
+    def _not_utf8(self) -> ConfigurationError:
+        """Raised ``from None``: the text of what Python raises shows the secret."""
+        return _bad(f"{self} is not text in UTF-8")
 
 
 def _bad(message: str) -> ConfigurationError:

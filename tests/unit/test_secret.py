@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import traceback
 from pathlib import Path
@@ -73,3 +74,13 @@ def test_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         with pytest.raises(ConfigurationError, match=words) as caught:
             reference.read()
         assert "hush" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_environment_that_is_not_text_is_refused_where_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Python has such bytes as surrogates, which nothing that sends them can encode.
+    monkeypatch.setenv(VARIABLE, os.fsdecode(b"hush\xff"))
+    with pytest.raises(ConfigurationError, match=r"_SECRET\} is not text in UTF-8") as caught:
+        SecretReference.parse("${BATON_TEST_SECRET}").read()
+    assert "hush" not in "".join(traceback.format_exception(caught.value))
