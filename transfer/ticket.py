@@ -79,7 +79,7 @@ class Ticket:
         incarnation: uuid of the owner's start.
         fence: number never reused within that incarnation.
         secret: 32 hex digits: whoever knows it may read these blocks.
-        request_id: the request as the owner calls it, cut to what a ticket holds; for logs.
+        request_id: the request as the owner calls it, fit for a log and for a ticket.
         block_ids: the owner's blocks, in token order; the last may be partly filled.
         num_tokens: prompt tokens whose KV the blocks hold.
         block_size: tokens per block at the owner.
@@ -203,8 +203,12 @@ class _Fields:
 
     def text(self, name: str) -> str:
         value = self._get(name)
-        if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT_CHARS:
-            raise _bad(f"{name} must be a text of 1 to {MAX_TEXT_CHARS} characters")
+        if (
+            not isinstance(value, str)
+            or not 0 < len(value) <= MAX_TEXT_CHARS
+            or not value.isprintable()
+        ):
+            raise _bad(f"{name} must be a text of 1 to {MAX_TEXT_CHARS} printable characters")
         return value
 
     def hex(self, name: str, pattern: re.Pattern[str]) -> str:

@@ -32,14 +32,13 @@ from transfer.transports.tcp_proofs import NONCE_BYTES, PROOF_BYTES
 from transfer.transports.tcp_wire import MessageType, Renewal
 from transfer.types import Claim, PeerId, PeerInfo
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-NAME = TEXT.map(lambda text: text.replace("\0", "-"))
+TEXT = st.text(st.characters().filter(str.isprintable), max_size=40)
 CLAIMS = st.builds(
     Claim,
-    handoff_id=NAME,
-    incarnation=NAME,
+    handoff_id=TEXT,
+    incarnation=TEXT,
     fence=st.integers(0, (1 << 64) - 1),
-    reader=NAME,
+    reader=TEXT,
     share=st.integers(1, (1 << 16) - 1),
 )
 CLAIM = Claim("h" * 32, "i" * 32, 5, "decode/0#1")
@@ -142,6 +141,39 @@ def test_a_share_of_nothing_is_refused() -> None:
     body[8:10] = b"\0\0"
     with pytest.raises(ProtocolError, match="share of 0"):
         wire.decode_abort(bytes(body))
+
+
+FORGED = "\n12:00:00 INFO all is well"
+
+
+@pytest.mark.parametrize("field", ["handoff_id", "incarnation", "reader"])
+@pytest.mark.parametrize("text", [FORGED, "\x1b[2J", "\u2028", "\u202e"])
+def test_claims_that_would_not_stay_in_a_line_of_a_log_are_refused(field: str, text: str) -> None:
+    wrong = replace(CLAIM, **{field: text})  # type: ignore[arg-type]
+    with pytest.raises(ProtocolError, match="not printable"):
+        encode_claim(wrong)
+    right = replace(CLAIM, **{field: "?" * len(text.encode())})  # type: ignore[arg-type]
+    body = encode_claim(right).replace(b"?" * len(text.encode()), text.encode())
+    for decode in (wire.claim_of, lambda body: wire.decode_hello(NONCE + bytes(8) + body)):
+        with pytest.raises(ProtocolError, match="not printable") as caught:
+            decode(body)
+        assert caught.value.message.isprintable()
+
+
+def test_names_that_would_not_stay_in_a_line_of_a_log_are_refused() -> None:
+    hello = wire.encode_hello(Caller(PeerId("reader", 0), "i-1"), NONCE, CLAIM)
+    for wrong in (hello.replace(b"reader", b"read\n."), hello.replace(b"i-1", b"i\x1b1")):
+        with pytest.raises(ProtocolError, match="not printable"):
+            wire.decode_hello(wrong)
+
+
+def test_what_is_told_of_an_error_stays_in_a_line_of_a_log() -> None:
+    told = wire.encode_error(HandoffRefused(f"no{FORGED}", phase=Phase.READ))
+    message = wire.decode_error(told, Phase.READ, "p").message
+    assert message == f"no?{FORGED[1:]}"
+    assert wire.decode_abort(wire.encode_abort(CLAIM, FORGED)) == (CLAIM, f"?{FORGED[1:]}")
+    with pytest.raises(ProtocolError, match="not printable"):
+        wire.decode_error(told.replace(b"no?", b"no\n"), Phase.READ, "p")
 
 
 def test_claims_of_more_or_less_texts_are_refused() -> None:

@@ -43,7 +43,7 @@ REQUIRED = sorted(set(GOOD) - {"do_remote_prefill", "do_remote_decode"})
 
 hex32 = st.text("0123456789abcdef", min_size=32, max_size=32)
 hex64 = st.text("0123456789abcdef", min_size=64, max_size=64)
-names = st.text(min_size=1, max_size=40)
+names = st.text(st.characters().filter(str.isprintable), min_size=1, max_size=40)
 
 
 @st.composite
@@ -160,8 +160,8 @@ WRONG_TYPES: dict[str, list[Any]] = {
 }
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "version": [-1, 1 << 32],
-    "remote_engine_id": ["", "x" * 513],
-    "remote_request_id": ["", "x" * 513],
+    "remote_engine_id": ["", "x" * 513, "a\nINFO b", "\ud800"],
+    "remote_request_id": ["", "x" * 513, "a\nINFO b", "\u2028"],
     "remote_block_ids": [[], [4, -1, 9], [4, 1 << 40, 9]],
     "tp_size": [0, -1, (1 << 12) + 1],
     "handoff_id": ["", "a" * 31, "a" * 33, "A" * 32, "g" * 32, "a" * 32 + "\n"],

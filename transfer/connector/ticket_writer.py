@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transfer.connector.metadata import WorkerHandshake
+from transfer.printable import printable
 from transfer.ticket import (
     MAX_READERS,
     MAX_TEXT_CHARS,
@@ -87,7 +88,7 @@ class TicketWriter:
             incarnation=handshake.incarnation,
             fence=self._fence,
             secret=secrets.token_hex(16),
-            request_id=request.request_id[:MAX_TEXT_CHARS],
+            request_id=printable(request.request_id[:MAX_TEXT_CHARS]),
             block_ids=tuple(block_ids),
             num_tokens=num_tokens,
             block_size=self.block_size,

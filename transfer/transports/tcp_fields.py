@@ -28,10 +28,9 @@ def encode_claim(claim: Claim) -> bytes:
         raise malformed(f"fence {claim.fence} does not fit 64 bits")
     if not 0 < claim.share < 1 << 16:
         raise malformed(f"share {claim.share} is not from 1 to {(1 << 16) - 1}")
-    text = _BETWEEN_TEXTS.join((claim.handoff_id, claim.incarnation, claim.reader))
-    if text.count(_BETWEEN_TEXTS) != _CLAIM_TEXTS - 1:
-        raise malformed("a claim with NUL in it")
-    data = _utf8(text, _CLAIM_TEXTS * MAX_TEXT_BYTES)
+    texts = (claim.handoff_id, claim.incarnation, claim.reader)
+    _check_printable(*texts)
+    data = _utf8(_BETWEEN_TEXTS.join(texts), _CLAIM_TEXTS * MAX_TEXT_BYTES)
     return _CLAIM.pack(claim.fence, claim.share, len(data)) + data
 
 
@@ -74,7 +73,9 @@ class Fields:
         length = self.u16()
         if length > MAX_TEXT_BYTES:
             raise _too_long(length, MAX_TEXT_BYTES)
-        return _decoded(self._take(length))
+        text = _decoded(self._take(length))
+        _check_printable(text)
+        return text
 
     def claim(self) -> Claim:
         fence, share, length = _CLAIM.unpack_from(self._body, self._pass(_CLAIM.size))
@@ -113,6 +114,7 @@ def _claim(fence: int, share: int, text: bytes) -> Claim:
     texts = _decoded(text).split(_BETWEEN_TEXTS)
     if len(texts) != _CLAIM_TEXTS:
         raise malformed(f"a claim of {len(texts)} texts, not {_CLAIM_TEXTS}")
+    _check_printable(*texts)
     handoff_id, incarnation, reader = texts
     return Claim(handoff_id, incarnation, fence, reader, share)
 
@@ -124,16 +126,21 @@ def _decoded(data: Buffer) -> str:
         raise malformed("text is not UTF-8") from None
 
 
+def _check_printable(*texts: str) -> None:
+    """Both sides log what the other one said: it stays within its line and shows."""
+    for text in texts:
+        if not text.isprintable():
+            raise malformed(f"text {text!r:.80} is not printable")
+
+
 def encode_text(value: str) -> bytes:
+    _check_printable(value)
     data = _utf8(value, MAX_TEXT_BYTES)
     return U16.pack(len(data)) + data
 
 
 def _utf8(value: str, limit: int) -> bytes:
-    try:
-        data = value.encode()
-    except UnicodeEncodeError:
-        raise malformed(f"{value!r} is not Unicode text") from None
+    data = value.encode()
     if len(data) > limit:
         raise malformed(f"text of {len(data)} bytes, at most {limit}")
     return data

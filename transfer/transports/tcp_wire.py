@@ -13,9 +13,9 @@ offset  bytes  header field
 16      8      body length
 ======  =====  ===========================================================
 
-Text is a 16-bit length and UTF-8. A claim is the fence in 64 bits, the share in 16 and one text:
-handoff_id, incarnation and reader with NUL between. Rows of spans are raw: address and length, 64
-bits each.
+Text is a 16-bit length and UTF-8, all of it printable. A claim is the fence in 64 bits, the share
+in 16 and one text: handoff_id, incarnation and reader with NUL between. Rows of spans are raw:
+address and length, 64 bits each.
 
 A connection begins with a greeting, in which each end proves that it knows the secret of one
 hand-off, and nothing else is taken in before. HELLO has the reader's nonce and its claim of the
@@ -57,6 +57,7 @@ from transfer.errors import (
     TransferError,
     TransportUnavailable,
 )
+from transfer.printable import printable
 from transfer.settings import MAX_SLICE_BYTES
 from transfer.transports.base import Caller
 from transfer.transports.tcp_fields import (
@@ -388,5 +389,4 @@ def decode_error(
 
 def _shortened(text: str) -> str:
     """At most a few hundred characters, safe to encode."""
-    clean = text.encode("utf-8", "replace")[:MAX_TEXT_BYTES]
-    return clean.decode("utf-8", "ignore")
+    return printable(text).encode()[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
