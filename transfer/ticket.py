@@ -20,6 +20,8 @@ MAX_BLOCKS = 1 << 20
 MAX_READERS = 1024
 MAX_SECONDS = 1 << 50
 MAX_TEXT_CHARS = 512
+MAX_TP_SIZE = 256
+"""A reader has threads for every rank of an owner that it reads from or tells something."""
 
 _HEX32 = re.compile(r"[0-9a-f]{32}\Z")
 _HEX64 = re.compile(r"[0-9a-f]{64}\Z")
@@ -161,7 +163,7 @@ class Ticket:
             num_tokens=num_tokens,
             block_size=block_size,
             kv_axes=fields.text("kv_axes"),
-            tp_size=fields.integer("tp_size", 1, 1 << 12),
+            tp_size=fields.integer("tp_size", 1, MAX_TP_SIZE),
             layout_hash=fields.hex("layout_hash", _HEX64),
             prompt_hash=fields.hex("prompt_hash", _HEX64),
             readers=fields.integer("readers", 1, MAX_READERS),

@@ -13,6 +13,7 @@ from transfer.errors import ProtocolError
 from transfer.spans import empty_spans
 from transfer.ticket import (
     MAX_READERS,
+    MAX_TP_SIZE,
     TICKET_VERSION,
     Medium,
     Ticket,
@@ -62,7 +63,7 @@ def tickets(draw: st.DrawFn) -> Ticket:
         num_tokens=full + draw(st.integers(1, block_size)),
         block_size=block_size,
         kv_axes=draw(st.sampled_from(["BHNC", "BNHC"])),
-        tp_size=draw(st.integers(1, 4096)),
+        tp_size=draw(st.integers(1, MAX_TP_SIZE)),
         layout_hash=draw(hex64),
         prompt_hash=draw(hex64),
         readers=draw(st.integers(1, MAX_READERS)),
@@ -163,7 +164,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "remote_engine_id": ["", "x" * 513, "a\nINFO b", "\ud800"],
     "remote_request_id": ["", "x" * 513, "a\nINFO b", "\u2028"],
     "remote_block_ids": [[], [4, -1, 9], [4, 1 << 40, 9]],
-    "tp_size": [0, -1, (1 << 12) + 1],
+    "tp_size": [0, -1, MAX_TP_SIZE + 1, 1 << 12],
     "handoff_id": ["", "a" * 31, "a" * 33, "A" * 32, "g" * 32, "a" * 32 + "\n"],
     "incarnation": ["", "a" * 31, "a" * 33, "a" * 31 + "-", "a" * 32 + "\n"],
     "fence": [0, -1, 1 << 63],
