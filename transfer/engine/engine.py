@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from enum import StrEnum
 from types import TracebackType
 from typing import Self
@@ -350,18 +351,21 @@ class TransferEngine:
             readers = [*self._readers.values(), *self._dismissed]
         if not was_running:
             return
-        self._unsubscribe()
-        # Before owners can hear that this reader left and fail its reads for that.
-        for reader in readers:
-            reader.shut(self._closed_error)
-        self._discovery.withdraw(self._info.peer)
-        notices_until = time.monotonic() + _LAST_NOTICES_S
-        for reader in readers:
-            reader.join(max(0.0, notices_until - time.monotonic()))
-        self._table.abort_all("the engine is closed")
-        for listener in self._listeners:
-            listener.close()
-        self._timer.close()
+        with ExitStack() as closing:
+            # Called from the last to the first, each whether or not another one fails.
+            closing.callback(self._forget)
+            closing.callback(self._timer.close)
+            for listener in reversed(self._listeners):
+                closing.callback(listener.close)
+            closing.callback(self._table.abort_all, "the engine is closed")
+            closing.callback(_join, readers)
+            closing.callback(self._discovery.withdraw, self._info.peer)
+            # Before owners can hear that this reader left and fail its reads for that.
+            for reader in reversed(readers):
+                closing.callback(reader.shut, self._closed_error)
+            closing.callback(self._unsubscribe)
+
+    def _forget(self) -> None:
         with self._lock:
             self._listeners = []
             self._readers = {}
@@ -463,6 +467,12 @@ def _renew(credentials: list[Credentials], link: Link, timeout_s: float) -> None
     for one, still_offered in zip(credentials, renewed, strict=True):
         if not still_offered:
             logger.debug("renewal of %s came too late", one.handoff_id)
+
+
+def _join(readers: Sequence[PeerReader]) -> None:
+    notices_until = time.monotonic() + _LAST_NOTICES_S
+    for reader in readers:
+        reader.join(max(0.0, notices_until - time.monotonic()))
 
 
 def _nothing() -> None:

@@ -290,7 +290,8 @@ class ControlChannel(ABC):
 class Attachment(ABC):
     """What a transport of the owner keeps for one reader, as long as its control connection lasts.
 
-    Methods raise ``TransportUnavailable`` when another transport may do, and ``ProtocolError``.
+    ``exchange`` and ``keys`` raise ``TransportUnavailable`` when another transport may do, and
+    ``exchange`` raises ``ProtocolError`` when the reader's request makes no sense.
     """
 
     @abstractmethod
@@ -303,7 +304,11 @@ class Attachment(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """The reader is gone: it reaches nothing any more. Idempotent."""
+        """The reader is gone: it reaches nothing any more. Idempotent.
+
+        Raises:
+            OSError: some of it could not be closed; all the rest is.
+        """
 
 
 class Listener(ABC):

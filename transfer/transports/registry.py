@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 from transfer.addressing import usable_addresses
 from transfer.errors import ConfigurationError, PeerUnreachable, Phase, TransportUnavailable
@@ -74,8 +75,9 @@ class Transports:
             return listeners
         finally:
             if not listening:
-                for listener in listeners:
-                    listener.close()
+                with ExitStack() as closing:  # each whether or not another one fails
+                    for listener in listeners:
+                        closing.callback(listener.close)
 
     def add_memory(self, address: int, length: int, dmabuf: DmaBuf | None) -> None:
         """Tell every transport of memory that was registered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from transfer.transports.rdma.verbs import (
     VerbsError,
     device_names,
 )
+
+logger = logging.getLogger(__name__)
 
 GID_VARIABLE = "MC_GID_INDEX"
 """Environment variable that other transfer engines read for the same purpose."""
@@ -152,9 +155,9 @@ def open_rails(
 
 
 def close_rails(rails: list[Rail]) -> None:
-    """Close every device once."""
+    """Close every device once; the log says which cannot be."""
     for device in {id(rail.device): rail.device for rail in rails}.values():
-        device.close()
+        _close(device)
 
 
 def _best_rail(names: list[str], gid_index: int, open_device: Callable[[str], OpenDevice]) -> Rail:
@@ -168,7 +171,7 @@ def _best_rail(names: list[str], gid_index: int, open_device: Callable[[str], Op
         if best is None or rank_of(rail.port, rail.gid) < rank_of(best.port, best.gid):
             best, rail = rail, best
         if rail is not None:
-            rail.device.close()
+            _close(rail.device)
     if best is None:
         raise TransportUnavailable(
             f"no port of {', '.join(names)} is active and has an address{_numbered(gid_index)}",
@@ -193,8 +196,15 @@ def _open(wanted: Wanted, gid_index: int, open_device: Callable[[str], OpenDevic
         ) from error
     finally:
         if chosen is None:
-            device.close()
+            _close(device)
     return None if chosen is None else Rail(device, *chosen)
+
+
+def _close(device: OpenDevice) -> None:
+    try:
+        device.close()
+    except VerbsError as error:  # nobody could do more, and the others are to go
+        logger.warning("%s stays open: %s", device.name, error)
 
 
 def _numbered(index: int) -> str:

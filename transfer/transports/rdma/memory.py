@@ -123,7 +123,10 @@ class RegisteredMemory:
 
     def _deregister(self, region: _Region) -> None:
         for registration in region.registrations:
-            registration.close()
+            try:
+                registration.close()
+            except VerbsError as error:  # nobody could do more, and the others are to go
+                logger.warning("memory stays registered with a device: %s", error)
         region.registrations = []
 
     def _refresh(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 from transfer.errors import Phase, TransportUnavailable
@@ -14,6 +15,8 @@ from transfer.transports.rdma.memory import RegisteredMemory
 from transfer.transports.rdma.queue_pair import MAX_READS, LocalEnd
 from transfer.transports.rdma.verbs import CompletionQueue, VerbsError
 from transfer.types import SpanArray
+
+logger = logging.getLogger(__name__)
 
 
 class RdmaListener(Listener):
@@ -59,8 +62,7 @@ class RdmaAttachment(Attachment):
         """Connect a queue pair to each of the reader's."""
         wanted, given_up = decode_request(request)
         with self._lock:
-            for number in given_up:
-                self._drop(number)
+            self._give_up(given_up)
             if self._closed or len(self._ends) + len(wanted) > MAX_PAIRS:
                 raise TransportUnavailable(
                     f"the reader has its {len(self._ends)} queue pairs", phase=Phase.CONNECT
@@ -77,8 +79,7 @@ class RdmaAttachment(Attachment):
                 ) from error
             finally:
                 if not connected:  # the reader never learns their numbers
-                    for number in self._ends.keys() - before:
-                        self._drop(number)
+                    self._give_up(self._ends.keys() - before)
 
     def keys(self, spans: SpanArray) -> bytes:
         """Remote keys of the regions that ``spans`` lie in."""
@@ -119,6 +120,13 @@ class RdmaAttachment(Attachment):
         self._ends[told.name] = end
         end.connect(peer)
         return told
+
+    def _give_up(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            try:
+                self._drop(number)
+            except VerbsError as error:  # no affair of what is asked for now
+                logger.warning("a reader's queue pair stays open: %s", error)
 
     def _drop(self, number: int) -> None:
         end = self._ends.pop(number, None)
