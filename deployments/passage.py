@@ -149,6 +149,9 @@ class Passage:
         event: PrefillLost | Prefilled | Refused | Unwanted
         tokens = None
         began = time.monotonic()
+        if waiting is not None and self._trials.suspects.standing(case) is not Standing.CLEAR:
+            # What it spends in line for its trial says nothing of what prefill costs others.
+            waiting.not_prefilled(began)
         try:
             await self._place_at_decode(case, handoff.decode_excluded, request)
             only = await self._trial(case, "prefill", step.exclude, request)

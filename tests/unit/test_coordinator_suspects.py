@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest
 
+from deployments.admission import Admission, AdmissionPolicy, PromptSize
 from deployments.errors import NoReplica, ServiceUnavailable
 from deployments.generation import GenerationRequest, PrefillAnswer, Sent, WholeAnswer
 from deployments.handoff import Coordinator
@@ -279,6 +281,35 @@ def test_who_is_condemned_while_it_waits_is_not_tried() -> None:
 
         assert all(is_refused(client.items) for client in clients)
         assert world.prefills == []
+        await coordinator.drain()
+
+    drive(main())
+
+
+def test_the_time_in_line_for_a_trial_is_not_taken_for_prefills() -> None:
+    async def main() -> None:
+        world, admission = World(), Admission(AdmissionPolicy())
+        coordinator = Coordinator(world, POLICY, admission)
+        clients = [Client(coordinator.run(of("slow")))]
+        await rounds()
+        (call,) = world.prefills
+        call.done.set_exception(lost(world.kill("prefill"), "prefill"))
+        await asyncio.sleep(0.1)
+        # Of the same content, and in line behind its trial.
+        clients.append(Client(coordinator.run(of("slow"))))
+        await asyncio.sleep(0.1)
+        for _ in clients:
+            (call,) = world.prefills
+            call.done.set_result(PrefillAnswer("p", world.offer(1)))
+            await rounds()
+        assert [decode.ticket is not None for decode in world.decodes] == [True, True]
+
+        now = time.monotonic()
+        admission.enter(now).wait(PromptSize(tokens=100), now)
+        assert admission.wait_s(now) == 0.0, "nothing is known yet of what prefill costs"
+        for client in clients:
+            client.task.cancel()
+        await rounds()
         await coordinator.drain()
 
     drive(main())
