@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
+from deployments.cancellation import is_cancelled
+
 T = TypeVar("T")
 
 _AHEAD = 8
@@ -19,7 +21,8 @@ async def interleaved(
     """All items of all streams as they come, each with the number of its stream.
 
     Closing it closes every stream, and returns when that is done. So does an error of one of them,
-    which is then raised here. A stream that has not begun by then never does.
+    which is then raised here; a CancelledError that was not meant for it is one. A stream that has
+    not begun by then never does.
 
     Args:
         streams: make them; begun in this order.
@@ -55,6 +58,10 @@ async def _run(
             async with aclosing(stream()) as running:
                 async for item in running:
                     await items.put((number, item))
+    except asyncio.CancelledError as foreign:
+        if is_cancelled():
+            raise
+        await items.put(foreign)
     except Exception as error:  # noqa: BLE001 - raised again by whoever reads the items
         await items.put(error)
     else:

@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments.background import Background
+from deployments.cancellation import is_cancelled
 from deployments.errors import ContinuationMismatch, EngineGone, NoReplica, ReplicaLost
 from deployments.generation import GenerationRequest, Output, PrefillAnswer
 from deployments.route_hint import RouteHint
@@ -256,6 +257,11 @@ class ReplicaCaller:
             # Where replicas are but the one that was chosen hangs, another try may find another.
             if hint == RouteHint() and not limited.offered:
                 self._missing.add(role)
+            raise NoReplica(role, timeout_s) from error
+        except asyncio.CancelledError as error:
+            # The router gives up a pick whose time is over, perhaps just before it is over here.
+            if is_cancelled():
+                raise
             raise NoReplica(role, timeout_s) from error
         except (DeploymentUnavailableError, BackPressureError) as error:
             raise NoReplica(role, 0.0) from error

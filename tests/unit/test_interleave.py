@@ -69,6 +69,25 @@ def test_an_error_ends_all() -> None:
     assert (streams.begun, streams.running) == (2, 0)
 
 
+def test_a_stream_that_ends_with_a_cancellation_of_something_else_ends_all() -> None:
+    streams = Streams()
+
+    async def foreign() -> AsyncGenerator[int, None]:
+        pick: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        pick.cancel()
+        yield await pick
+
+    async def main() -> None:
+        async with asyncio.timeout(1.0) as limit:
+            with pytest.raises(asyncio.CancelledError):
+                async for _ in interleaved([streams.make(*range(1000)), foreign], 2):
+                    pass
+        assert not limit.expired()
+
+    drive(main())
+    assert (streams.begun, streams.running) == (1, 0)
+
+
 @pytest.mark.parametrize("after", [0, 1, 30])
 def test_closing_ends_all(after: int) -> None:
     streams = Streams()

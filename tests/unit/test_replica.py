@@ -96,6 +96,34 @@ def test_one_replica_that_hangs_does_not_silence_the_others(
     drive(main())
 
 
+# ---- picks ---------------------------------------------------------------------------------------
+
+
+def test_a_pick_that_the_router_gives_up_found_no_replica() -> None:
+    def given_up() -> None:
+        raise asyncio.CancelledError
+
+    async def main() -> None:
+        caller, prefill, _ = caller_of(prefill={"p1": answers(1)})
+        prefill.picking = given_up
+        with pytest.raises(NoReplica):
+            await caller.prefill(generation(), frozenset())
+
+    drive(main())
+
+
+def test_a_request_that_is_cancelled_while_it_waits_for_a_replica_ends() -> None:
+    async def main() -> None:
+        caller, *_ = caller_of()
+        waiting = asyncio.ensure_future(caller.check(generation()))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    drive(main())
+
+
 # ---- prefills whose answer nobody gets -----------------------------------------------------------
 
 
