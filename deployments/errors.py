@@ -18,7 +18,6 @@ class ReplicaLost(Exception):
 
     def __init__(self, role: str, replica_id: str, cause: str, *, held: bool = True) -> None:
         super().__init__(f"{role} replica {replica_id} was lost: {cause}")
-        self.role = role
         self.replica_id = replica_id
         self.held = held
 
@@ -36,8 +35,6 @@ class NoReplica(Exception):
 
     def __init__(self, role: str, waited_s: float) -> None:
         super().__init__(f"no {role} replica took the request within {waited_s:.1f} s")
-        self.role = role
-        self.waited_s = waited_s
 
 
 class ServiceUnavailable(Exception):

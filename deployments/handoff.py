@@ -79,8 +79,8 @@ class Coordinator:
         except Overloaded:
             self._count(RouterEvent.REFUSED)
             raise
-        parts = [request] if bypass else split(request)
         try:
+            parts = [request] if bypass else split(request)
             if len(parts) == 1:
                 items = self._passage.run(request, place, bypass=bypass)
             else:

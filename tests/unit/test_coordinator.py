@@ -215,6 +215,23 @@ def test_router_counts_what_is_out_of_the_ordinary() -> None:
     ]
 
 
+def test_a_request_that_cannot_be_split_leaves_no_place_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(request: Any) -> Any:
+        raise RecursionError
+
+    monkeypatch.setattr("deployments.handoff.split", fails)
+
+    async def main() -> None:
+        coordinator = Coordinator(FakeCaller(), POLICY, Admission(AdmissionPolicy(max_requests=1)))
+        for _ in range(2):
+            with pytest.raises(RecursionError):
+                await anext(coordinator.run(generation()))
+
+    drive(main())
+
+
 # ---- notices to owners ---------------------------------------------------------------------------
 
 
