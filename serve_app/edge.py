@@ -219,4 +219,9 @@ def _whole(text: str) -> int | None:
     digits = text.strip().lstrip("+-").replace("_", "")
     if not digits.isdecimal():
         return None
-    return int(digits) if len(digits) <= 20 else INT64.stop
+    if len(digits) > 20:
+        return INT64.stop
+    try:
+        return int(text)
+    except ValueError:
+        return None

@@ -328,10 +328,13 @@ def test_without_a_ticket_decode_computes_the_prompt(reply: Step) -> None:
     run(main())
 
 
-def test_what_prefill_cannot_serve_goes_to_decode_alone() -> None:
+@pytest.mark.parametrize(
+    "asked", [{"prompt_logprobs": 1}, {"prompt_embeds": "AAAA"}, {"prompt_embeds": ["AAAA"]}]
+)
+def test_what_prefill_cannot_serve_goes_to_decode_alone(asked: dict[str, Any]) -> None:
     async def main() -> None:
         async with setup([hangs], [says(choices=[])]) as it:
-            assert (await it.ask(prompt_logprobs=1))[0] == 200
+            assert (await it.ask(**asked))[0] == 200
             assert it.prefill[0].bodies == []
 
     run(main())
@@ -672,6 +675,10 @@ def test_a_client_that_leaves_in_mid_stream_ends_the_call() -> None:
         (b"[" * 2000 + b"]" * 2000, 400, "the body is not valid JSON"),
         (b"[]", 400, "the body is not a JSON object"),
         (b'{"prompt": "x", "kv_transfer_params": {}}', 400, "kv_transfer_params: only Baton"),
+        (
+            b'{"vllm_xargs": {"kv_transfer_params": "x"}}',
+            *(400, "vllm_xargs.kv_transfer_params: only Baton"),
+        ),
         (b'{"prompt": "\\ud800"}', 400, "prompt: the character 0 is half of a surrogate pair"),
         (b'{"prompt": "x", "top_k": 1' + b"0" * 40 + b"}", 400, "top_k: it must be between"),
         (b'{"prompt": [' + b'"x",' * 1024 + b'"x"]}', 400, "prompt: 1025 prompts with 1 samples"),
@@ -685,7 +692,8 @@ def test_a_client_that_leaves_in_mid_stream_ends_the_call() -> None:
         (b" " * (BODY_LIMITS.max_body_bytes + 1), 413, "the body is longer than 16777216"),
     ],
     ids=[
-        *("no JSON", "too deep", "no object", "brings a ticket", "no text", "beyond the wire"),
+        *("no JSON", "too deep", "no object", "brings a ticket", "hides a ticket", "no text"),
+        *("beyond the wire",),
         *(
             "too many prompts",
             "too long a name",
@@ -711,6 +719,17 @@ def test_requests_that_cannot_be_meant(content: bytes, status: int, said: str) -
             assert it.prefill[0].paths == it.decode[0].paths == []
             async with it.client.get(f"{it.url}/v1/else") as response:
                 assert (response.status, response.content_type) == (404, "application/json")
+
+    run(main())
+
+
+@pytest.mark.parametrize("said", ["text/plain", "application/x-www-form-urlencoded"])
+def test_what_is_not_said_to_be_json_is_not_read(said: str) -> None:
+    async def main() -> None:
+        async with setup([ticket()], [says()]) as it:
+            status, text, _ = await it.ask(headers={"Content-Type": said})
+            assert (status, json.loads(text)["error"]["param"]) == (400, "Content-Type")
+            assert it.prefill[0].paths == it.decode[0].paths == []
 
     run(main())
 

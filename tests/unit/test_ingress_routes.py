@@ -576,10 +576,20 @@ def test_stream_is_sent_as_events(endpoint: Endpoint) -> None:
     assert response.text == ONE + ONE + DONE
 
 
-def test_request_that_cannot_use_foreign_blocks_goes_to_decode_alone(endpoint: Endpoint) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        {**COMPLETION, "prompt_logprobs": 1},
+        {**COMPLETION, "prompt_embeds": "AAAA"},
+        {"model": "demo", "prompt_embeds": ["AAAA", "BBBB"]},
+    ],
+)
+def test_request_that_cannot_use_foreign_blocks_goes_to_decode_alone(
+    endpoint: Endpoint, body: dict[str, Any]
+) -> None:
     endpoint.caller.chunks = [ANSWER]
 
-    response = endpoint.ask("POST", "/v1/completions", json={**COMPLETION, "prompt_logprobs": 1})
+    response = endpoint.ask("POST", "/v1/completions", json=body)
 
     assert response.status_code == 200
     assert endpoint.caller.sides() == ["decode"]

@@ -77,6 +77,28 @@ def test_a_wrong_field_of_a_chat_is_named(changes: dict[str, Any], field: str) -
     assert told[0] == field
 
 
+@pytest.mark.parametrize(
+    "speaker", [{"role": "user"}, {"role": "system"}, {"role": "tool", "tool_call_id": "c"}]
+)
+@pytest.mark.parametrize(
+    ("content", "more", "field"),
+    [
+        ("a", {"tool_calls": 5}, "tool_calls"),
+        ("a", {"tool_calls": "5"}, "tool_calls"),
+        ([{"text": "no type"}], {}, "content.0.type"),
+        (["plain", "strings"], {}, "content.0"),
+        ([[TEXT]], {}, "content.0"),
+    ],
+)
+def test_a_wrong_part_is_named_whoever_speaks(
+    speaker: dict[str, Any], content: Any, more: dict[str, Any], field: str
+) -> None:
+    told = refusal(ChatCompletionRequest, message(content, **speaker, **more))
+
+    assert told is not None
+    assert told[0] == f"messages.0.{field}"
+
+
 def test_a_stop_list_that_is_too_long_is_called_so() -> None:
     told = refusal(CompletionRequest, {"stop": ["s"] * 200})
 
