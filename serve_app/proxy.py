@@ -46,6 +46,11 @@ BODY_LIMITS: Final = BodyLimits(
 )
 MAX_ANSWERS: Final = 1024
 """Prompts times samples of one request; each prompt is a request to a prefill server."""
+HEAD_TIMEOUT_S: Final = 75.0
+"""A connection ends that has brought no whole head of a request for so long, be it idle or slow.
+
+Longer than what stands in front of servers keeps its idle connections, 60 s with most.
+"""
 STOP_TIMEOUT_S: Final = 10.0
 _CONNECT_TIMEOUT_S: Final = 2.0
 _HEALTH_TIMEOUT_S: Final = 5.0

@@ -12,7 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from deployments.http_servers import Role
-from serve_app.proxy import STOP_TIMEOUT_S, Proxy, ProxyOptions
+from serve_app.proxy import HEAD_TIMEOUT_S, STOP_TIMEOUT_S, Proxy, ProxyOptions
 from transfer.addressing import host_and_port, is_http_url
 from transfer.discovery import make_discovery
 from transfer.errors import ConfigurationError, Phase
@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> None:
             port=options.port,
             # Calls to servers end with the request that they are made for.
             handler_cancellation=True,
+            # To aiohttp a connection is idle until a head has come whole.
+            keepalive_timeout=HEAD_TIMEOUT_S,
             shutdown_timeout=STOP_TIMEOUT_S,
             access_log=None,
             print=lambda _: logger.info(

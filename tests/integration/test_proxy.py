@@ -14,10 +14,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from yarl import URL
 
 from deployments.handoff_state import RetryPolicy
 from serve_app.body_limits import BodyLimits
-from serve_app.proxy import BODY_LIMITS, Proxy, ProxyOptions
+from serve_app.proxy import BODY_LIMITS, HEAD_TIMEOUT_S, Proxy, ProxyOptions
 from tests.support.scripted_servers import (
     DONE,
     EVENTS,
@@ -79,6 +80,7 @@ async def setup(
     api_key: str = "",
     discovered: bool = False,
     limits: BodyLimits = BODY_LIMITS,
+    head_timeout_s: float = HEAD_TIMEOUT_S,
 ) -> AsyncIterator[Setup]:
     servers = [Server(step) for step in (*prefill, *decode)]
     running: list[TestServer] = []
@@ -115,7 +117,8 @@ async def setup(
         limits,
     )
     proxy = TestServer(Proxy(options).application())
-    await proxy.start_server()  # cancels handlers of clients that leave
+    # Cancels handlers of clients that leave.
+    await proxy.start_server(keepalive_timeout=head_timeout_s)
     try:
         async with aiohttp.ClientSession() as client:
             yield Setup(str(proxy.make_url("")).rstrip("/"), client, ours, theirs)
@@ -764,6 +767,24 @@ def test_several_prompts_carry_no_more_than_a_body_has() -> None:
 # ---- slow and many bodies ------------------------------------------------------------------------
 
 JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_a_head_that_does_not_come_is_not_waited_for(asked_before: bool) -> None:
+    async def main() -> None:
+        async with setup([ticket()], [says()], head_timeout_s=0.5) as it:
+            reader, writer = await asyncio.open_connection("127.0.0.1", URL(it.url).port)
+            if asked_before:
+                writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            async with asyncio.timeout(5):
+                for part in (b"POST /v1/completions HTTP/1.1\r\n", b"Host: ", b"x", b"y"):
+                    writer.write(part)
+                    await asyncio.sleep(0.1)
+                await reader.read()  # to its end
+            writer.close()
+
+    run(main())
 
 
 def half_a_body() -> tuple[AsyncIterator[bytes], asyncio.Event]:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from deployments.http_body import JsonBody
 from deployments.http_servers import HttpServers
 from serve_app import cli
+from serve_app.proxy import HEAD_TIMEOUT_S
 from serve_app.proxy_command import discovery_config, server_urls
 from serve_app.router import bypass_reason
 from tests.support.records import worker_record
@@ -106,6 +108,15 @@ def test_etcd_is_found(tmp_path: Path) -> None:
     assert discovery_config(None, "blue", {}) is None
     path.write_text(json.dumps({**document, "metadata_server": "P2PHANDSHAKE"}))
     assert discovery_config(None, "blue", environment) is None
+
+
+def test_the_command_gives_heads_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: dict[str, Any] = {}
+    monkeypatch.delenv("MOONCAKE_CONFIG_PATH", raising=False)
+    monkeypatch.setattr(web, "run_app", lambda app, **options: served.update(options))
+
+    assert cli.main(["proxy", "--prefill", A, "--decode", B]) == 0
+    assert served["keepalive_timeout"] == HEAD_TIMEOUT_S
 
 
 @pytest.mark.parametrize(
