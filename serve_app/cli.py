@@ -74,6 +74,14 @@ def _add_proxy(parser: argparse.ArgumentParser) -> None:
         help="its members; else those that MOONCAKE_CONFIG_PATH names",
     )
     parser.add_argument(
+        "--allowed-origin",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ORIGIN",
+        help="origins whose pages may call from a browser; *: all (none)",
+    )
+    parser.add_argument(
         "--cluster", default="default", help="name of the cluster in etcd (default)"
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +19,7 @@ from pydantic import (
 
 from serve_app.adapters import served_adapters
 from serve_app.mooncake_args import with_mooncake
+from serve_app.origins import require_origin
 from transfer.discovery import check_discovery
 from transfer.errors import ConfigurationError
 from transfer.secret import SecretReference
@@ -48,9 +48,6 @@ _EQUAL_ENGINE_KEYS = (
     *("revision", "hf_overrides", "hf_config_path"),
 )
 """Engine arguments of which each side's blocks depend, or which prompts the side takes."""
-
-
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@?#]+")
 
 
 class SettingsError(ValueError):
@@ -218,11 +215,7 @@ class RouterSettings(Section):
     @classmethod
     def _are_origins(cls, origins: list[str]) -> list[str]:
         for origin in origins:
-            if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ValueError(
-                    f"{origin!r} is not an origin as browsers send it, without a path, like "
-                    "https://chat.example.com or http://localhost:3000; nor `*`"
-                )
+            require_origin(origin)
         return origins
 
 

@@ -30,7 +30,6 @@ from ray.llm._internal.serve.observability.metrics.fast_api_metrics import (
 )
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from deployments.admission import Admission, AdmissionPolicy
@@ -46,6 +45,7 @@ from serve_app import request_models
 from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import BodyLimits
 from serve_app.cache_salt import cache_salt
+from serve_app.cross_origin import cross_origin
 from serve_app.edge import Fault, answers_fault, copies_fault, header_fault
 from serve_app.guard import Guard
 from serve_app.http_errors import add_error_handlers, error_response, fault_response
@@ -311,9 +311,7 @@ def ingress_app(
     app.add_middleware(Guard, api_keys=api_keys, limits=limits)
     # Outside the guard: browsers ask first whether they may send a key, and then without one; and
     # pages are shown an error only if it says that they may see it.
-    app.add_middleware(
-        CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"]
-    )
+    app.add_middleware(cross_origin, allowed=allowed_origins)
     endpoints = {
         "health": lambda app: app.get("/health"),
         "metrics": lambda app: app.get("/metrics"),

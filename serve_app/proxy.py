@@ -24,6 +24,7 @@ from deployments.http_servers import HttpServers, Role
 from deployments.prefill_body import not_clamped
 from deployments.ticket_notices import TicketNotices
 from serve_app.body_limits import Bodies, Body, BodyLimits, BodyRefused
+from serve_app.cross_origin import CrossOrigin
 from serve_app.edge import (
     PRIORITY_HEADER,
     Fault,
@@ -79,6 +80,7 @@ class ProxyOptions:
         api_key: sent to servers when the client sends none; empty: nothing is sent then.
         policy: retry budget of every request.
         limits: of clients' bodies.
+        allowed_origins: whose pages may call from a browser; ``*`` is all of them.
     """
 
     servers: Mapping[Role, tuple[str, ...]]
@@ -86,6 +88,7 @@ class ProxyOptions:
     api_key: str = field(default="", repr=False)
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     limits: BodyLimits = BODY_LIMITS
+    allowed_origins: tuple[str, ...] = ()
 
 
 class Proxy:
@@ -99,6 +102,7 @@ class Proxy:
     def application(self) -> web.Application:
         """The application; it opens its connections when it starts."""
         app = web.Application(middlewares=[_openai_errors])
+        CrossOrigin(self._options.allowed_origins).add_to(app)
         app.cleanup_ctx.append(self._connections)
         app.router.add_post(PATHS["completions"], self._completions)
         app.router.add_post(PATHS["chat"], self._chat)

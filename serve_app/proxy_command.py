@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from deployments.http_servers import Role
+from serve_app.origins import require_origin
 from serve_app.proxy import HEAD_TIMEOUT_S, STOP_TIMEOUT_S, Proxy, ProxyOptions
 from transfer.addressing import host_and_port, is_http_url
 from transfer.discovery import make_discovery
@@ -37,6 +38,11 @@ def run(options: argparse.Namespace) -> None:
         "prefill": server_urls("prefill", options.prefill),
         "decode": server_urls("decode", options.decode),
     }
+    for origin in options.allowed_origin:
+        try:
+            require_origin(origin)
+        except ValueError as error:
+            raise _bad(f"--allowed-origin {error}") from error
     config = discovery_config(options.etcd, options.cluster, os.environ)
     for role, urls in servers.items():
         if not urls and config is None:
@@ -50,7 +56,14 @@ def run(options: argparse.Namespace) -> None:
         if config is not None:
             discovery = stack.enter_context(make_discovery(config))
             discovery.ready(_READY_TIMEOUT_S)
-        proxy = Proxy(ProxyOptions(servers, discovery, os.environ.get(KEY_VARIABLE, "")))
+        proxy = Proxy(
+            ProxyOptions(
+                servers,
+                discovery,
+                os.environ.get(KEY_VARIABLE, ""),
+                allowed_origins=tuple(options.allowed_origin),
+            )
+        )
         web.run_app(
             proxy.application(),
             host=options.host,

@@ -81,6 +81,7 @@ async def setup(
     discovered: bool = False,
     limits: BodyLimits = BODY_LIMITS,
     head_timeout_s: float = HEAD_TIMEOUT_S,
+    allowed_origins: tuple[str, ...] = (),
 ) -> AsyncIterator[Setup]:
     servers = [Server(step) for step in (*prefill, *decode)]
     running: list[TestServer] = []
@@ -115,6 +116,7 @@ async def setup(
         api_key,
         RetryPolicy(attempts=3, backoff_s=0.0),
         limits,
+        allowed_origins,
     )
     proxy = TestServer(Proxy(options).application())
     # Cancels handlers of clients that leave.
@@ -831,5 +833,47 @@ def test_bodies_in_flight_are_bounded() -> None:
                 assert answered.status == 200
             async with it.client.post(url, data=content, headers=JSON) as third:
                 assert third.status == 200
+
+    run(main())
+
+
+# ---- pages in browsers ---------------------------------------------------------------------------
+
+PAGE = {"Origin": "https://chat.example.com"}
+PREFLIGHT = {
+    **PAGE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "told"),
+    [
+        (("*",), "*"),
+        (("https://chat.example.com",), "https://chat.example.com"),
+        (("https://other.example.com",), None),
+        ((), None),
+    ],
+)
+def test_only_pages_of_allowed_origins_may(allowed: tuple[str, ...], told: str | None) -> None:
+    async def main() -> None:
+        good = streams(*(part.encode() for part in (*EVENTS, DONE)))
+        async with setup([ticket()], [good], allowed_origins=allowed) as it:
+            url = f"{it.url}/v1/completions"
+            async with it.client.options(url, headers=PREFLIGHT) as preflight:
+                assert preflight.status == (400 if told is None else 200)
+                assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+            answers = [preflight]
+            for body, status in (({"stream": True}, 200), ({"n": 2000}, 400)):
+                got, _, answer = await it.ask(headers=PAGE, **body)
+                assert got == status
+                answers.append(answer)
+            async with it.client.get(f"{it.url}/v1/else", headers=PAGE) as missing:
+                assert missing.status == 404
+            for one in (*answers, missing):
+                assert one.headers.get("Access-Control-Allow-Origin") == told
+            async with it.client.options(url) as bare:  # no preflight
+                assert bare.status == 405
 
     run(main())

@@ -125,6 +125,7 @@ def test_the_command_gives_heads_their_time(monkeypatch: pytest.MonkeyPatch) -> 
         ([], "--prefill is missing, and so is etcd"),
         (["--prefill", A], "--decode is missing, and so is etcd"),
         (["--prefill", A, "--decode", "b:c"], "--decode 'b:c' is not a URL"),
+        (["--allowed-origin", "a.com/x"], "--allowed-origin 'a.com/x' is not an origin as"),
         (["--etcd", "nowhere"], "etcd endpoint 'nowhere' is not host:port"),
     ],
 )
