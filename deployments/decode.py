@@ -58,7 +58,7 @@ class DecodeServer(BatonServer):
             ContinuationMismatch: this engine does not go on where another one was.
         """
         require_alive(self.engine)
-        await faults.reach_async("decode.accepted")
+        await faults.reach_async("decode.accepted", request.body.user or "")
         replica_id = own_replica_id()
         if request.body.kv_transfer_params is not None and not self._is_read(request):
             # Before the engine hears of it: the router tells the owner at once.

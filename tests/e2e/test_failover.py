@@ -6,16 +6,18 @@ import http.client
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.baton_app import BatonApp, write_config
+from tests.support.fault_points import FaultPoints
 from tests.support.streams import Stream
 from tests.support.vllm_server import get, metric, post
 from transfer import faults
@@ -94,14 +96,19 @@ def two_by_two(app: BatonApp, holds: Holds) -> BatonApp:
     """The application with all its replicas up and nothing left of the test before."""
 
     holds.let_all_go()
+    whole_again(app)
+    idle_within(app, 10.0)
+    return app
+
+
+def whole_again(app: BatonApp) -> None:
+    """Waits until all replicas are up."""
 
     def whole() -> bool:
         status = app.status()
         return all(len(status[side]) == 2 for side in ("prefill", "decode"))
 
     wait_for(whole, f"not all replicas came up: {app.status()}", 200.0)
-    idle_within(app, 10.0)
-    return app
 
 
 def unfinished(app: BatonApp) -> int:
@@ -131,10 +138,26 @@ def request(number: int, **more: Any) -> tuple[str, dict[str, Any]]:
     return (CHAT if number % 2 else COMPLETIONS), {**body, **what}
 
 
+def ask(app: BatonApp, path: str, body: dict[str, Any]) -> tuple[int, str | None, dict[str, Any]]:
+    """Status, ``Retry-After`` and document of an answer in one piece."""
+    connection = http.client.HTTPConnection(app.url.removeprefix("http://"), timeout=120)
+    try:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        retry_after = response.getheader("Retry-After")
+        return response.status, retry_after, json.loads(response.read())
+    finally:
+        connection.close()
+
+
 def undisturbed(app: BatonApp, path: str, body: dict[str, Any]) -> tuple[str, str, Any]:
-    answer = post(f"{app.url}{path}", body)
+    return told(post(f"{app.url}{path}", body))
+
+
+def told(answer: dict[str, Any]) -> tuple[str, str, Any]:
+    """What a client reads in a whole answer."""
     (choice,) = answer["choices"]
-    text = choice["text"] if path == COMPLETIONS else choice["message"]["content"]
+    text = choice["text"] if "text" in choice else choice["message"]["content"]
     usage = {key: answer["usage"][key] for key in ("prompt_tokens", "completion_tokens")}
     return text, choice["finish_reason"], usage
 
@@ -282,25 +305,73 @@ def test_replica_whose_engine_dies_is_replaced_and_its_streams_go_on(two_by_two:
     wait_for(gone, "the replica stayed", 60.0)
 
 
+@pytest.mark.parametrize(
+    ("side", "point"), [("prefill", "prefill.computing"), ("decode", "decode.accepted")]
+)
+def test_a_prompt_that_kills_engines_costs_two_and_is_not_tried_again(
+    two_by_two: BatonApp, holds: Holds, side: str, point: str
+) -> None:
+    app = two_by_two
+    asked = [request(number, max_tokens=24) for number in range(300, 304)]
+    expected = [undisturbed(app, *one) for one in asked]
+    engines = {worker["replica_pid"]: worker["pid"] for worker in app.status()[side]}
+    other_side = "decode" if side == "prefill" else "prefill"
+    others = app.status()[other_side]
+    _, killer = request(350 if side == "prefill" else 352, user="killer", max_tokens=24)
+    points, killed, over = FaultPoints(holds.folder), list[int](), threading.Event()
+
+    def kill_whoever_has_it() -> None:
+        while not over.is_set():
+            armed = points.arm(point, "killer")
+            while not over.is_set():
+                with suppress(TimeoutError):
+                    armed.wait(0.2)
+                    killed.append(armed.pid)
+                    # Of a replica that came in another's place, all of it.
+                    os.kill(engines.get(armed.pid, armed.pid), signal.SIGKILL)
+                    break
+            armed.release()
+
+    def served(number: int) -> list[Any]:
+        answers = []
+        while not over.is_set():
+            status, _, answer = ask(app, *asked[number])
+            answers.append(told(answer) if status == 200 else status)
+        return answers
+
+    with ThreadPoolExecutor(len(asked) + 1) as pool:
+        killing = pool.submit(kill_whoever_has_it)
+        bystanders = [pool.submit(served, number) for number in range(len(asked))]
+        try:
+            refused = [ask(app, COMPLETIONS, killer) for _ in range(3)]
+        finally:
+            over.set()
+        killing.result()
+        answers = [bystander.result() for bystander in bystanders]
+
+    assert [status for status, _, _ in refused] == [500] * 3, refused
+    assert sorted(killed) == sorted(engines)
+    assert {worker["pid"] for worker in app.status()[other_side]} == {one["pid"] for one in others}
+    for right, given in zip(expected, answers, strict=True):
+        # Without prefill decode computes; without any decode engine one has to come again.
+        allowed: list[Any] = [right, 503] if side == "decode" else [right]
+        assert given
+        assert all(answer in allowed for answer in given), given
+    whole_again(app)
+    assert [undisturbed(app, *one) for one in asked] == expected
+
+
 def test_what_is_too_much_is_refused_before_prefill(two_by_two: BatonApp) -> None:
     app = two_by_two
     _, body = request(400, max_tokens=150)
     before = app.totals("prefill").get("owner_released", 0)
 
-    def ask(number: int) -> tuple[int, str | None, dict[str, Any]]:
-        connection = http.client.HTTPConnection(app.url.removeprefix("http://"), timeout=120)
-        try:
-            content = json.dumps({**body, "prompt": f"{number} {body['prompt']}"})
-            connection.request("POST", COMPLETIONS, content, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            retry_after = response.getheader("Retry-After")
-            return response.status, retry_after, json.loads(response.read())
-        finally:
-            connection.close()
+    def ask_for(number: int) -> tuple[int, str | None, dict[str, Any]]:
+        return ask(app, COMPLETIONS, {**body, "prompt": f"{number} {body['prompt']}"})
 
     count = 3 * MAX_REQUESTS
     with ThreadPoolExecutor(count) as pool:
-        answers = list(pool.map(ask, range(count)))
+        answers = list(pool.map(ask_for, range(count)))
     served = [answer for status, _, answer in answers if status == 200]
     refused = [(retry, answer) for status, retry, answer in answers if status == 429]
     assert len(served) + len(refused) == count
