@@ -27,6 +27,9 @@ pytestmark = pytest.mark.timeout(400)
 
 MODEL = "tiny"
 SEED = 20261129
+BYTES_IN_FLIGHT = 128 << 10
+BODY_TIMEOUT_S = 6.0
+TOKENIZE_LENGTH = 1000
 JSON = {"Content-Type": "application/json"}
 COMPLETION: dict[str, Any] = {"model": MODEL, "prompt": "The sea", "max_tokens": 2}
 CHAT: dict[str, Any] = {
@@ -122,6 +125,12 @@ def app(
         model=str(tiny_model),
         model_id=MODEL,
         engine={"max_model_len": 256},
+        router={
+            "max_body_bytes": BYTES_IN_FLIGHT,
+            "max_bytes_in_flight": BYTES_IN_FLIGHT,
+            "body_timeout_s": BODY_TIMEOUT_S,
+            "max_tokenize_length": TOKENIZE_LENGTH,
+        },
     )
     with BatonApp(config, folder / "up.log") as running:
         plain.wait()
@@ -221,10 +230,13 @@ def _said(content: Any, **more: Any) -> dict[str, Any]:
         ("/v1/completions", {**COMPLETION, "prompt": "a\ud800"}, "prompt"),
         ("/v1/completions", {**COMPLETION, "stop": ["s"] * 200}, "stop"),
         ("/detokenize", {"model": MODEL, "tokens": [10**12]}, "tokens.0"),
+        ("/tokenize", {"model": MODEL, "prompt": "x" * (TOKENIZE_LENGTH + 1)}, "prompt"),
+        ("/detokenize", {"model": MODEL, "tokens": [5] * (TOKENIZE_LENGTH + 1)}, "tokens"),
     ],
     ids=[
         *("ticket", "ticket in a chat", "kind of part", "part of no kind", "tool calls"),
         *("half a character in a chat", "half a character", "stops", "token"),
+        *("long text", "many tokens"),
     ],
 )
 def test_what_engines_must_not_see_is_refused_by_name(
@@ -240,3 +252,58 @@ def test_what_engines_must_not_see_is_refused_by_name(
     good = post(f"{app.url}/v1/completions", COMPLETION)
     assert good["usage"]["completion_tokens"] == 2
     assert _engines(app) == before
+
+
+class HalfSent:
+    """A request whose body has not come whole yet; a context manager."""
+
+    def __init__(self, url: str, content: bytes, sent: int) -> None:
+        self._connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+        self._rest = content[sent:]
+        self._connection.putrequest("POST", "/v1/completions")
+        for name, value in {**JSON, "Content-Length": str(len(content))}.items():
+            self._connection.putheader(name, value)
+        self._connection.endheaders(content[:sent])
+
+    def __enter__(self) -> HalfSent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def send_the_rest(self) -> None:
+        self._connection.send(self._rest)
+
+    def answer(self) -> Answer:
+        response = self._connection.getresponse()
+        return Answer(response.status, response.read().decode())
+
+
+def _padded(size: int) -> bytes:
+    """A good request of so many bytes."""
+    return json.dumps(COMPLETION).encode().ljust(size)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(app: BatonApp) -> None:
+    start = time.monotonic()
+    with HalfSent(app.url, _padded(500), 100) as client:
+        answer = client.answer()
+    assert answer.status == 408
+    assert answer.error["param"] == "body"
+    assert BODY_TIMEOUT_S - 0.5 < time.monotonic() - start < BODY_TIMEOUT_S + 5
+
+
+def test_bodies_in_flight_are_bounded_and_make_room_again(app: BatonApp) -> None:
+    size = BYTES_IN_FLIGHT * 3 // 4
+    other = Sent("/v1/completions", _padded(size), JSON)
+    with HalfSent(app.url, _padded(size), size - 100) as client:
+        deadline = time.monotonic() + BODY_TIMEOUT_S / 2
+        while (refused := ask(app.url, other)).status == 200:  # until the half is there
+            assert time.monotonic() < deadline
+        client.send_the_rest()
+        served = client.answer()
+    assert refused.status == 429
+    assert refused.error["param"] == "body"
+    assert refused.error["type"] == "rate_limit_error"
+    assert served.status == 200, served.text
+    assert ask(app.url, other).status == 200
