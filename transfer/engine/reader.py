@@ -129,7 +129,7 @@ class PeerReader:
             self._closing.set()
         self._stop(error)
         self._notices.shut()
-        if not self.alive:
+        if self.quiet:  # threads that linger need none
             self._links.close()
 
     def join(self, notices_s: float) -> None:
