@@ -16,6 +16,7 @@ import secrets
 import threading
 import uuid
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -170,11 +171,7 @@ class ShmData(DataChannel):
         read_id = uuid.uuid4().hex
         ask = partial(self._control.begin_read, credentials, plan.remote, read_id, timeout_s)
         if _has_small_rows(plan):
-            with ThreadPoolExecutor(1, "baton-sort") as helper:
-                # Sorted while the owner looks at what is asked for, which takes about as long.
-                ordered = helper.submit(by_remote_address, plan)
-                ask()
-            plan = ordered.result()
+            plan = _sorted_meanwhile(plan, ask)
         else:
             ask()
         self.check_seal()
@@ -266,6 +263,19 @@ class ShmReadSession(ReadSession):
             return None if self._error is not None else self._slices.popleft()
         except IndexError:
             return None
+
+
+def _sorted_meanwhile(plan: ReadPlan, ask: Callable[[], object]) -> ReadPlan:
+    """``plan`` in order, sorted while the owner looks at what is asked for: that takes about as
+    long."""
+    with ThreadPoolExecutor(1, "baton-sort") as helper:
+        try:
+            ordered = helper.submit(by_remote_address, plan)
+        except RuntimeError:  # the system has no more threads
+            ask()
+            return by_remote_address(plan)
+        ask()
+    return ordered.result()
 
 
 def _has_small_rows(plan: ReadPlan) -> bool:

@@ -197,6 +197,26 @@ def test_an_owner_that_dies_while_it_is_read(
     assert re.search(r"will try once more: .*process \d+ is gone", caplog.text)
 
 
+def test_small_rows_are_read_though_no_thread_can_be_started_to_sort_them(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def start_none_to_sort(thread: threading.Thread) -> None:
+        if thread.name.startswith("baton-sort"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    succeeds(pair.read(pair.offer()))  # with the threads that a reader has anyway
+    pair.local.bytes.fill(0)
+    blocks = range(62, -1, -2)
+    plan = ReadPlan(pair.local.spans(blocks), pair.remote.spans(blocks))
+    monkeypatch.setattr(threading.Thread, "start", start_none_to_sort)
+    succeeds(pair.read(pair.offer(), plan))
+    assert all(pair.local.block(number) == pair.remote.block(number) for number in blocks)
+    assert not any(pair.local.block(1))
+
+
 def test_copies_that_stop_short_go_on(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(pid: int, local: SpanArray, remote: SpanArray) -> int:
         local, remote = local[:1].copy(), remote[:1].copy()
