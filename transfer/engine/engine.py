@@ -163,6 +163,7 @@ class TransferEngine:
         Raises:
             ConfigurationError: the address cannot be listened on, or it was started before.
             RegistrationError: memory of a device was registered that RDMA devices do not take.
+            RuntimeError: no thread can be started; the engine is closed then.
             TransferCancelled: it is closed.
         """
         with self._closing:
@@ -171,12 +172,12 @@ class TransferEngine:
                 raise _misconfigured("the engine was started before")
             owner = Owner(self._info, self._table, self._memory)
             listeners = self._transports.listen(owner, owner.reached_at)
-            self._timer.start()
             with self._lock:
                 self._listeners = listeners
                 self._state = EngineState.RUNNING
             published = False
             try:
+                self._timer.start()
                 self._publish(tuple(listener.address for listener in listeners))
                 self._unsubscribe = self._discovery.subscribe(self._on_peer_event)
                 published = True
