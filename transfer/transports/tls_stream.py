@@ -71,7 +71,11 @@ class TlsStream(TcpStream):
             OSError: the peer is gone.
         """
         sock = tls.server.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
-        return cls(sock, peer, options)
+        try:
+            return cls(sock, peer, options)
+        except OSError:
+            sock.close()
+            raise
 
     @property
     def secured(self) -> bool:

@@ -35,7 +35,9 @@ from transfer.errors import ConfigurationError, TlsRefused
 from transfer.settings import TransferSettings
 from transfer.transports import process_memory
 from transfer.transports.bounce import BounceBuffer
+from transfer.transports.socket_options import SocketOptions
 from transfer.transports.tls import TlsContexts
+from transfer.transports.tls_stream import TlsStream
 from transfer.types import SpanArray
 
 
@@ -345,6 +347,24 @@ def test_files_are_read_once_they_can_be(
         assert [contexts.server, contexts.server] == [before, before]
     assert [one.levelname for one in caplog.records] == ["WARNING"]
     assert contexts.server is not before
+
+
+def test_a_connection_that_breaks_as_it_is_accepted_is_closed(
+    tls: TlsFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> bool:
+        raise OSError(errno.EINVAL, "the peer is gone")
+
+    monkeypatch.setattr(SocketOptions, "apply", gone)
+    contexts = TlsContexts(TransferSettings(**tls.settings()))
+    near, far = socket.socketpair()
+    with far:
+        far.settimeout(2)
+        # What was caught holds the frames, and so all that they had.
+        with pytest.raises(OSError, match="is gone") as caught:
+            TlsStream.accepted(contexts, near, "peer", SocketOptions())
+        assert far.recv(1) == b""
+        assert caught.value.errno == errno.EINVAL
 
 
 FILES = {"tls_ca": "a", "tls_cert": "b", "tls_key": "c"}
