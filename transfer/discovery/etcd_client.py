@@ -378,9 +378,10 @@ class EtcdConnector:
 
     def client(self) -> EtcdClient:
         """The connection in use, or a new one; raises as :class:`EtcdClient` does."""
-        if self._client is None:
-            self._client = EtcdClient(self._endpoints[0], self._settings, self._timeout_s)
-        return self._client
+        client = self._client
+        if client is None:
+            client = self._client = EtcdClient(self._endpoints[0], self._settings, self._timeout_s)
+        return client  # which close() may have forgotten meanwhile
 
     def succeeded(self) -> None:
         """The last call worked: the next failure starts from the shortest wait."""
