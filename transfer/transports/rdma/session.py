@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,11 @@ _LOOK_AGAIN_MS = 1000
 
 
 class RdmaReadSession(ReadSession):
-    """Keeps the queue pairs of its lanes busy and sleeps in between."""
+    """Keeps the queue pairs of its lanes busy and sleeps in between.
+
+    Args:
+        deadline: monotonic time after which no new queue pairs are asked for.
+    """
 
     def __init__(
         self,
@@ -45,6 +50,7 @@ class RdmaReadSession(ReadSession):
         lanes: list[Lane],
         *,
         keys_are_fresh: bool,
+        deadline: float,
     ) -> None:
         self.read_id = read_id
         self._channel = channel
@@ -52,6 +58,7 @@ class RdmaReadSession(ReadSession):
         self._lanes = lanes
         self._far_rails = keys.rails
         self._keys_are_fresh = keys_are_fresh
+        self._deadline = deadline
         local_keys = channel.memory.local
         plan = cut_at_keys(plan, local_keys, keys)
         even_share = -(-total_bytes(plan.local) // (len(lanes) * 2))
@@ -168,7 +175,8 @@ class RdmaReadSession(ReadSession):
                 f"rdma does not work: {error.message}", phase=Phase.READ, peer=self._channel.peer
             ) from error
         self._recovered = True
-        self._lanes = self._channel.new_lanes(_RECOVERY_S)
+        left_s = max(0.0, self._deadline - time.monotonic())
+        self._lanes = self._channel.new_lanes(min(_RECOVERY_S, left_s))
 
     def _give_up_lanes(self) -> None:
         lanes, self._lanes = self._lanes, []

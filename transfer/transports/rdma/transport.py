@@ -138,7 +138,14 @@ class RdmaData(DataChannel):
             session = None
             try:
                 session = RdmaReadSession(
-                    self, credentials, read_id, plan, keys, lanes, keys_are_fresh=fresh
+                    self,
+                    credentials,
+                    read_id,
+                    plan,
+                    keys,
+                    lanes,
+                    keys_are_fresh=fresh,
+                    deadline=deadline,
                 )
                 return session
             finally:
