@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.support.transfer_engines import Directory, make_engine
+from transfer.engine import engine as engine_module
 from transfer.engine.timer import DeadlineTimer
-from transfer.errors import TransferCancelled
+from transfer.errors import RegistrationError, TransferCancelled
 from transfer.transports.base import Listener
 from transfer.transports.registry import Transports
 
@@ -39,3 +40,21 @@ def test_nobody_is_served_by_an_engine_that_cannot_start_its_timer(
     assert engine.addresses == ()
     with pytest.raises(TransferCancelled, match="closed"):
         engine.start()
+
+
+def test_huge_pages_are_asked_for_before_a_device_holds_the_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(
+        engine_module, "prefer_huge_pages", lambda *range_: done.append(("advised", *range_))
+    )
+    monkeypatch.setattr(
+        Transports, "add_memory", lambda _, *range_: done.append(("held", *range_[:2]))
+    )
+    engine = make_engine(Directory(), "owner")
+    engine.register(1 << 40, 1 << 30)
+    assert done == [("advised", 1 << 40, 1 << 30), ("held", 1 << 40, 1 << 30)]
+    with pytest.raises(RegistrationError, match="not a range of memory"):
+        engine.register(1 << 40, -1)
+    assert len(done) == 2

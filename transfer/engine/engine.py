@@ -19,7 +19,7 @@ from transfer.engine.handoff import EndedHandoff, Offer, OfferSnapshot
 from transfer.engine.handoffs import HandoffTable
 from transfer.engine.huge_pages import prefer_huge_pages
 from transfer.engine.links import Link, PeerLinks
-from transfer.engine.memory import MemoryRegion, MemoryTable
+from transfer.engine.memory import MemoryRegion, MemoryTable, check_range
 from transfer.engine.owner import Owner
 from transfer.engine.peers import Discovery, PeerEvent
 from transfer.engine.reader import Notice, PeerReader
@@ -215,10 +215,11 @@ class TransferEngine:
                 f"{self._settings.transports}",
                 phase=Phase.REGISTER,
             )
-        region = self._memory.register(address, length, dmabuf)
         if dmabuf is None:
+            check_range(address, length)
+            # Before RDMA devices hold its pages: those stay as they are.
             prefer_huge_pages(address, length)
-        return region
+        return self._memory.register(address, length, dmabuf)
 
     def wait_for_end(self, timeout_s: float) -> bool:
         """Block until an own hand-off or a submitted read ends, or has since the last call.

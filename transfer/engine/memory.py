@@ -83,10 +83,7 @@ class MemoryTable:
         Raises:
             RegistrationError: that is no range of memory.
         """
-        if address <= 0 or length <= 0 or address + length > _ADDRESS_LIMIT:
-            raise RegistrationError(
-                f"{length} bytes at {address:#x} are not a range of memory", phase=Phase.REGISTER
-            )
+        check_range(address, length)
         region = MemoryRegion(self, address, length, dmabuf)
         self._watcher.add_memory(address, length, dmabuf)
         with self._lock:
@@ -126,6 +123,18 @@ class MemoryTable:
     def _recompute(self) -> None:
         self._cover = _cover_of(self._regions)
         self._devices = _cover_of([one for one in self._regions if one.dmabuf is not None])
+
+
+def check_range(address: int, length: int) -> None:
+    """See that this could be memory.
+
+    Raises:
+        RegistrationError: that is no range of memory.
+    """
+    if address <= 0 or length <= 0 or address + length > _ADDRESS_LIMIT:
+        raise RegistrationError(
+            f"{length} bytes at {address:#x} are not a range of memory", phase=Phase.REGISTER
+        )
 
 
 def _cover_of(regions: list[MemoryRegion]) -> SpanArray:
