@@ -6,9 +6,8 @@ Off unless the environment variable ``BATON_FAULTS`` names a folder when the pro
 The folder is all there is to it. A file with the name of a point arms it once: the first thread of
 any process that reaches the point renames the file to ``<point>@<pid>``, whose content says what it
 is about, and stays there until that file is deleted. If the file has content, only a thread that is
-about that is held. Whoever armed it meanwhile knows which process
-is where, and may kill it, stop it, cut its connections, or let it go on. The points are listed in
-docs/reliability.md.
+about that is held. Whoever armed it meanwhile knows which process is where, and may kill it, stop
+it, cut its connections, or let it go on. The points are listed in docs/reliability.md.
 """
 
 from __future__ import annotations

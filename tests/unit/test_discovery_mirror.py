@@ -51,14 +51,14 @@ def bench() -> Bench:
 
 def test_nothing_is_listed_at_first(bench: Bench) -> None:
     assert not bench.mirror.listed
-    assert bench.mirror.revision == 0
+    assert bench.mirror._revision == 0
 
 
 def test_the_watch_starts_right_behind_the_first_listing(bench: Bench) -> None:
     assert bench.begin(7, put("a", 3)) == 8
     assert bench.mirror.listed
     bench.apply(9, put("b", 8), gone("a", 9))
-    assert (bench.names, bench.mirror.revision) == ("b", 9)
+    assert (bench.names, bench.mirror._revision) == ("b", 9)
 
 
 def test_a_broken_watch_resumes_where_it_broke_off(bench: Bench) -> None:
@@ -67,7 +67,7 @@ def test_a_broken_watch_resumes_where_it_broke_off(bench: Bench) -> None:
     assert bench.begin(12, put("b", 8), put("c", 10)) == 9
     assert bench.names == "ab"
     bench.apply(12, gone("a", 9), put("c", 10), put("d", 11), gone("d", 12))
-    assert (bench.names, bench.mirror.revision) == ("bc", 12)
+    assert (bench.names, bench.mirror._revision) == ("bc", 12)
 
 
 def test_what_came_and_went_in_an_outage_is_told(bench: Bench) -> None:
@@ -83,7 +83,7 @@ def test_what_came_and_went_in_an_outage_is_told(bench: Bench) -> None:
         ("joined", "b"),
         ("left", "b"),
     ]
-    assert bench.mirror.revision == 20
+    assert bench.mirror._revision == 20
 
 
 def test_at_the_same_revision_the_listing_is_the_whole_truth(bench: Bench) -> None:
@@ -138,7 +138,7 @@ def test_what_the_watch_never_tells_is_taken_from_the_listing(bench: Bench) -> N
     assert bench.mirror.settle(101.9) == 102.0
     assert bench.names == "ab"
     assert bench.mirror.settle(102.0) == math.inf
-    assert (bench.names, bench.mirror.revision) == ("bc", 9)
+    assert (bench.names, bench.mirror._revision) == ("bc", 9)
     bench.apply(10, gone("a", 8), put("c", 9), put("d", 10))
     assert bench.names == "bcd"
 
@@ -225,7 +225,7 @@ def test_any_interruption_leads_to_the_state_of_etcd(data: st.DataObject) -> Non
         size = data.draw(st.integers(1, 3))
         for index in range(0, len(missed), size):
             bench.apply(revision, *missed[index : index + size])
-        start = bench.mirror.revision + 1
+        start = bench.mirror._revision + 1
     bench.mirror.settle(math.inf)
     assert {record.peer.engine_id: record.incarnation for record in bench.view.all()} == {
         key.split("/")[-2]: f"i{item.mod_revision}" for key, item in store.items()

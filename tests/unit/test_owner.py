@@ -55,3 +55,12 @@ def test_no_processor_reads_memory_of_a_device() -> None:
     owner.end_read(owner.begin_read(CALLER, CLAIM, host, lambda: None))
     table.abort("h", "test")
     assert len(table.take_ended()) == 1
+
+
+def test_a_permit_of_somebody_else_is_not_kept_in_silence() -> None:
+    class Foreign:
+        valid = True
+
+    _, owner = offered(MemoryTable(NoWatcher()))
+    with pytest.raises(TypeError, match="not a permit that this owner gave"):
+        owner.end_read(Foreign())

@@ -40,14 +40,10 @@ class PrefixMirror:
         self._held: set[PeerId] = set()
         self._settled_at_s = 0.0
         self._listed = False
+        # All changes up to this revision are in; 0 before the first listing.
         self._revision = 0
         self._expected: Listing | None = None
         self._replayed_at_s = 0.0
-
-    @property
-    def revision(self) -> int:
-        """All changes up to this revision are in; 0 before the first listing."""
-        return self._revision
 
     @property
     def listed(self) -> bool:

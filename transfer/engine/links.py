@@ -114,6 +114,10 @@ class PeerLinks:
             OwnerUnproven: what answers does not know the secret.
             HandoffRefused: the owner is another start, or does not know the hand-off.
             HandoffNotReady: it will, soon.
+            ProtocolError: what answers does not speak this protocol.
+            TlsRefused: only one end speaks TLS, or one does not accept the other's certificate.
+            TransportUnavailable: no way to read is left, or the owner has none.
+            TransferCancelled: closed meanwhile.
         """
         ready = self._ready(credentials.incarnation)
         return LinkUse(self, ready or self._acquire(credentials, deadline))

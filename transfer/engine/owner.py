@@ -47,8 +47,14 @@ class Owner:
         return permit
 
     def end_read(self, permit: ReadPermit) -> None:
-        if isinstance(permit, Permit):
-            self._table.end_read(permit)
+        """See :class:`~transfer.transports.base.OwnerService`.
+
+        Raises:
+            TypeError: :meth:`begin_read` did not give that permit.
+        """
+        if not isinstance(permit, Permit):
+            raise TypeError(f"{permit!r} is not a permit that this owner gave")
+        self._table.end_read(permit)
 
     def begin_one_sided_read(
         self, caller: Caller, claim: Claim, spans: SpanArray, read_id: str

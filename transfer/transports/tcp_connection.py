@@ -68,7 +68,12 @@ class Connection:
         return self._ask(next(self._ids), type_, content, secret or self._secret, deadline)
 
     def ask_to_renew(self, credentials: Sequence[Credentials], deadline: float) -> Question:
-        """Send a RENEW; as :meth:`ask`."""
+        """Send a RENEW under the secret of the greeting, each claim with a proof of its own.
+
+        Raises:
+            OSError: as for :meth:`ask`.
+            ProtocolError: a claim cannot be sent, or there are too many; nothing was.
+        """
         number = next(self._ids)
         renewals = [self._renewal(one, number) for one in credentials]
         content = wire.encode_renew(renewals)

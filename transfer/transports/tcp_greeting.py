@@ -82,7 +82,8 @@ def greet_reader(
 
     Raises:
         OSError: the stream broke, ended or took too long.
-        ProtocolError: the peer sent something else, or did not prove what it claimed.
+        ProtocolError: the peer sent something else.
+        HandoffRefused: it did not prove what it claimed; that is not answered.
         TlsRefused: only one end speaks TLS, or the peer's certificate is not accepted.
         TransferError: the peer was answered why not.
     """
