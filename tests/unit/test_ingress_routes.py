@@ -34,6 +34,7 @@ from serve_app.api_keys import ApiKeys
 from serve_app.body_limits import BodyLimits
 from serve_app.cache_salt import cache_salt, salt_of_key
 from serve_app.ingress import Ingress, ingress_app
+from serve_app.metrics import SCRAPE_KEPT_S
 from tests.support.malformed_requests import JUNK, bodies
 from tests.support.scripted_handles import FakeHandle, answers, fails
 from tests.support.tickets import make_ticket
@@ -780,6 +781,34 @@ def test_health_says_which_transfer_engine_is_down(
         "the transfer engine of rank 0 of e is down",
         "decode": "ok",
     }
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+def test_metrics_are_gathered_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered = 0
+
+    async def gather() -> str:
+        nonlocal gathered
+        gathered += 1
+        text = f"metrics {gathered}"
+        await asyncio.sleep(0.05)
+        return text
+
+    monkeypatch.setattr("serve_app.ingress.scrape", gather)
+    endpoint = Endpoint(monkeypatch)
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(endpoint.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            told = await asyncio.gather(*(client.get("/metrics") for _ in range(64)))
+            assert {(answer.status_code, answer.text) for answer in told} == {(200, "metrics 1")}
+            assert (await client.get("/metrics")).text == "metrics 1"
+            await asyncio.sleep(SCRAPE_KEPT_S)
+            assert (await client.get("/metrics")).text == "metrics 2"
+
+    asyncio.run(main())
 
 
 # ---- too much at once ----------------------------------------------------------------------------
