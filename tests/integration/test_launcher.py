@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,15 +122,35 @@ def test_a_service_that_does_not_come_up_is_named(
 # --- what the command line says ------------------------------------------------------------------
 
 
-def baton(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
+def baton(
+    *arguments: str,
+    cache: Path | None,
+    homeless: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command, perhaps as a user whom the system does not know, without a home."""
+    gone = ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "BATON_CACHE") if homeless else ()
+    env = {name: value for name, value in os.environ.items() if name not in gone}
     return subprocess.run(
-        [sys.executable, "-m", "serve_app.cli", *arguments],
+        [*(homeless_user() if homeless else ()), sys.executable, "-m", "serve_app.cli", *arguments],
         capture_output=True,
         text=True,
         timeout=60,
         cwd=REPOSITORY,
-        env={**os.environ, "BATON_CACHE": str(cache)},
+        env=env if cache is None else {**env, "BATON_CACHE": str(cache)},
     )
+
+
+def homeless_user() -> list[str]:
+    """Before a command: a user of a number only, who may read what root may."""
+    known = {user.pw_uid for user in pwd.getpwall()}
+    number = next(number for number in range(65000, 60000, -1) if number not in known)
+    may_read = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    command = ["setpriv", f"--reuid={number}", f"--regid={number}", "--clear-groups", *may_read]
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("needs root and setpriv")
+    if subprocess.run([*command, sys.executable, "-c", ""], check=False).returncode != 0:
+        pytest.skip("root may not give the right to read files here")
+    return command
 
 
 def closed_port() -> int:
@@ -237,3 +259,26 @@ def test_the_demo_model_is_asked_for_when_it_is_missing(tmp_path: Path) -> None:
     done = baton("check", str(config), cache=tmp_path)
     assert done.returncode == 1
     assert "run `baton model`" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["up", "check"])
+def test_a_user_without_a_home_is_told_in_one_line(tmp_path: Path, command: str) -> None:
+    config = write_config(tmp_path, Path("baton-demo"))
+    done = baton(command, str(config), cache=None, homeless=True)
+    said = (done.stdout + done.stderr).splitlines()
+    wrong = [line for line in said if not line.startswith(("ok ", "note "))]
+    assert done.returncode == 1
+    assert [line.partition(": ")[2] for line in wrong] == [
+        "there is no home folder to keep the demo model in: set HOME, or BATON_CACHE to a folder"
+    ]
+
+
+def test_a_user_without_a_home_can_have_another_folder(tmp_path: Path, tiny_model: Path) -> None:
+    demo, tiny = tmp_path / "demo", tmp_path / "tiny"
+    for folder, model in ((demo, Path("baton-demo")), (tiny, tiny_model)):
+        folder.mkdir()
+        write_config(folder, model)
+    asked = baton("check", str(demo / "config.yaml"), cache=tmp_path, homeless=True)
+    assert f"the demo model is not in {tmp_path}" in asked.stdout
+    done = baton("check", str(tiny / "config.yaml"), cache=tmp_path, homeless=True)
+    assert done.returncode == 0, done.stdout + done.stderr
