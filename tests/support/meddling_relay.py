@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import ssl
 import threading
 from collections.abc import Callable
-from typing import Self
 
 from tests.support.raw_connections import Message, connect, receive
+from tests.support.relay import ThreadedRelay
 from transfer.settings import TransferSettings
 from transfer.transports import tcp_wire as wire
 from transfer.transports.tcp_proofs import PROOF_BYTES
@@ -49,7 +48,7 @@ def greet_only(message: Message) -> bytes | None:
     return None if message.header.type in _GREETING else forged(message)
 
 
-class MeddlingRelay:
+class MeddlingRelay(ThreadedRelay):
     """Stands at an address where readers look for an owner.
 
     Args:
@@ -72,75 +71,38 @@ class MeddlingRelay:
         self._meddle = meddle
         self._tls = TlsContexts.of(settings or TransferSettings())
         self._lock = threading.Lock()
-        self._sockets: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.address = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
-        self._start(self._accept)
+        super().__init__()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
-        self._threads[0].join()
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        for thread in self._threads[1:]:
-            thread.join()
-        for sock in (self._server, *self._sockets):
-            sock.close()
-
-    def _start(self, target: Callable[..., None], *args: object) -> None:
-        thread = threading.Thread(target=target, args=args, name="relay")
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._server.accept()
-            except OSError:
-                return
-            self._sockets.append(sock)
-            self._start(self._relay, sock)
-
-    def _relay(self, reader: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # one of the ends, or the test, is through
-            owner = connect(self._owner)
-            self._sockets.append(owner)
-            if self._tls is not None:
-                reader = self._wrapped(self._tls.server, reader, server_side=True)
-                owner = self._wrapped(
-                    self._tls.client, owner, server_hostname=self._tls.name_of("127.0.0.1")
-                )
-            while (message := receive(reader)) is not None:
-                self._note(message)
-                self.messages.append(message)
-                meant = self._meddle(message)
-                if isinstance(meant, bytes):
-                    reader.sendall(meant)
-                    continue
-                owner.sendall(encoded(meant or message))
-                if message.header.type is MessageType.PROVE:
-                    continue
-                answer = receive(owner)
-                if answer is None:
-                    break
-                self._note(answer)
-                self.answers.append(answer)
-                reader.sendall(encoded(answer))
-            for sock in (reader, owner):
-                sock.shutdown(socket.SHUT_RDWR)
+    def _serve(self, client: socket.socket) -> None:
+        reader, owner = client, self._keep(connect(self._owner))
+        if self._tls is not None:
+            reader = self._wrapped(self._tls.server, reader, server_side=True)
+            owner = self._wrapped(
+                self._tls.client, owner, server_hostname=self._tls.name_of("127.0.0.1")
+            )
+        while (message := receive(reader)) is not None:
+            self._note(message)
+            self.messages.append(message)
+            meant = self._meddle(message)
+            if isinstance(meant, bytes):
+                reader.sendall(meant)
+                continue
+            owner.sendall(encoded(meant or message))
+            if message.header.type is MessageType.PROVE:
+                continue
+            answer = receive(owner)
+            if answer is None:
+                break
+            self._note(answer)
+            self.answers.append(answer)
+            reader.sendall(encoded(answer))
+        for sock in (reader, owner):
+            sock.shutdown(socket.SHUT_RDWR)
 
     def _wrapped(
         self, context: ssl.SSLContext, plain: socket.socket, **how: object
     ) -> socket.socket:
-        sock = context.wrap_socket(plain, **how)  # type: ignore[arg-type]
-        self._sockets.append(sock)
-        return sock
+        return self._keep(context.wrap_socket(plain, **how))  # type: ignore[arg-type]
 
     def _note(self, message: Message) -> None:
         with self._lock:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from typing import Self
 
+from tests.support.relay import ThreadedRelay
 from transfer.addressing import parse_address
 
 _CHUNK_BYTES = 64 << 10
 
 
-class StallingProxy:
+class StallingProxy(ThreadedRelay):
     """Passes ``limit_bytes`` from the target to clients, then waits for :meth:`resume`.
 
     What clients send passes freely. The limit counts all connections together.
@@ -25,18 +25,7 @@ class StallingProxy:
         self._wake = threading.Condition()
         self._stalled = True
         self._holds_back = False
-        self._closed = False
-        self._threads: list[threading.Thread] = []
-        self._sockets: list[socket.socket] = []
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.address = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
-        self._start(self._accept)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().__init__()
 
     @property
     def holds_back(self) -> bool:
@@ -57,46 +46,18 @@ class StallingProxy:
 
     def close(self) -> None:
         """Cut every connection and join the threads."""
-        with self._wake:
-            self._closed = True
-            self._stalled = False
-            self._wake.notify_all()
         self.cut()
-        with contextlib.suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for sock in (self._server, *self._sockets):
-            sock.close()
+        self.resume()
+        super().close()
 
-    def cut(self) -> None:
-        """Cut the connections there are now."""
-        for sock in list(self._sockets):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    def _start(self, target: object, *args: object) -> None:
-        thread = threading.Thread(target=target, args=args, name="proxy")  # type: ignore[arg-type]
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._server.accept()
-            except OSError:
-                return
-            self._sockets.append(client)
-            try:
-                upstream = socket.create_connection(self._target)
-            except OSError:
-                client.shutdown(socket.SHUT_RDWR)
-                continue
-            self._sockets.append(upstream)
-            if self._closed:
-                self.cut()
-            self._start(self._pass_on, client, upstream, False)
-            self._start(self._pass_on, upstream, client, True)
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            upstream = self._keep(socket.create_connection(self._target))
+        except OSError:
+            client.shutdown(socket.SHUT_RDWR)
+            return
+        self._start(self._pass_on, client, upstream, False)
+        self._pass_on(upstream, client, True)
 
     def _pass_on(self, source: socket.socket, sink: socket.socket, limited: bool) -> None:
         with contextlib.suppress(OSError):
