@@ -1,4 +1,4 @@
-"""Models whose prompts cannot be handed over, as vLLM's own server tells of them."""
+"""What cannot be handed over, or not safely, as vLLM's own server tells of it."""
 
 from __future__ import annotations
 
@@ -56,4 +56,24 @@ def test_a_hybrid_ends_the_server_with_a_line_of_the_connector(tmp_path: Path) -
     refusal = f"BatonConnector does not support Mamba and other hybrids, such as {model}; docs/"
 
     with pytest.raises(RuntimeError, match=re.escape(refusal)), server:
+        server.wait()
+
+
+@pytest.mark.parametrize("policy", [{}, {"kv_load_failure_policy": "fail"}], ids=["none", "fail"])
+def test_decode_that_would_not_compute_what_cannot_be_fetched_does_not_start(
+    tiny_model: Path, tmp_path: Path, policy: dict[str, str]
+) -> None:
+    """By vLLM's default, too."""
+    transfer = {**TRANSFER, "kv_role": "kv_consumer", **policy}
+    server = VllmServer(
+        tiny_model,
+        [
+            *("--dtype", "float32", "--max-model-len", "256"),
+            *("--kv-transfer-config", json.dumps(transfer)),
+        ],
+        tmp_path / "log",
+    )
+    refusal = "kv_load_failure_policy is fail, must be recompute where"
+
+    with pytest.raises(RuntimeError, match=refusal), server:
         server.wait()
