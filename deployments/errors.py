@@ -14,12 +14,23 @@ class ReplicaLost(Exception):
         cause: what Ray said, in one line.
         held: whether the engine may have had our call when it died; False: it was gone before, or
             is alive and only could not serve.
+        alive_at: when it was found alive before the call, as ``time.monotonic`` has it, if that was
+            asked: servers come back under their name.
     """
 
-    def __init__(self, role: str, replica_id: str, cause: str, *, held: bool = True) -> None:
+    def __init__(
+        self,
+        role: str,
+        replica_id: str,
+        cause: str,
+        *,
+        held: bool = True,
+        alive_at: float = -math.inf,
+    ) -> None:
         super().__init__(f"{role} replica {replica_id} was lost: {cause}")
         self.replica_id = replica_id
         self.held = held
+        self.alive_at = alive_at
 
 
 class EngineGone(Exception):

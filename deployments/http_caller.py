@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
@@ -56,6 +57,9 @@ class HttpCaller:
         self._session = session
         self._servers = servers
         self._notices = notices
+        # Died with a call: whether another start of it is there is asked before the next one.
+        self._died: set[str] = set()
+        self._alive_at: dict[str, float] = {}
 
     async def check(self, request: GenerationRequest) -> WholeAnswer | None:
         """Why a server would refuse a request; None if it would not, or cannot say.
@@ -74,13 +78,13 @@ class HttpCaller:
                     return None
                 return await _whole(response)
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise _lost(role, url, error) from error
+            raise ReplicaLost(role, url, _words(error), held=False) from error
 
     async def prefill(
         self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> PrefillAnswer:
         """Has one prefill server compute the prompt; see :class:`deployments.caller.Caller`."""
-        url = only or self._pick("prefill", exclude)
+        url, alive_at = await self._alive("prefill", exclude, only)
         fields = prefill_body(request.method, request.body.fields)
         with self._servers.calling(url):
             try:
@@ -89,10 +93,11 @@ class HttpCaller:
                 ) as response:
                     answer = await _whole(response)
             except (aiohttp.ClientError, TimeoutError) as error:
-                raise _lost("prefill", url, error) from error
+                raise self._lost("prefill", url, alive_at, error) from error
         if answer.status >= 500:
-            held = answer.status == 500 and not await self._healthy(url)
-            raise ReplicaLost("prefill", url, f"it answered {answer.status}", held=held)
+            if answer.status == 500 and not await self._healthy(url):
+                raise self._dead("prefill", url, alive_at, "it answered 500")
+            raise ReplicaLost("prefill", url, f"it answered {answer.status}", held=False)
         if answer.status in _UNFIT:
             logger.info("%s answered %d; decode decides on the request", url, answer.status)
             return PrefillAnswer(url)
@@ -111,19 +116,18 @@ class HttpCaller:
         self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> AsyncGenerator[Output, None]:
         """Streams a decode server's answer; see :class:`deployments.caller.Caller`."""
-        url = only or self._pick("decode", exclude)
+        url, alive_at = await self._alive("decode", exclude, only)
         body = request.body
         with self._servers.calling(url):
             try:
                 async with self._session.post(
                     url + PATHS[request.method], json=body.fields, headers=body.headers
                 ) as response:
-                    if response.status in _UNAVAILABLE or (
-                        response.status == 500 and not await self._healthy(url)
-                    ):
-                        held = response.status == 500
+                    if response.status == 500 and not await self._healthy(url):
+                        raise self._dead("decode", url, alive_at, "it answered 500")
+                    if response.status in _UNAVAILABLE:
                         cause = f"it answered {response.status}"
-                        raise ReplicaLost("decode", url, cause, held=held)
+                        raise ReplicaLost("decode", url, cause, held=False)
                     if response.content_type != "text/event-stream":
                         answer = await _whole(response)
                         if not answer.content:
@@ -141,7 +145,7 @@ class HttpCaller:
                     if not ended:
                         raise ReplicaLost("decode", url, "its stream broke off", held=False)
             except (aiohttp.ClientError, TimeoutError) as error:
-                raise _lost("decode", url, error) from error
+                raise self._lost("decode", url, alive_at, error) from error
 
     async def well(self, side: Role, exclude: frozenset[str]) -> str:
         """A server whose engine is alive; see :class:`deployments.caller.Caller`."""
@@ -176,14 +180,43 @@ class HttpCaller:
             raise NoReplica(role, 0.0)
         return url
 
+    async def _alive(
+        self, role: Role, exclude: frozenset[str], only: str | None
+    ) -> tuple[str, float]:
+        """The server for a call, and when it was found alive if it had died before.
+
+        Raises:
+            NoReplica: there is none.
+            ReplicaLost: it is still dead; the request was not there.
+        """
+        url = only or self._pick(role, exclude)
+        if url in self._died and not await self._healthy(url):
+            raise ReplicaLost(role, url, "it is not well", held=False)
+        return url, self._alive_at.get(url, -math.inf)
+
     async def _healthy(self, url: str) -> bool:
         """Whether a server that answered 500 has a fault in one request, or in its engine."""
+        asked = time.monotonic()
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
                 async with self._session.get(f"{url}/health") as response:
-                    return response.status == 200
+                    is_well = response.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
+        if is_well and url in self._died:
+            self._died.remove(url)
+            self._alive_at[url] = asked
+        return is_well
+
+    def _lost(self, role: Role, url: str, alive_at: float, error: Exception) -> ReplicaLost:
+        if isinstance(error, aiohttp.ClientConnectorError | TimeoutError):
+            return ReplicaLost(role, url, _words(error), held=False)
+        return self._dead(role, url, alive_at, _words(error))
+
+    def _dead(self, role: Role, url: str, alive_at: float, cause: str) -> ReplicaLost:
+        """A server that died, or its engine did, when it may have had a call."""
+        self._died.add(url)
+        return ReplicaLost(role, url, cause, alive_at=alive_at)
 
 
 async def _whole(response: aiohttp.ClientResponse) -> WholeAnswer:
@@ -200,6 +233,5 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[str]:
             yield (whole + end).decode()
 
 
-def _lost(role: Role, url: str, error: Exception) -> ReplicaLost:
-    connected = not isinstance(error, aiohttp.ClientConnectorError | TimeoutError)
-    return ReplicaLost(role, url, str(error) or type(error).__name__, held=connected)
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -231,6 +231,7 @@ class Passage:
         """Takes note of a replica that was lost; says so if the request gets no other one."""
         standing = self._trials.suspects.standing(case)
         if lost.held:
+            self._trials.suspects.alive(lost.replica_id, lost.alive_at)
             standing = self._trials.suspects.died(
                 case, side, lost.replica_id, began=began, answering=answering
             )

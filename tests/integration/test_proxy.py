@@ -462,6 +462,20 @@ def test_a_prompt_that_kills_servers_costs_two_and_nobody_else_is_refused() -> N
     run(main())
 
 
+def test_a_server_that_came_back_unseen_can_die_again() -> None:
+    async def main() -> None:
+        async with setup([dies_of("killer", ticket())] * 2, [says(choices=[])]) as it:
+            for prompt in ("killer", "killer of the next start"):
+                status, text, _ = await it.ask(prompt=prompt)
+                assert (status, json.loads(text)["error"]["code"]) == (500, 500)
+                assert all(server.is_dead for server in it.prefill)
+                for server in it.prefill:
+                    server.is_dead = False
+            assert it.decode[0].bodies == []
+
+    run(main())
+
+
 def test_a_suspect_is_no_risk_for_the_only_decode_server() -> None:
     async def main() -> None:
         async with setup([dies_of("killer", ticket())], [says(choices=[])]) as it:
