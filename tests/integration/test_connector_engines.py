@@ -209,6 +209,25 @@ def test_what_is_no_ticket_ends_no_engine(
     wait_for(lambda: counters.changes().get("ok") == 1)
 
 
+@pytest.mark.parametrize("field", ["prompt_hash", "layout_hash"])
+def test_the_owner_of_a_refused_ticket_is_told_at_once(
+    pair: tuple[VllmServer, VllmServer], field: str
+) -> None:
+    """Its blocks do not stay until it expires, after 8 s."""
+    prefill, decode = pair
+    prompt = make_prompt(2 * BLOCK + 9, salt=30_000 + sum(field.encode()))
+    counters = Counters(*pair)
+    wait_for(lambda: counters.pinned() == 0, 20.0)  # what other tests left
+    ticket = prefill_ticket(prefill, prompt)
+    counters = Counters(*pair)
+    assert counters.pinned() == 3
+    decode.complete(prompt, kv_transfer_params={**ticket, field: "0" * 64})
+    wait_for(lambda: counters.pinned() == 0, 2.0)
+    changes = counters.changes()
+    assert changes["refused"] == changes["released"] == 1, changes
+    assert "expired" not in changes
+
+
 def test_a_ticket_cannot_be_replayed(pair: tuple[VllmServer, VllmServer]) -> None:
     prefill, decode = pair
     prompt = make_prompt(2 * BLOCK + 4, salt=905)
