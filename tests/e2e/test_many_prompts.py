@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from serve_app.parent_death import EXIT_INTERRUPTED
 from tests.support.baton_app import BatonApp, write_config
 from tests.support.vllm_server import VllmServer, post
 
@@ -26,6 +27,8 @@ POOL_BLOCKS = 91
 PROMPTS = [[3 + (number * 17 + at * at) % 190 for at in range(260)] for number in range(16)]
 FEW_SECONDS = 20.0
 """The machine may be busy with other things; tickets expire after 30 s."""
+STOP_S = 10.0
+"""What is still there after 3 s is killed; the rest is for a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +201,8 @@ def test_it_stops_promptly_after_all_that(app: BatonApp) -> None:
 
     app.stop()
 
-    assert time.monotonic() - began < FEW_SECONDS
+    assert time.monotonic() - began < STOP_S
+    assert app.process.returncode == EXIT_INTERRUPTED  # of itself, not killed
 
 
 # ---- clients -------------------------------------------------------------------------------------
