@@ -55,7 +55,11 @@ def test_nobody_is_disturbed_by_what_others_send(roomy: ChaosApp) -> None:
     try:
         time.sleep(WARM_UP_S)
         before = roomy.processes.usage()
-        time.sleep(max(0.0, MINUTES * 60 - WARM_UP_S))
+        usages = [before]
+        ends_s = time.monotonic() + max(0.0, MINUTES * 60 - WARM_UP_S)
+        while (left_s := ends_s - time.monotonic()) > 0:
+            time.sleep(min(60.0, left_s))
+            usages.append(roomy.processes.usage())
     finally:
         others.stop()
         known = load.stop()
@@ -64,6 +68,9 @@ def test_nobody_is_disturbed_by_what_others_send(roomy: ChaosApp) -> None:
     sys.stderr.write(
         f"nuisances: seed {SEED}, {len(known)} known answers, {rate:.1f} a second: {statuses}\n"
     )
+    for role in before:
+        held = [usage[role].memory_bytes >> 20 for usage in usages if role in usage]
+        sys.stderr.write(f"nuisances: MiB of {role}, minute by minute: {held}\n")
     assert rate > 0.95 * RATE, "this machine did not keep up: no proof of anything"
     assert not others.bad, (SEED, others.bad[:5])
     assert known

@@ -50,12 +50,13 @@ class Relay:
         self._corrupt = False
         self._turn = asyncio.Lock()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._serving: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.passed_bytes = 0
 
     async def listen(self) -> str:
         """Begin; gives the address to connect to."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         return f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def set(self, link: Link, bytes_per_s: float | None, corrupt: bool) -> None:
@@ -72,31 +73,36 @@ class Relay:
         """Cut everything and end."""
         self._link = Link.REFUSED
         self._open.set()
-        self._cut()
         if self._server is not None:
             self._server.close()
+        self._cut()
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
 
     def _cut(self) -> None:
         for writer in list(self._writers):
             writer.transport.abort()
 
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(self._serve(reader, writer))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self._open.wait()
-        if self._link is Link.REFUSED:
-            writer.transport.abort()
-            return
+        ends = {writer}
         try:
-            upstream, downstream = await asyncio.open_connection(*self._target)
-        except OSError:
-            writer.transport.abort()
-            return
-        ends = {writer, downstream}
-        self._writers |= ends
-        try:
-            await asyncio.gather(
-                self._pump(reader, downstream, limited=False),
-                self._pump(upstream, writer, limited=True),
-            )
+            await self._open.wait()
+            if self._link is Link.REFUSED:
+                return
+            with contextlib.suppress(OSError):
+                upstream, downstream = await asyncio.open_connection(*self._target)
+                ends.add(downstream)
+                self._writers |= ends
+                await asyncio.gather(
+                    self._pump(reader, downstream, limited=False),
+                    self._pump(upstream, writer, limited=True),
+                )
         finally:
             self._writers -= ends
             for end in ends:
