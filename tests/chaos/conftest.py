@@ -22,7 +22,9 @@ a small machine."""
 @pytest.fixture(scope="session")
 def ring(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChaosApp]:
     folder = tmp_path_factory.mktemp("chaos")
-    files = Authority(folder, "ca").issue("worker", "127.0.0.1", "127.0.0.2").settings() if TLS else {}
+    files = (
+        Authority(folder, "ca").issue("worker", "127.0.0.1", "127.0.0.2").settings() if TLS else {}
+    )
     with chaos_app(tiny_model, folder, files) as running:
         yield running
 
