@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tests.support.chaos_faults import ALONE, FAULTS
@@ -19,8 +20,11 @@ _COUNTS = ("requests", "ok", "degraded", "refused", "wrong", "stuck", "leaked")
 
 
 def load(folder: Path) -> dict[str, Row]:
-    """Rows by name."""
-    rows = (Row(**json.loads(path.read_text())) for path in folder.glob("*.json"))
+    """Rows by name; those of workers that speak TLS with each other say so."""
+    rows = [Row(**json.loads(path.read_text())) for path in folder.glob("*.json")]
+    for path in (folder / "tls").glob("*.json"):
+        row = Row(**json.loads(path.read_text()))
+        rows.append(replace(row, fault=f"{row.fault}, over TLS"))
     return {f"{row.fault}, {row.phase}": row for row in rows}
 
 
