@@ -58,12 +58,17 @@ def test_what_travels_is_the_reference(tmp_path: Path) -> None:
     assert accepted(pickle.loads(sent)) == [OLD]
 
 
-def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
-    clock = Clock()
-    file = tmp_path / "keys"
+def followed(folder: Path) -> tuple[Clock, Path, ApiKeys]:
+    """Keys of a file that has the old one and was read."""
+    clock, file = Clock(), folder / "keys"
     file.write_text(OLD)
     keys = ApiKeys([f"file:{file}"], clock)
     assert accepted(keys) == [OLD]
+    return clock, file, keys
+
+
+def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
+    clock, file, keys = followed(tmp_path)
     replace(file, f"{OLD}\n{NEW}")
     clock.now_s = 0.5
     assert accepted(keys) == [OLD]
@@ -75,11 +80,7 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_same_size_and_time_is_read_again(tmp_path: Path) -> None:
-    clock = Clock()
-    file = tmp_path / "keys"
-    file.write_text(OLD)
-    keys = ApiKeys([f"file:{file}"], clock)
-    assert accepted(keys) == [OLD]
+    clock, file, keys = followed(tmp_path)
     before = file.stat()
     replace(file, NEW)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -91,11 +92,7 @@ def test_a_file_of_the_same_size_and_time_is_read_again(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_used_leaves_its_keys(
     tmp_path: Path, damage: object, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = Clock()
-    file = tmp_path / "keys"
-    file.write_text(OLD)
-    keys = ApiKeys([f"file:{file}"], clock)
-    assert accepted(keys) == [OLD]
+    clock, file, keys = followed(tmp_path)
     assert callable(damage)
     damage(file)
     for second in (1.0, 2.0, 3.0):
@@ -114,11 +111,7 @@ def test_a_file_is_read_once_it_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As after a chmod, or when files may be opened again: its time and size are the same."""
-    clock = Clock()
-    file = tmp_path / "keys"
-    file.write_text(OLD)
-    keys = ApiKeys([f"file:{file}"], clock)
-    assert accepted(keys) == [OLD]
+    clock, file, keys = followed(tmp_path)
     replace(file, NEW)
 
     def refused(*_: object) -> None:
@@ -136,11 +129,7 @@ def test_a_file_is_read_once_it_can_be(
 
 
 def test_a_file_rewritten_in_place_with_its_time_put_back_is_read_again(tmp_path: Path) -> None:
-    clock = Clock()
-    file = tmp_path / "keys"
-    file.write_text(OLD)
-    keys = ApiKeys([f"file:{file}"], clock)
-    assert accepted(keys) == [OLD]
+    clock, file, keys = followed(tmp_path)
     before = file.stat()
     file.write_text(NEW)
     while file.stat().st_ctime_ns == before.st_ctime_ns:  # the kernel's clock has ticks

@@ -1,59 +1,19 @@
+"""Settings one by one: what is accepted, and how wrong ones are named."""
+
 from __future__ import annotations
 
 import copy
-import json
 import traceback
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from serve_app.config import (
-    IMPORT_PATH,
-    Settings,
     SettingsError,
-    load_document,
-    load_settings,
     parse_settings,
 )
+from tests.support.app_settings import GOOD, changed, fault, faults
 from transfer.settings import TransferSettings
-
-GOOD: dict[str, Any] = {
-    "model": {"id": "demo", "source": "baton-demo"},
-    "engine": {"dtype": "bfloat16", "block_size": 32},
-    "prefill": {"replicas": 2, "engine": {"max_num_seqs": 4}, "env": {"A": "1"}},
-    "decode": {"autoscaling": {"min_replicas": 1, "max_replicas": 3}},
-    "transfer": {"streams_per_peer": 4, "ticket_ttl_s": 10},
-    "discovery": {"kind": "etcd", "endpoints": ["127.0.0.1:2379"], "cluster": "demo"},
-    "router": {"api_keys": ["${BATON_KEY}", "file:/run/secrets/key"], "attempts": 2},
-}
-
-
-def changed(path: str, value: Any) -> dict[str, Any]:
-    """``GOOD`` with one key set; ``None`` removes it."""
-    args = copy.deepcopy(GOOD)
-    *sections, last = path.split(".")
-    place = args
-    for section in sections:
-        place = place.setdefault(section, {})
-    if value is None:
-        del place[last]
-    else:
-        place[last] = value
-    return args
-
-
-def faults(args: Any) -> list[str]:
-    with pytest.raises(SettingsError) as caught:
-        parse_settings(args)
-    return str(caught.value).splitlines()
-
-
-def fault(args: Any) -> str:
-    (line,) = faults(args)
-    return line
-
 
 # ---- what is accepted ----------------------------------------------------------------------------
 
@@ -222,6 +182,7 @@ def test_engine_arguments_that_baton_sets_are_refused(section: str, name: str) -
 
 # ---- transfer and discovery are checked here, not when an engine starts --------------------------
 
+
 WRONG_TRANSFER: list[tuple[str, Any]] = [
     ("host", ""),
     ("host", "a..b"),
@@ -288,6 +249,7 @@ def test_discovery_is_checked(discovery: dict[str, Any], named: str) -> None:
 
 # ---- secrets -------------------------------------------------------------------------------------
 
+
 SECRET = "a-secret-written-out"
 WRITTEN_OUT = (
     "a secret is not written out here; write where it is: "
@@ -339,256 +301,3 @@ def test_secrets_by_reference_are_accepted_where_they_are_not(user: str) -> None
     discovery = {"kind": "etcd", "endpoints": ["h:1"], "user": user, "password": "${NO_SUCH}"}
     assert parse_settings(changed("discovery", discovery)).discovery == discovery
     assert parse_settings(changed("engine", {"hf_token": True})).engine == {"hf_token": True}
-
-
-# ---- contradictions ------------------------------------------------------------------------------
-
-
-def test_replicas_and_autoscaling_exclude_each_other() -> None:
-    assert fault(changed("decode.replicas", 2)) == (
-        "decode: set either replicas or autoscaling, not both"
-    )
-
-
-def test_autoscaling_range_must_not_be_empty() -> None:
-    line = fault(changed("decode.autoscaling.min_replicas", 4))
-
-    assert line == "decode.autoscaling: min_replicas (4) is above max_replicas (3)"
-
-
-def test_sides_may_differ_in_tensor_parallel_size() -> None:
-    settings = parse_settings(changed("prefill.tensor_parallel_size", 2))
-
-    assert settings.prefill.tensor_parallel_size == 2
-    assert settings.decode.tensor_parallel_size == 1
-
-
-def test_sides_may_differ_in_block_size_if_one_is_a_multiple_of_the_other() -> None:
-    args = changed("prefill.engine.block_size", 64)
-    args["decode"]["engine"] = {"block_size": 32}
-    assert isinstance(parse_settings(args), Settings)
-
-    args["decode"]["engine"] = {"block_size": 48}
-    assert fault(args) == (
-        "args: block_size is 64 for prefill and 48 for decode; one must be a multiple of the other"
-    )
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("dtype", "kv_cache_dtype", "kv_cache_dtype_skip_layers", "quantization", "max_model_len"),
-        *("revision", "hf_overrides", "hf_config_path"),
-    ],
-)
-def test_sides_must_not_differ_in_what_blocks_mean(name: str) -> None:
-    line = fault(changed(f"prefill.engine.{name}", "other"))
-
-    assert line.startswith(f"args: {name} is other for prefill and ")
-
-    both = changed(f"prefill.engine.{name}", "other")
-    both["decode"]["engine"] = {name: "other"}
-    assert isinstance(parse_settings(both), Settings)
-
-
-def test_attention_backends_must_not_differ_where_both_are_named() -> None:
-    assert isinstance(parse_settings(changed("prefill.engine.attention_backend", "A")), Settings)
-    both = changed("prefill.engine.attention_backend", "A")
-    both["decode"]["engine"] = {"attention_backend": "B"}
-
-    assert fault(both).startswith("args: attention_backend is A for prefill and B for decode")
-
-
-@pytest.mark.parametrize(
-    "config", [{"method": "eagle", "model": "x"}, {"model": "x"}, {"method": "mtp"}]
-)
-def test_speculation_with_layers_of_its_own_must_be_on_both_sides(config: dict[str, Any]) -> None:
-    line = fault(changed("decode.engine.speculative_config", config))
-
-    assert line.startswith("args: speculative_config has no layers for prefill and ")
-    both = changed("decode.engine.speculative_config", config)
-    both["prefill"]["engine"] = {"speculative_config": config}
-    assert isinstance(parse_settings(both), Settings)
-
-
-def test_speculation_from_the_text_may_be_on_one_side() -> None:
-    config = {"method": "ngram", "num_speculative_tokens": 3}
-
-    assert isinstance(parse_settings(changed("decode.engine.speculative_config", config)), Settings)
-
-
-def test_prompts_are_kept_apart_by_keys_only_if_there_are_keys() -> None:
-    assert parse_settings(GOOD).router.cache_salt_by_key is False
-    args = changed("router.cache_salt_by_key", True)
-    assert parse_settings(args).router.cache_salt_by_key is True
-    args["router"]["api_keys"] = []
-    assert fault(args) == ("router: cache_salt_by_key is set, but there are no api_keys to go by")
-
-
-@pytest.mark.parametrize("section", ["engine", "prefill.engine", "decode.engine"])
-def test_answers_of_all_keys_are_not_drafted_from_when_keys_are_kept_apart(section: str) -> None:
-    config: dict[str, Any] = {"method": "suffix"}
-    args = changed(f"{section}.speculative_config", config)
-    assert isinstance(parse_settings(args), Settings)
-
-    args["router"]["cache_salt_by_key"] = True
-    assert "set suffix_decoding_max_cached_requests to 0" in fault(args)
-    config["suffix_decoding_max_cached_requests"] = 0
-    assert isinstance(parse_settings(args), Settings)
-
-
-def test_side_may_repeat_what_both_have() -> None:
-    settings = parse_settings(changed("prefill.engine.dtype", "bfloat16"))
-
-    assert settings.prefill.engine["dtype"] == "bfloat16"
-
-
-def test_gpu_type_without_gpus_is_refused() -> None:
-    line = fault(changed("decode.resources", {"accelerator_type": "H100"}))
-
-    assert line.startswith("decode.resources: accelerator_type is H100, but gpus_per_worker is 0")
-
-
-@pytest.mark.parametrize("name", ["CPU", "GPU"])
-def test_standard_resources_are_not_custom_ones(name: str) -> None:
-    line = fault(changed("decode.resources", {"custom": {name: 1}}))
-
-    assert line.startswith(f"decode.resources.custom: {name} is not a custom resource")
-
-
-def test_worker_must_reserve_something() -> None:
-    line = fault(changed("decode.resources", {"cpus_per_worker": 0}))
-
-    assert line.startswith("decode.resources: set cpus_per_worker or gpus_per_worker")
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def write(tmp_path: Path, text: str) -> Path:
-    file = tmp_path / "config.yaml"
-    file.write_text(text)
-    return file
-
-
-def test_settings_are_loaded_from_the_application_that_is_baton(tmp_path: Path) -> None:
-    document = {
-        "http_options": {"port": 8000},
-        "applications": [
-            "not even a mapping",
-            {"name": "other", "import_path": "other.app:build"},
-            {"name": "baton", "import_path": IMPORT_PATH, "args": GOOD},
-        ],
-    }
-    file = write(tmp_path, yaml.safe_dump(document))
-
-    assert load_settings(file) == parse_settings(GOOD)
-    assert load_settings(str(file)) == parse_settings(GOOD)
-    assert load_document(file)["http_options"] == {"port": 8000}
-
-
-def test_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"missing\.yaml: there is no such file"):
-        load_settings(tmp_path / "missing.yaml")
-
-
-def test_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="cannot be read"):
-        load_settings(tmp_path)
-
-
-def test_file_that_is_not_text(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SettingsError, match="cannot be read"):
-        load_settings(file)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("applications: [", "is not YAML"),
-        ("", "a Serve config with a list `applications` is expected"),
-        ("- applications", "a Serve config with a list `applications` is expected"),
-        ("model: {id: m}", "a Serve config with a list `applications` is expected"),
-        ("applications: {}", "a Serve config with a list `applications` is expected"),
-        ("applications: []", f"no application has import_path: {IMPORT_PATH}"),
-        ("applications: [{import_path: 'a:b'}]", f"no application has import_path: {IMPORT_PATH}"),
-        (f"applications: [{{import_path: '{IMPORT_PATH}'}}]", "args: "),
-        (f"applications: [{{import_path: '{IMPORT_PATH}', args: {{}}}}]", "model: Field required"),
-    ],
-)
-def test_file_with_something_else_in_it(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        load_settings(write(tmp_path, text))
-    assert message in str(caught.value)
-
-
-# ---- mooncake.json -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def mooncake(tmp_path: Path) -> Path:
-    path = tmp_path / "mooncake.json"
-    path.write_text(
-        json.dumps(
-            {
-                "local_url": "10.0.0.1:13003",
-                "remote_url": "10.0.0.2:13003",
-                "metadata_server": "10.0.0.2:2379,10.0.0.3:2379",
-                "protocol": "rdma",
-                "device_name": "mlx5_0,mlx5_1",
-            }
-        )
-    )
-    return path
-
-
-def without_discovery(**transfer: Any) -> dict[str, Any]:
-    return {"model": GOOD["model"], "transfer": transfer}
-
-
-def test_mooncake_file_says_discovery_and_transport(
-    mooncake: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    by_key = parse_settings(without_discovery(mooncake_config=str(mooncake), slice_bytes=4096))
-    monkeypatch.setenv("MOONCAKE_CONFIG_PATH", str(mooncake))
-    by_variable = parse_settings(without_discovery(slice_bytes=4096))
-
-    assert by_key == by_variable
-    assert by_key.discovery == {"kind": "etcd", "endpoints": ["10.0.0.2:2379", "10.0.0.3:2379"]}
-    assert by_key.transfer == {
-        "transports": ["rdma"],
-        "rdma_device": "mlx5_0,mlx5_1",
-        "slice_bytes": 4096,
-    }
-
-
-def test_discovery_in_the_configuration_comes_before_the_variable(
-    mooncake: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MOONCAKE_CONFIG_PATH", str(mooncake))
-
-    assert parse_settings(GOOD).discovery == GOOD["discovery"]
-
-
-def test_faults_of_a_mooncake_file_are_named(mooncake: Path) -> None:
-    mooncake.write_text(json.dumps({"local_url": "10.0.0.1", "metadata_server": "P2PHANDSHAKE"}))
-    with pytest.raises(SettingsError) as caught:
-        parse_settings(without_discovery(mooncake_config=str(mooncake)))
-    first, second = str(caught.value).splitlines()
-    assert first.startswith(f"{mooncake}: local_url: is '10.0.0.1'")
-    assert second.startswith(f"{mooncake}: remote_url: is missing")
-
-
-@pytest.mark.parametrize(
-    ("args", "named"),
-    [
-        (without_discovery(mooncake_config=7), "transfer.mooncake_config: is 7, must be the path"),
-        (without_discovery(mooncake_config=""), "transfer.mooncake_config: is '', must be the"),
-        (without_discovery(mooncake_config="/no/file"), "/no/file: cannot be read: No such file"),
-        (changed("transfer.mooncake_config", "m.json"), "discovery: cannot stand beside"),
-    ],
-)
-def test_wrong_use_of_a_mooncake_file_is_named(args: dict[str, Any], named: str) -> None:
-    assert fault(args).startswith(named)
