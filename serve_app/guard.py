@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from ray.exceptions import RayError
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,6 +52,7 @@ class Guard:
                 await response(scope, receive, send)
                 return
             scope = _behind(scope, key)
+        receive = _until_the_client_left(receive)
         # Python refuses to read numbers of thousands of digits; the first 18 say enough.
         length = headers.get(b"content-length", b"").lstrip(b"0")[:18]
         with self._bodies.request() as body:
@@ -84,6 +86,22 @@ class Guard:
                         return messages
         except TimeoutError as error:
             raise self._bodies.too_slow() from error
+
+
+def _until_the_client_left(receive: Receive) -> Receive:
+    """``receive`` that tells of a lost client as ASGI has it.
+
+    Serve cancels the call to its proxy that waits for more from the client, when it cancels the
+    request; if that comes first, ``receive`` raises Ray's error in place of ``http.disconnect``.
+    """
+
+    async def receive_or_tell() -> Message:
+        try:
+            return await receive()
+        except RayError:
+            return {"type": "http.disconnect"}
+
+    return receive_or_tell
 
 
 def _refusal(refused: BodyRefused) -> JSONResponse:

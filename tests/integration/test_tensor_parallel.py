@@ -85,7 +85,14 @@ def _server(model: Path, etcd: EtcdServer, sizes: tuple[int, int], log: Path) ->
         "kv_both",
         kv_connector="CorruptingConnector",
         kv_connector_module_path="tests.support.corrupting_connector",
-        # Up to four processes load their first kernels on two cores while they are first connected.
+        # Up to four processes load their first kernels on two cores while they are first connected,
+        # and can miss every renewal of a lease of 5 s.
+        discovery={
+            "kind": "etcd",
+            "endpoints": [etcd.endpoint],
+            "cluster": "stock",
+            "lease_ttl_s": 20,
+        },
         transfer={"ticket_ttl_s": 60.0, "digests": True, "connect_timeout_s": 15.0},
     )
     return VllmServer(

@@ -178,10 +178,10 @@ def chaos_app(
         environment = {
             **world.environment,
             "BATON_FAULTS": str(points.folder),
-            # Ray makes its workers nice, and so anything else on the machine stops them for seconds.
+            # Ray makes its workers nice: anything else on the machine stops them for seconds.
             "RAY_worker_niceness": "0",
-            # By default oneDNN keeps kernels for 1024 shapes, and so an engine on CPU grows by 290 MB
-            # while it meets new lengths of prompts: no other growth would be seen beside it.
+            # By default oneDNN keeps kernels for 1024 shapes, and so an engine on CPU grows by
+            # 290 MB while it meets new lengths of prompts: other growth would not be seen.
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         }
         app = stack.enter_context(BatonApp(config, folder / "up.log", environment))

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, TaskCancelledError
 from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.api_keys import ApiKeys
@@ -54,12 +55,12 @@ class Exchange:
     """One request through the guard.
 
     Attributes:
-        unread: messages from the client that nobody asked for.
+        unread: messages from the client, or what Ray raises in place of one, that nobody asked for.
     """
 
     def __init__(
         self,
-        messages: list[Message],
+        messages: list[Message | RayError],
         *,
         headers: dict[str, str] | None = None,
         path: str = "/v1/completions",
@@ -68,7 +69,7 @@ class Exchange:
     ) -> None:
         self.app = App()
         self.sent: list[Message] = []
-        self.unread = [*messages, {"type": "http.disconnect"}]
+        self.unread: list[Message | RayError] = [*messages, {"type": "http.disconnect"}]
         raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         guard = Guard(self.app, api_keys=ApiKeys(keys), limits=LIMITS)
         asyncio.run(
@@ -78,7 +79,10 @@ class Exchange:
         )
 
     async def _receive(self) -> Message:
-        return self.unread.pop(0)
+        message = self.unread.pop(0)
+        if isinstance(message, RayError):
+            raise message
+        return message
 
     async def _send(self, message: Message) -> None:
         self.sent.append(message)
@@ -262,6 +266,19 @@ def test_client_that_leaves_within_its_body_is_noticed() -> None:
     assert exchange.app.after == [{"type": "http.disconnect"}]
     assert exchange.app.bodies == []
     assert exchange.sent == []
+
+
+@pytest.mark.parametrize(
+    "lost", [TaskCancelledError(), ActorDiedError(), ActorUnavailableError("away", None)]
+)
+def test_what_ray_says_of_a_lost_client_is_a_disconnect(lost: RayError) -> None:
+    exchange = Exchange([*body(b"hello"), lost])
+    within = Exchange([{"type": "http.request", "body": b"he", "more_body": True}, lost])
+
+    assert exchange.app.after == [{"type": "http.disconnect"}]
+    assert exchange.status == 200
+    assert within.app.after == [{"type": "http.disconnect"}]
+    assert within.sent == []
 
 
 def test_lifespan_passes_untouched() -> None:
