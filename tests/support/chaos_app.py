@@ -183,6 +183,8 @@ def chaos_app(
             # By default oneDNN keeps kernels for 1024 shapes, and so an engine on CPU grows by
             # 290 MB while it meets new lengths of prompts: other growth would not be seen.
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+            # Else glibc raises it when such a kernel is freed, and gaps between them stay.
+            "MALLOC_MMAP_THRESHOLD_": "131072",
         }
         app = stack.enter_context(BatonApp(config, folder / "up.log", environment))
         questions = [
