@@ -14,10 +14,10 @@ from dataclasses import replace
 
 import torch
 
-from transfer.connector.digests import BlockDigests, unit_tokens
-from transfer.connector.layout import LayerView, describe
-from transfer.connector.packing import Packing, cpu_packing, token_major
-from transfer.connector.pairing import Stretch, digest_units
+from transfer.connector.kv.digests import BlockDigests, unit_tokens
+from transfer.connector.kv.layout import LayerView, describe
+from transfer.connector.kv.packing import Packing, cpu_packing, token_major
+from transfer.connector.kv.pairing import Stretch, digest_units
 
 LAYERS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, BLOCKS = 30, 3, 64, 32, 300
 PROMPT_TOKENS = 3000

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from serve_app.demo_model import resolve_model
+from serve_app.launch.demo_model import resolve_model
 from tests.support.baton_app import ROOT, BatonApp
 from tests.support.vllm_server import VllmServer
 

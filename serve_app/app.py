@@ -14,17 +14,17 @@ from ray.serve.llm import LLMConfig, ModelLoadingConfig, build_llm_deployment
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
-from deployments.admission import AdmissionPolicy
-from deployments.decode import DecodeServer
-from deployments.handoff_state import RetryPolicy
-from deployments.links import LinkPolicy
-from deployments.prefill import PrefillServer
-from deployments.replica_router import HintedRouter
-from serve_app.api_keys import ApiKeys
-from serve_app.body_limits import BodyLimits
+from deployments.replicas.decode import DecodeServer
+from deployments.replicas.owner_breaker import LinkPolicy
+from deployments.replicas.prefill import PrefillServer
+from deployments.replicas.replica_router import HintedRouter
+from deployments.router.admission import AdmissionPolicy
+from deployments.router.request_state import RetryPolicy
 from serve_app.config import Settings, SettingsError, SideSettings, parse_settings
-from serve_app.demo_model import resolve_model
-from serve_app.ingress import ingress_app
+from serve_app.edge.body_limits import BodyLimits
+from serve_app.ingress.api_keys import ApiKeys
+from serve_app.ingress.endpoint import ingress_app
+from serve_app.launch.demo_model import resolve_model
 from serve_app.model_kind import model_fault
 
 Role = Literal["prefill", "decode"]
@@ -38,7 +38,7 @@ _CPU_STEP_TOKENS = 256
 """Longest step of a decode engine, for each of its workers."""
 _KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
 _ONE_CORE_ENGINE = {
-    # One CPU worker computes inside the engine process, on one core (deployments.engine).
+    # One CPU worker computes inside the engine process, on one core (deployments.replicas.engine).
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
@@ -177,7 +177,7 @@ def _engine_kwargs(settings: Settings, role: Role) -> dict[str, Any]:
         **settings.engine,
         **side.engine,
         "tensor_parallel_size": side.tensor_parallel_size,
-        "worker_extension_cls": "transfer.connector.control.WorkerControl",
+        "worker_extension_cls": "transfer.connector.working.control.WorkerControl",
         "kv_transfer_config": {
             **_CONNECTOR,
             "kv_role": _KV_ROLES[role],

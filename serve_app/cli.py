@@ -87,13 +87,13 @@ def _add_proxy(parser: argparse.ArgumentParser) -> None:
 
 
 def _up(options: argparse.Namespace) -> int:
-    from serve_app.launcher import UpOptions, up
+    from serve_app.launch.launcher import UpOptions, up
 
     return up(UpOptions(options.config, options.port, options.timeout, options.dashboard))
 
 
 def _check(options: argparse.Namespace) -> int:
-    from serve_app.surroundings import check
+    from serve_app.launch.surroundings import check
 
     findings = list(check(options.config, options.port))
     for finding in findings:
@@ -102,7 +102,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _model(_options: argparse.Namespace) -> int:
-    from serve_app.demo_model import ModelError, ensure_demo_model
+    from serve_app.launch.demo_model import ModelError, ensure_demo_model
 
     try:
         folder = ensure_demo_model(print)
@@ -113,7 +113,7 @@ def _model(_options: argparse.Namespace) -> int:
 
 
 def _proxy(options: argparse.Namespace) -> int:
-    from serve_app.proxy_command import run
+    from serve_app.proxy.command import run
     from transfer.errors import TransferError
 
     try:

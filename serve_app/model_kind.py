@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from serve_app.config import Settings
-from serve_app.demo_model import resolve_model
+from serve_app.launch.demo_model import resolve_model
 
 _OTHER_LAYERS: Final = frozenset(
     {

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.parent_death import EXIT_INTERRUPTED
+from serve_app.launch.parent_death import EXIT_INTERRUPTED
 from tests.support.baton_app import BatonApp, write_config
 from tests.support.vllm_server import VllmServer, post
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from serve_app.demo_model import ensure_demo_model
-from serve_app.etcd_binary import find_etcd
+from serve_app.launch.demo_model import ensure_demo_model
+from serve_app.launch.etcd_binary import find_etcd
 from tests.support.nodes import Node, NoNamespaces, two_nodes
 from tests.support.vllm_server import CPU_ENV, metric
 

@@ -17,7 +17,7 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
-from serve_app.demo_model import resolve_model
+from serve_app.launch.demo_model import resolve_model
 from tests.support.baton_app import ROOT, BatonApp, write_config
 from tests.support.reference import reference_texts
 from tests.support.streams import Stream

@@ -183,7 +183,7 @@ def test_commands_of_serve_take_the_token_from_the_environment(guarded: Guarded)
 
 def test_ray_answers_nobody_without_the_token(guarded: Guarded) -> None:
     driver = next(
-        one for one in guarded.processes() if "serve_app.serve_driver" in one.cmdline()
+        one for one in guarded.processes() if "serve_app.launch.serve_driver" in one.cmdline()
     ).environ()
     assert driver["RAY_AUTH_MODE"] == "token"
 

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from transfer.addressing import parse_address
-from transfer.connector.layout import KVLayout
+from transfer.connector.kv.layout import KVLayout
 from transfer.discovery.record import decode_record, encode_record
 from transfer.errors import Phase
 from transfer.ticket import Ticket
-from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Caller
 from transfer.transports.rdma import handshake
 from transfer.transports.rdma.keys import KeyMap
-from transfer.transports.shm_address import Host, ShmAddress
-from transfer.transports.tcp_proofs import NONCE_BYTES, PROOF_BYTES
+from transfer.transports.shm.address import Host, ShmAddress
+from transfer.transports.tcp.wire import protocol as wire
+from transfer.transports.tcp.wire.proofs import NONCE_BYTES, PROOF_BYTES
 from transfer.types import Claim, PeerId, PeerInfo, WorkerRecord
 
 PEER = PeerId("an-engine", 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from serve_app.parent_death import Keeper, run_guarded
-from serve_app.services import Progress, Service, ServiceError, ServiceRunner
+from serve_app.launch.parent_death import Keeper, run_guarded
+from serve_app.launch.services import Progress, Service, ServiceError, ServiceRunner
 
 # Puts itself into a session of its own under a new parent, ignores SIGTERM, starts a child.
 DAEMON = """

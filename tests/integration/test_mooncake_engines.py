@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.surroundings import free_ports
+from serve_app.launch.surroundings import free_ports
 from tests.support.vllm_server import VllmServer
 
 pytestmark = pytest.mark.timeout(300)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.probe import ask
-from serve_app.surroundings import certificate_problem, http_address
+from serve_app.launch.probe import ask
+from serve_app.launch.surroundings import certificate_problem, http_address
 from tests.support.certificates import Authority
 
 

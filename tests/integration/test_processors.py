@@ -12,7 +12,7 @@ import pytest
 from tests.support.certificates import Authority
 from tests.support.transfer_engines import engine_pair, succeeds, wait_until
 from transfer.settings import TransferSettings
-from transfer.transports import processors
+from transfer.transports.tcp.streams import processors
 
 MANY_BYTES = 64 << 20
 BLOCK_BYTES = 64 << 10

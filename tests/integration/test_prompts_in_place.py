@@ -17,11 +17,11 @@ from tests.support.scheduler_requests import make_ticket, tokens
 from tests.support.staged_memory import BLOCK, MODEL
 from tests.support.tickets import changed_params
 from tests.support.transfer_engines import LAYOUT_HASH, Directory, make_engine
-from transfer.connector.in_place import InPlace
 from transfer.connector.metadata import Holding, NewOffer, NewRead
-from transfer.connector.offers import EndedOffer, PromptOffers
-from transfer.connector.reads import EndedRead, PromptReads
 from transfer.connector.stats import Outcome
+from transfer.connector.working.in_place import InPlace
+from transfer.connector.working.offers import EndedOffer, PromptOffers
+from transfer.connector.working.reads import EndedRead, PromptReads
 from transfer.errors import ProtocolError
 from transfer.ticket import Ticket
 from transfer.types import PeerId

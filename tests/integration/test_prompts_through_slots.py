@@ -14,10 +14,10 @@ from tests.support.scheduler_requests import make_ticket, tokens
 from tests.support.staged_memory import BLOCK, MODEL, StagedMemory
 from tests.support.transfer_engines import LAYOUT_HASH, Directory, make_engine, wait_until
 from transfer.connector.metadata import Holding, NewOffer, NewRead
-from transfer.connector.offers import EndedOffer, PromptOffers
-from transfer.connector.reads import EndedRead, PromptReads
-from transfer.connector.staging import STEP_BLOCKS, Staging
 from transfer.connector.stats import Outcome
+from transfer.connector.working.offers import EndedOffer, PromptOffers
+from transfer.connector.working.reads import EndedRead, PromptReads
+from transfer.connector.working.staging import STEP_BLOCKS, Staging
 from transfer.ticket import Ticket
 from transfer.types import PeerId
 

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 import pytest
 from yarl import URL
 
-from serve_app.body_limits import BodyLimits
-from serve_app.proxy import BODY_LIMITS
+from serve_app.edge.body_limits import BodyLimits
+from serve_app.proxy.endpoint import BODY_LIMITS
 from tests.support.proxy_setup import run, setup
 from tests.support.scripted_servers import (
     DONE,

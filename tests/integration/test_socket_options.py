@@ -9,7 +9,7 @@ import pytest
 
 from transfer.errors import ConfigurationError
 from transfer.settings import TransferSettings
-from transfer.transports.socket_options import SocketOptions
+from transfer.transports.tcp.streams.socket_options import SocketOptions
 
 Ends = tuple[socket.socket, socket.socket]
 

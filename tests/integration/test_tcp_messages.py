@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import pytest
 
 from transfer.errors import ProtocolError
-from transfer.transports import tcp_wire as wire
-from transfer.transports.socket_options import SocketOptions
-from transfer.transports.tcp_messages import MessageReader
-from transfer.transports.tcp_stream import TcpStream
-from transfer.transports.tcp_wire import MessageType
+from transfer.transports.tcp.streams.socket_options import SocketOptions
+from transfer.transports.tcp.streams.stream import TcpStream
+from transfer.transports.tcp.wire import protocol as wire
+from transfer.transports.tcp.wire.messages import MessageReader
+from transfer.transports.tcp.wire.protocol import MessageType
 
 LIKELY_BYTES = 64
 STALL_S = 0.1

@@ -22,11 +22,11 @@ from tests.support.transfer_engines import (
 from transfer.engine.handoff import Offer
 from transfer.errors import PeerUnreachable, Phase
 from transfer.settings import TransferSettings
-from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Caller, Interrupt, ReadSession
-from transfer.transports.tcp import TcpTransport
-from transfer.transports.tcp_dialer import Dialer
-from transfer.transports.tcp_wire import MessageType
+from transfer.transports.tcp.dialer import Dialer
+from transfer.transports.tcp.transport import TcpTransport
+from transfer.transports.tcp.wire import protocol as wire
+from transfer.transports.tcp.wire.protocol import MessageType
 from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
 
 BLOCK_BYTES = 64 << 10

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from transfer.transports.socket_options import SocketOptions
-from transfer.transports.span_cursor import SpanCursor
-from transfer.transports.tcp_stream import TcpStream
+from transfer.transports.tcp.streams.socket_options import SocketOptions
+from transfer.transports.tcp.streams.span_cursor import SpanCursor
+from transfer.transports.tcp.streams.stream import TcpStream
 
 MIB = 1 << 20
 

@@ -136,7 +136,7 @@ class BatonApp:
         driver = next(
             one
             for one in psutil.Process(self.process.pid).children(recursive=True)
-            if "serve_app.serve_driver" in one.cmdline()
+            if "serve_app.launch.serve_driver" in one.cmdline()
         )
         if self._deployed is None:
             self._deployed = dict(yaml.safe_load(Path(driver.cmdline()[-2]).read_text()))

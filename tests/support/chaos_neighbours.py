@@ -17,7 +17,7 @@ from tests.support.link_relays import Link
 from tests.support.meddling_relay import MeddlingRelay, greet_only
 from tests.support.strangers import strangers
 from transfer.discovery.record import workers_prefix
-from transfer.transports.tcp_places import MAX_STRANGERS
+from transfer.transports.tcp.places import MAX_STRANGERS
 
 _SLOW_BODIES = 64
 _SCRAPES, _SCRAPES_AT_ONCE = 300, 64

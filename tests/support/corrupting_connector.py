@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from transfer.connector.connector import BatonConnector
-from transfer.connector.reads import EndedRead
 from transfer.connector.stats import Outcome
-from transfer.connector.worker import BatonWorker
+from transfer.connector.working.reads import EndedRead
+from transfer.connector.working.worker import BatonWorker
 
 FOLDER = "BATON_TEST_CORRUPT"
 """Environment variable that names a folder. A file in it, named like a rank, damages the next

@@ -16,7 +16,7 @@ from typing import Self
 
 import pyetcd
 
-from serve_app.etcd_binary import find_etcd
+from serve_app.launch.etcd_binary import find_etcd
 from tests.support.lifeline import start_tied
 
 START_TIMEOUT_S = 15.0

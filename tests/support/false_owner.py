@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 
-from transfer.transports import tcp_wire as wire
+from transfer.transports.tcp.wire import protocol as wire
 
 
 class FalseOwner:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from transfer.connector.layout import KVLayout, LayerView, describe
-from transfer.connector.packing import Packing, cpu_packing, token_major
+from transfer.connector.kv.layout import KVLayout, LayerView, describe
+from transfer.connector.kv.packing import Packing, cpu_packing, token_major
 
 CPU_LAYOUTS = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC, KVCacheLayout.LHBNC)
 """Those in which a head's tokens lie together, as the CPU's packings need it."""

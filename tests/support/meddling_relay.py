@@ -10,10 +10,10 @@ from collections.abc import Callable
 from tests.support.raw_connections import Message, connect, receive
 from tests.support.relay import ThreadedRelay
 from transfer.settings import TransferSettings
-from transfer.transports import tcp_wire as wire
-from transfer.transports.tcp_proofs import PROOF_BYTES
-from transfer.transports.tcp_wire import MessageType
-from transfer.transports.tls import TlsContexts
+from transfer.transports.tcp.streams.tls import TlsContexts
+from transfer.transports.tcp.wire import protocol as wire
+from transfer.transports.tcp.wire.proofs import PROOF_BYTES
+from transfer.transports.tcp.wire.protocol import MessageType
 
 Meddler = Callable[[Message], bytes | Message | None]
 """Gives, for a reader's message, the answer that the reader gets at once, or what goes to the owner

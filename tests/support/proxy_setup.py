@@ -13,9 +13,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from deployments.handoff_state import RetryPolicy
-from serve_app.body_limits import BodyLimits
-from serve_app.proxy import BODY_LIMITS, HEAD_TIMEOUT_S, Proxy, ProxyOptions
+from deployments.router.request_state import RetryPolicy
+from serve_app.edge.body_limits import BodyLimits
+from serve_app.proxy.endpoint import BODY_LIMITS, HEAD_TIMEOUT_S, Proxy, ProxyOptions
 from tests.support.scripted_servers import (
     Server,
     Step,

@@ -7,10 +7,10 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from transfer.addressing import parse_address
-from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Caller
-from transfer.transports.tcp_proofs import NONCE_BYTES, PROOF_BYTES, Buffer, ConnectionProofs
-from transfer.transports.tcp_wire import Header, MessageType
+from transfer.transports.tcp.wire import protocol as wire
+from transfer.transports.tcp.wire.proofs import NONCE_BYTES, PROOF_BYTES, Buffer, ConnectionProofs
+from transfer.transports.tcp.wire.protocol import Header, MessageType
 from transfer.types import Credentials, PeerId, PeerInfo
 
 NONCE = bytes(range(NONCE_BYTES))

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from serve_app.parent_death import Keeper, run_guarded
-from serve_app.serve_driver import read_status
-from serve_app.services import Progress, Service, ServiceError, ServiceRunner
-from serve_app.surroundings import free_ports
+from serve_app.launch.parent_death import Keeper, run_guarded
+from serve_app.launch.serve_driver import read_status
+from serve_app.launch.services import Progress, Service, ServiceError, ServiceRunner
+from serve_app.launch.surroundings import free_ports
 from tests.support.lifeline import start_tied
 from tests.support.vllm_server import CPU_ENV, free_port
 
@@ -76,7 +76,7 @@ def _main(config: Path, folder: Path, ray_folder: str) -> int:
     ray += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
     ray += [f"--object-store-memory={128 << 20}", f"--temp-dir={ray_folder}"]
     status = folder / "status.json"
-    serve = [sys.executable, "-m", "serve_app.serve_driver", str(config), str(status)]
+    serve = [sys.executable, "-m", "serve_app.launch.serve_driver", str(config), str(status)]
     env = {**os.environ, "RAY_ADDRESS": f"{HOST}:{gcs}"}
     without = {name: value for name, value in env.items() if name != "RAY_ADDRESS"}
 

@@ -33,7 +33,7 @@ from tests.support.transfer_engines import (
 from transfer.engine.handle import TransferState
 from transfer.spans import block_spans
 from transfer.transports.rdma.queue_pair import Lane
-from transfer.transports.tcp_control import TcpControl
+from transfer.transports.tcp.control import TcpControl
 from transfer.types import Credentials, PeerId, ReadPlan, WorkerRecord
 
 READER = WorkerRecord(PeerId("doomed", 0), "doomed-1", "test", 1, (), LAYOUT_HASH, 0.0)

@@ -9,8 +9,8 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from transfer.connector.metadata import BatonMetadata, WorkerHandshake
-from transfer.connector.scheduler import BatonScheduler
-from transfer.connector.ticket_writer import TicketWriter
+from transfer.connector.scheduling.scheduler import BatonScheduler
+from transfer.connector.scheduling.ticket_writer import TicketWriter
 from transfer.ticket import Ticket, prompt_hash
 
 BLOCK = 16

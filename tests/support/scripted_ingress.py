@@ -19,12 +19,12 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 )
 from ray.llm._internal.serve.core.ingress.ingress import make_fastapi_ingress
 
-from deployments.admission import AdmissionPolicy
-from deployments.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
-from deployments.handoff_state import RetryPolicy
-from serve_app.api_keys import ApiKeys
-from serve_app.body_limits import BodyLimits
-from serve_app.ingress import Ingress, ingress_app
+from deployments.router.admission import AdmissionPolicy
+from deployments.router.request_state import RetryPolicy
+from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
+from serve_app.edge.body_limits import BodyLimits
+from serve_app.ingress.api_keys import ApiKeys
+from serve_app.ingress.endpoint import Ingress, ingress_app
 from tests.support.tickets import make_ticket
 
 TICKET: dict[str, Any] = make_ticket().to_params()
@@ -132,8 +132,10 @@ class Endpoint:
             apps.append(app)
             return make_fastapi_ingress(cls, endpoint_map=endpoint_map, app=app)
 
-        monkeypatch.setattr("serve_app.ingress.make_fastapi_ingress", remember)
-        monkeypatch.setattr("serve_app.ingress.ReplicaCaller", lambda *args, **kwargs: self.caller)
+        monkeypatch.setattr("serve_app.ingress.endpoint.make_fastapi_ingress", remember)
+        monkeypatch.setattr(
+            "serve_app.ingress.endpoint.ReplicaCaller", lambda *args, **kwargs: self.caller
+        )
         ingress_app(
             limits=BodyLimits(max_body_bytes, max_body_bytes, timeout_s=5.0),
             api_keys=api_keys,

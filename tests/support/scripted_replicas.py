@@ -16,10 +16,10 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
 from deployments.errors import ReplicaLost
-from deployments.generation import GenerationRequest, Output, PrefillAnswer, Sent
-from deployments.handoff import Coordinator
-from deployments.handoff_state import RetryPolicy
-from deployments.suspects import Side
+from deployments.router.coordinator import Coordinator
+from deployments.router.request_state import RetryPolicy
+from deployments.router.suspects import Side
+from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, Sent
 from tests.support.tickets import make_ticket
 
 T1: dict[str, Any] = make_ticket("1").to_params()

@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
-from deployments.suspects import Side
+from deployments.router.suspects import Side
+from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
 from tests.support.tickets import make_ticket
 from transfer.ticket import handoff_id_of
 

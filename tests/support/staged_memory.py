@@ -10,9 +10,9 @@ import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.support.kv_pools import Model, make_pool, view_of
-from transfer.connector.digests import BlockDigests, unit_tokens
-from transfer.connector.host_blocks import HostBlocks
-from transfer.connector.layout import KVLayout, describe
+from transfer.connector.kv.digests import BlockDigests, unit_tokens
+from transfer.connector.kv.layout import KVLayout, describe
+from transfer.connector.memory.host_blocks import HostBlocks
 
 MODEL = Model("tokens", layers=2, heads=3, head_size=16, dtype=torch.int16)
 BLOCK = 16

@@ -16,8 +16,8 @@ from vllm.config.lora import LoRAConfig
 from vllm.lora.request import LoRARequest
 
 from tests.support.tiny_adapter import make_tiny_adapter
-from transfer.connector import adapters
-from transfer.connector.adapters import AdapterFingerprints
+from transfer.connector.scheduling import adapters
+from transfer.connector.scheduling.adapters import AdapterFingerprints
 
 
 def fingerprint(folder: Path, config: LoRAConfig | None = None, **request: Any) -> str | None:

@@ -12,7 +12,8 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     CompletionRequest,
 )
 
-from deployments.admission import (
+from deployments.errors import Overloaded
+from deployments.router.admission import (
     UNBOUNDED,
     Admission,
     AdmissionPolicy,
@@ -21,7 +22,6 @@ from deployments.admission import (
     PromptSize,
     Waiting,
 )
-from deployments.errors import Overloaded
 
 TOKENS = PromptSize(tokens=1000)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.cache_salt import cache_salt, salt_of_key
+from serve_app.ingress.cache_salt import cache_salt, salt_of_key
 
 KEYS = (b"first-key", b"second-key")
 

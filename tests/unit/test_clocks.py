@@ -14,9 +14,9 @@ WALL_CLOCK = re.compile(
 MEANT = {
     # Shown to people: when a worker started, and until when a ticket can be used.
     ("transfer/engine/engine.py", "started_at_s=time.time(),"),
-    ("transfer/connector/ticket_writer.py", "clock: Callable[[], float] = time.time,"),
+    ("transfer/connector/scheduling/ticket_writer.py", "clock: Callable[[], float] = time.time,"),
     # Compared with what the kernel notes of files.
-    ("transfer/connector/adapters.py", "self._made_ns = time.time_ns()"),
+    ("transfer/connector/scheduling/adapters.py", "self._made_ns = time.time_ns()"),
 }
 
 

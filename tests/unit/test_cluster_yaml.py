@@ -53,8 +53,8 @@ def test_all_code_is_copied_and_the_token_with_it(file: str) -> None:
 @pytest.mark.parametrize("kind", ["head", "worker"])
 def test_a_start_replaces_this_clusters_processes_only(file: str, kind: str) -> None:
     stop, start = _load(file)[f"{kind}_start_ray_commands"]
-    assert "serve_app.cluster_node stop" in stop
-    assert "serve_app.cluster_node start" in start
+    assert "serve_app.launch.cluster_node stop" in stop
+    assert "serve_app.launch.cluster_node start" in start
     assert "RAY_AUTH_MODE" in start
     # As `baton up` does: Serve's proxy may run on any machine.
     (checks,) = re.findall(r"export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=(\S+)$", start, re.M)

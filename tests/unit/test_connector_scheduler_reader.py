@@ -31,8 +31,8 @@ from tests.support.scheduler_requests import (
     tokens,
 )
 from transfer.connector.metadata import Holding, Verdict, WorkerReport
+from transfer.connector.scheduling.ticket_writer import TicketWriter
 from transfer.connector.stats import Outcome
-from transfer.connector.ticket_writer import TicketWriter
 from transfer.ticket import Medium, prompt_hash
 
 REFUSED = Verdict(Outcome.REFUSED, recomputed_tokens=39)
@@ -474,7 +474,7 @@ def test_a_time_of_day_that_is_set_back_holds_up_no_renewal(
         clocks.setattr(time, "time", of_day)
         clocks.setattr(time, "monotonic", monotonic)
         # Which clock it goes by is settled when the module is loaded.
-        spec = importlib.util.find_spec("transfer.connector.scheduler")
+        spec = importlib.util.find_spec("transfer.connector.scheduling.scheduler")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

@@ -21,7 +21,7 @@ from tests.support.scheduler_requests import (
     tokens,
 )
 from transfer.connector.metadata import Holding, WorkerReport
-from transfer.connector.scheduler import BatonScheduler
+from transfer.connector.scheduling.scheduler import BatonScheduler
 from transfer.connector.stats import Outcome
 from transfer.ticket import Ticket
 

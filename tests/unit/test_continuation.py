@@ -11,9 +11,9 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     CompletionRequest,
 )
 
-from deployments.continuation import StreamParts, may_go_on
 from deployments.errors import ContinuationMismatch
-from deployments.generation import Method, Output, Sent, Transcript
+from deployments.streams.continuation import StreamParts, may_go_on
+from deployments.streams.generation import Method, Output, Sent, Transcript
 
 DONE = "data: [DONE]\n\n"
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from deployments.admission import Admission, AdmissionPolicy
 from deployments.errors import NoReplica, Overloaded, ServiceUnavailable
-from deployments.generation import Output, PrefillAnswer, Sent
-from deployments.handoff import Coordinator
-from deployments.router_event import RouterEvent
+from deployments.router.admission import Admission, AdmissionPolicy
+from deployments.router.coordinator import Coordinator
+from deployments.router.router_event import RouterEvent
+from deployments.streams.generation import Output, PrefillAnswer, Sent
 from tests.support.scripted_replicas import (
     BAD,
     CHUNKS,
@@ -221,7 +221,7 @@ def test_a_request_that_cannot_be_split_leaves_no_place_taken(
     def fails(request: Any) -> Any:
         raise RecursionError
 
-    monkeypatch.setattr("deployments.handoff.split", fails)
+    monkeypatch.setattr("deployments.router.coordinator.split", fails)
 
     async def main() -> None:
         coordinator = Coordinator(FakeCaller(), POLICY, Admission(AdmissionPolicy(max_requests=1)))

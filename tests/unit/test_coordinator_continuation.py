@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deployments.errors import ContinuationMismatch, NoReplica
-from deployments.generation import Output, PrefillAnswer, Sent
+from deployments.streams.generation import Output, PrefillAnswer, Sent
 from tests.support.scripted_replicas import BAD, T1, T2, FakeCaller, lost, part, served
 
 

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from deployments.generation import PrefillAnswer
-from deployments.handoff import Coordinator
-from deployments.handoff_state import RetryPolicy
+from deployments.router.coordinator import Coordinator
+from deployments.router.request_state import RetryPolicy
+from deployments.streams.generation import PrefillAnswer
 from tests.support.scripted_replicas import (
     CHUNKS,
     HANG,

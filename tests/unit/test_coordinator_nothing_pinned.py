@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest
 
 from deployments.errors import NoReplica, ServiceUnavailable
-from deployments.generation import GenerationRequest, Output, PrefillAnswer, Sent
-from deployments.handoff import Coordinator
+from deployments.router.coordinator import Coordinator
+from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, Sent
 from tests.support.scripted_replicas import BAD, POLICY, FakeCaller, drive, generation, lost
 from tests.support.scripted_world import DecodeCall, World
 from tests.support.tickets import make_ticket

@@ -9,9 +9,9 @@ import pytest
 from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest
 
 from deployments.errors import NoReplica, ServiceUnavailable
-from deployments.generation import PrefillAnswer, WholeAnswer
-from deployments.handoff import Coordinator
-from deployments.router_event import RouterEvent
+from deployments.router.coordinator import Coordinator
+from deployments.router.router_event import RouterEvent
+from deployments.streams.generation import PrefillAnswer, WholeAnswer
 from tests.support.scripted_replicas import (
     BAD,
     POLICY,

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest
 
-from deployments.admission import Admission, AdmissionPolicy, PromptSize
 from deployments.errors import NoReplica, ServiceUnavailable
-from deployments.generation import GenerationRequest, PrefillAnswer, Sent, WholeAnswer
-from deployments.handoff import Coordinator
-from deployments.router_event import RouterEvent
+from deployments.router.admission import Admission, AdmissionPolicy, PromptSize
+from deployments.router.coordinator import Coordinator
+from deployments.router.router_event import RouterEvent
+from deployments.streams.generation import GenerationRequest, PrefillAnswer, Sent, WholeAnswer
 from tests.support.scripted_replicas import (
     CHUNKS,
     HANG,

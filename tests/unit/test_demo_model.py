@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from serve_app import demo_model
-from serve_app.demo_model import ModelError, cache_folder, demo_model_folder, resolve_model
+from serve_app.launch import demo_model
+from serve_app.launch.demo_model import ModelError, cache_folder, demo_model_folder, resolve_model
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.edge import INT64, MAX_DEPTH, Fault, body_fault, header_fault
+from serve_app.edge.request_edge import INT64, MAX_DEPTH, Fault, body_fault, header_fault
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -10,8 +10,8 @@ import pytest
 import ray
 from ray.serve.deployment import Application, Deployment
 
-from deployments.decode import DecodeServer
-from deployments.prefill import PrefillServer
+from deployments.replicas.decode import DecodeServer
+from deployments.replicas.prefill import PrefillServer
 from serve_app import app
 from serve_app.config import SettingsError, load_document, parse_settings
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from deployments.handoff_state import (
+from deployments.router.request_state import (
     Answer,
     CallDecode,
     CallPrefill,

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from transfer.connector.heads import HeadRange, heads_of, parts_of, parts_to_tell
+from transfer.connector.kv.heads import HeadRange, heads_of, parts_of, parts_to_tell
 from transfer.errors import LayoutMismatch
 
 SIZES = (1, 2, 4, 8)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deployments.health import EngineHealth, TransferUnhealthy
+from deployments.replicas.health import EngineHealth, TransferUnhealthy
 
 FINE: dict[str, Any] = {"engine_id": "e1", "rank": 0, "healthy": True, "registered": True}
 

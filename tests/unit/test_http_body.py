@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from deployments.generation import GenerationRequest
-from deployments.http_body import JsonBody
+from deployments.callers.http_body import JsonBody
+from deployments.streams.generation import GenerationRequest
 
 
 def test_a_clients_key_is_in_no_repr() -> None:

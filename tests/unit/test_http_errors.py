@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 
 from deployments.errors import ServiceUnavailable
-from serve_app.error_body import error_body
-from serve_app.http_errors import add_error_handlers
+from serve_app.edge.error_body import error_body
+from serve_app.ingress.http_errors import add_error_handlers
 
 PROBLEMS: dict[str, Exception] = {
     "openai": OpenAIHTTPException(status_code=404, message="no such model", type="not_found_error"),

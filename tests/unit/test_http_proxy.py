@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from serve_app.http_proxy import middlewares
+from serve_app.ingress.http_proxy import middlewares
 
 
 def answer(scope: dict[str, Any]) -> tuple[int, Any]:

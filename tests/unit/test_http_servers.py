@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from deployments.http_body import JsonBody
-from deployments.http_servers import HttpServers
+from deployments.callers.http_body import JsonBody
+from deployments.callers.http_servers import HttpServers
 from serve_app import cli
-from serve_app.proxy import HEAD_TIMEOUT_S
-from serve_app.proxy_command import discovery_config, server_urls
-from serve_app.router import bypass_reason
+from serve_app.ingress.router import bypass_reason
+from serve_app.proxy.command import discovery_config, server_urls
+from serve_app.proxy.endpoint import HEAD_TIMEOUT_S
 from tests.support.records import worker_record
 from transfer.discovery import StaticDiscovery
 from transfer.errors import ConfigurationError

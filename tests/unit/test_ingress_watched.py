@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.callers.replica_caller import ReplicaCaller
 from deployments.errors import NoReplica, ReplicaLost
-from deployments.health import TransferUnhealthy
-from deployments.replica import ReplicaCaller
-from serve_app.metrics import SCRAPE_KEPT_S
+from deployments.replicas.health import TransferUnhealthy
+from serve_app.ingress.metrics import SCRAPE_KEPT_S
 from tests.support.scripted_handles import FakeHandle, answers, fails
 from tests.support.scripted_ingress import Endpoint
 
@@ -82,7 +82,7 @@ def test_metrics_are_gathered_once_for_all_who_ask(monkeypatch: pytest.MonkeyPat
         await asyncio.sleep(0.05)
         return text
 
-    monkeypatch.setattr("serve_app.ingress.scrape", gather)
+    monkeypatch.setattr("serve_app.ingress.endpoint.scrape", gather)
     endpoint = Endpoint(monkeypatch)
 
     async def main() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.interleave import interleaved
+from deployments.streams.interleave import interleaved
 from tests.support.scripted_replicas import drive
 
 

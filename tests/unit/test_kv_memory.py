@@ -10,8 +10,8 @@ import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.support.kv_pools import Model, Pool, make_pool
-from transfer.connector.kv_memory import KVMemory
-from transfer.connector.kv_ranges import KVRange
+from transfer.connector.kv.ranges import KVRange
+from transfer.connector.memory.kv_memory import KVMemory
 from transfer.connector.settings import ConnectorSettings
 from transfer.errors import ConfigurationError
 from transfer.settings import TransferSettings
@@ -23,7 +23,7 @@ NUM_BLOCKS, BLOCK, PROMPT_BLOCKS = 50, 16, 7
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     # vLLM would have to hold a model to tell which attention backend it uses.
-    monkeypatch.setattr("transfer.connector.kv_memory.packing_of", lambda *_: MODEL.packing)
+    monkeypatch.setattr("transfer.connector.memory.kv_memory.packing_of", lambda *_: MODEL.packing)
     return make_pool(MODEL, KVCacheLayout.LBNHC, num_blocks=NUM_BLOCKS, kernel_tokens=BLOCK)
 
 

@@ -5,9 +5,9 @@ import io
 import pytest
 
 from serve_app.config import SettingsError
-from serve_app.launcher import gist
-from serve_app.services import Progress
-from serve_app.surroundings import http_address, may_start_etcd
+from serve_app.launch.launcher import gist
+from serve_app.launch.services import Progress
+from serve_app.launch.surroundings import http_address, may_start_etcd
 from transfer.discovery.settings import parse_endpoints
 
 

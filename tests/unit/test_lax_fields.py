@@ -14,7 +14,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     CompletionRequest,
 )
 
-from serve_app.lax_fields import READ, as_read
+from serve_app.edge.lax_fields import READ, as_read
 from tests.support.malformed_requests import JUNK
 
 NUMBERS = st.integers(-3, 5) | st.floats() | st.booleans() | st.integers()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deployments.links import LinkPolicy, Links
+from deployments.replicas.owner_breaker import LinkPolicy, Links
 
 POLICY = LinkPolicy(failures=3, pause_s=30.0)
 

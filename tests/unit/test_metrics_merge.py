@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve_app.metrics import merge
+from serve_app.ingress.metrics import merge
 
 HEAD = """\
 # HELP ray_baton_handoffs Hand-offs by side and outcome.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from serve_app import cli, cluster_node
+from serve_app import cli
+from serve_app.launch import cluster_node
 
 
 @pytest.fixture(autouse=True)

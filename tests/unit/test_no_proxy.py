@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.no_proxy import without_proxy
+from serve_app.launch.no_proxy import without_proxy
 
 
 @pytest.mark.parametrize(

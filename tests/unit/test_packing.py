@@ -8,7 +8,7 @@ from vllm import _custom_ops as ops
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.support.kv_pools import Model, make_pool
-from transfer.connector.packing import UNKNOWN_TOKENS, cpu_packing, token_major
+from transfer.connector.kv.packing import UNKNOWN_TOKENS, cpu_packing, token_major
 
 CASES = [
     ("vec", torch.float32, 32),

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.support.kv_pools import CPU_LAYOUTS, Model, Pool, make_pool
-from transfer.connector.heads import HeadRange, parts_of
-from transfer.connector.layout import KVLayout, LayerView, describe
-from transfer.connector.packing import cpu_packing, token_major
-from transfer.connector.pairing import Stretch, block_spans_of, digest_units, plan_read
+from transfer.connector.kv.heads import HeadRange, parts_of
+from transfer.connector.kv.layout import KVLayout, LayerView, describe
+from transfer.connector.kv.packing import cpu_packing, token_major
+from transfer.connector.kv.pairing import Stretch, block_spans_of, digest_units, plan_read
 from transfer.errors import LayoutMismatch
 from transfer.spans import coverage, lies_within, merge_adjacent
 from transfer.types import ReadPlan

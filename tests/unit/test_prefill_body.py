@@ -10,8 +10,14 @@ import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from deployments.generation import Method
-from deployments.prefill_body import LEFT_OUT, REPLACED, UNCHANGED, not_clamped, prefill_body
+from deployments.callers.prefill_body import (
+    LEFT_OUT,
+    REPLACED,
+    UNCHANGED,
+    not_clamped,
+    prefill_body,
+)
+from deployments.streams.generation import Method
 
 MODELS: dict[Method, Any] = {"completions": CompletionRequest, "chat": ChatCompletionRequest}
 MODEL_CONFIG: Any = SimpleNamespace(max_model_len=1024)

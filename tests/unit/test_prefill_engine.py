@@ -15,8 +15,8 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 )
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from deployments.engine import BatonEngine
-from deployments.generation import GenerationRequest, Method
+from deployments.replicas.engine import BatonEngine
+from deployments.streams.generation import GenerationRequest, Method
 
 # The engine is imported here, and with it Ray and vLLM.
 pytestmark = [

@@ -16,7 +16,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.request import Request
 
-from transfer.connector.ticket_writer import TicketWriter
+from transfer.connector.scheduling.ticket_writer import TicketWriter
 
 TOKENS = list(range(40))
 WRITER = TicketWriter(

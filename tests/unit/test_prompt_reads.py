@@ -12,9 +12,9 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from tests.support.kv_pools import Model, make_pool
 from tests.support.tickets import make_ticket
 from transfer.connector.metadata import Holding
-from transfer.connector.reads import PromptReads
+from transfer.connector.working.reads import PromptReads
 from transfer.engine.engine import TransferEngine
-from transfer.transports.tcp_fields import Fields, encode_claim
+from transfer.transports.tcp.wire.fields import Fields, encode_claim
 from transfer.types import Credentials, PeerId
 
 LONG = "x" * 2000

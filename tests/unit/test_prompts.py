@@ -10,9 +10,9 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     CompletionRequest,
 )
 
-from deployments.generation import GenerationRequest, Sent
-from deployments.http_body import JsonBody
-from deployments.prompts import samples_of, split
+from deployments.callers.http_body import JsonBody
+from deployments.streams.generation import GenerationRequest, Sent
+from deployments.streams.prompts import samples_of, split
 
 
 @pytest.mark.parametrize(

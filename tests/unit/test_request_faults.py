@@ -10,7 +10,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from deployments.request_faults import refusing
+from deployments.replicas.request_faults import refusing
 
 
 def told(*script: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     TokenizeCompletionRequest,
 )
 
-from serve_app import request_models
+from serve_app.ingress import request_models
 from tests.support.malformed_requests import bodies
 
 COMPLETION: dict[str, Any] = {"model": "demo", "prompt": "Once"}

@@ -14,7 +14,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-from deployments.resumption import SENT_TOKEN_IDS, resuming, take_sent
+from deployments.replicas.resumption import SENT_TOKEN_IDS, resuming, take_sent
 
 PROMPT: dict[str, Any] = {"type": "token", "prompt_token_ids": [40, 41, 42]}
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from deployments import server
 from deployments.errors import EngineGone
+from deployments.replicas import server
 
 
 class FakeEngine:

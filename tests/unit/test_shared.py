@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 
-from serve_app.shared import Shared
+from serve_app.ingress.shared import Shared
 
 
 class Work:

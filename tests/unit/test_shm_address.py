@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transfer.errors import ProtocolError, TransportUnavailable
-from transfer.transports import shm_address
-from transfer.transports.shm_address import Host, ShmAddress
+from transfer.transports.shm import address as shm_address
+from transfer.transports.shm.address import Host, ShmAddress
 
 ADDRESS = ShmAddress(Host("5a4f-7", 4026531836), 123, 0x7F00_0000_1000, bytes(range(16)))
 

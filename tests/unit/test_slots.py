@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from transfer.connector.slot_queue import SlotQueue
-from transfer.connector.slots import SlotPool, num_slots
+from transfer.connector.memory.slots import SlotPool, num_slots
+from transfer.connector.scheduling.slot_queue import SlotQueue
 from transfer.errors import ConfigurationError
 
 SLOTS = range(5, 25)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from transfer.transports.span_cursor import SpanCursor
+from transfer.transports.tcp.streams.span_cursor import SpanCursor
 from transfer.types import SpanArray
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.sse import DONE, as_events
+from serve_app.edge.sse import DONE, as_events
 
 ONE, TWO = 'data: {"text": "one"}\n\n', 'data: {"text": "two"}\n\n'
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from tests.support.staged_memory import BLOCK, MODEL, StagedMemory
-from transfer.connector.copy_thread import CopyThread
-from transfer.connector.digests import BlockDigests
-from transfer.connector.fence import Fence
-from transfer.connector.host_blocks import HostBlocks
-from transfer.connector.staging import STEP_BLOCKS, Staging
+from transfer.connector.kv.digests import BlockDigests
+from transfer.connector.memory.copy_thread import CopyThread
+from transfer.connector.memory.device_event import Fence
+from transfer.connector.memory.host_blocks import HostBlocks
+from transfer.connector.working.staging import STEP_BLOCKS, Staging
 from transfer.errors import DigestMismatch
 
 BLOCKS, HEADS, TOKENS, CONTENT = 12, 3, 4, 6

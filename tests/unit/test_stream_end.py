@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.generation import Method
-from deployments.http_body import answers
-from deployments.stream_end import StreamEnd
+from deployments.callers.http_body import answers
+from deployments.streams.generation import Method
+from deployments.streams.stream_end import StreamEnd
 
 END_0 = 'data: {"choices":[{"index":0,"text":"","finish_reason":"stop"}]}\n\n'
 END_1 = 'data: {"choices":[{"index":1,"delta":{},"finish_reason":"length"}]}\n\n'

@@ -13,9 +13,9 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     CompletionRequest,
 )
 
-from deployments.generation import GenerationRequest
-from deployments.http_body import JsonBody
-from deployments.suspects import REMEMBERED_S, TRIAL_S, Case, Standing, Suspects
+from deployments.callers.http_body import JsonBody
+from deployments.router.suspects import REMEMBERED_S, TRIAL_S, Case, Standing, Suspects
+from deployments.streams.generation import GenerationRequest
 
 BEGAN = 50.0
 """Before anything died."""

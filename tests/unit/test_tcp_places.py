@@ -7,8 +7,8 @@ from typing import cast
 import pytest
 
 from transfer.errors import PeerUnreachable
-from transfer.transports.tcp_places import Places
-from transfer.transports.tcp_stream import TcpStream
+from transfer.transports.tcp.places import Places
+from transfer.transports.tcp.streams.stream import TcpStream
 
 
 def stream(name: str) -> TcpStream:

@@ -7,8 +7,8 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfer.transports.tcp_proofs import PROOF_BYTES, ConnectionProofs, same_proof
-from transfer.transports.tcp_wire import MessageType
+from transfer.transports.tcp.wire.proofs import PROOF_BYTES, ConnectionProofs, same_proof
+from transfer.transports.tcp.wire.protocol import MessageType
 
 SECRET = "c" * 32
 PROOFS = ConnectionProofs(b"hello", b"welcome")

@@ -10,8 +10,8 @@ from typing import cast
 import pytest
 
 from tests.support.transfer_engines import wait_until
-from transfer.transports.tcp_stream import TcpStream
-from transfer.transports.tcp_threads import ServingThreads
+from transfer.transports.tcp.streams.stream import TcpStream
+from transfer.transports.tcp.threads import ServingThreads
 
 FOR_GOOD_S = 600.0
 

@@ -25,11 +25,11 @@ from transfer.errors import (
     TransportUnavailable,
 )
 from transfer.spans import block_spans
-from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Caller
-from transfer.transports.tcp_fields import encode_claim
-from transfer.transports.tcp_proofs import NONCE_BYTES, PROOF_BYTES
-from transfer.transports.tcp_wire import MessageType, Renewal
+from transfer.transports.tcp.wire import protocol as wire
+from transfer.transports.tcp.wire.fields import encode_claim
+from transfer.transports.tcp.wire.proofs import NONCE_BYTES, PROOF_BYTES
+from transfer.transports.tcp.wire.protocol import MessageType, Renewal
 from transfer.types import Claim, PeerId, PeerInfo
 
 TEXT = st.text(st.characters().filter(str.isprintable), max_size=40)

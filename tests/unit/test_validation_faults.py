@@ -8,8 +8,8 @@ import pytest
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from serve_app.edge import Fault
-from serve_app.validation_faults import first_fault
+from serve_app.edge.request_edge import Fault
+from serve_app.edge.validation_faults import first_fault
 
 
 @pytest.mark.parametrize(

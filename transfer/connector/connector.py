@@ -12,15 +12,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from transfer.connector.adapters import AdapterFingerprints
 from transfer.connector.limits import refuse_unsupported, refuse_unsupported_model
 from transfer.connector.logs import log_with_vllm
 from transfer.connector.metadata import BatonMetadata, WorkerHandshake, WorkerReport
-from transfer.connector.scheduler import BatonScheduler
+from transfer.connector.scheduling.adapters import AdapterFingerprints
+from transfer.connector.scheduling.scheduler import BatonScheduler
+from transfer.connector.scheduling.ticket_writer import TicketWriter
 from transfer.connector.settings import ConnectorSettings
 from transfer.connector.stats import TransferPromMetrics, TransferStats
-from transfer.connector.ticket_writer import TicketWriter
-from transfer.connector.worker import BatonWorker
+from transfer.connector.working.worker import BatonWorker
 from transfer.errors import ConfigurationError, Phase
 from transfer.lifeline import die_with_parent
 

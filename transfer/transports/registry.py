@@ -11,8 +11,8 @@ from transfer.errors import ConfigurationError, PeerUnreachable, Phase, Transpor
 from transfer.settings import AUTO, TransferSettings
 from transfer.transports.base import ControlTransport, Listener, OwnerService, Transport
 from transfer.transports.rdma.transport import RdmaTransport
-from transfer.transports.shm import ShmTransport
-from transfer.transports.tcp import TcpTransport
+from transfer.transports.shm.transport import ShmTransport
+from transfer.transports.tcp.transport import TcpTransport
 from transfer.types import DmaBuf
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ from transfer.errors import (
     TransferCancelled,
 )
 from transfer.transports.base import Caller
-from transfer.transports.tcp import TcpTransport
+from transfer.transports.tcp.transport import TcpTransport
 from transfer.types import Claim, PeerId, PeerInfo, ReadPlan
 
 STALL_AT_BYTES = 3 << 20

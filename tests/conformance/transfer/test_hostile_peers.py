@@ -24,9 +24,9 @@ from tests.support.transfer_engines import (
     wait_until,
 )
 from transfer.errors import PeerUnreachable, ProtocolError, TransferError
-from transfer.transports import tcp_wire as wire
-from transfer.transports.tcp_proofs import PROOF_BYTES
-from transfer.transports.tcp_wire import MessageType
+from transfer.transports.tcp.wire import protocol as wire
+from transfer.transports.tcp.wire.proofs import PROOF_BYTES
+from transfer.transports.tcp.wire.protocol import MessageType
 from transfer.types import Credentials
 
 

@@ -21,11 +21,11 @@ from tests.support.transfer_engines import (
 )
 from transfer.engine.handle import TransferHandle
 from transfer.errors import HandoffRefused, OwnerUnproven, ProtocolError
-from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Caller
-from transfer.transports.tcp import TcpTransport
-from transfer.transports.tcp_proofs import PROOF_BYTES
-from transfer.transports.tcp_wire import MessageType
+from transfer.transports.tcp.transport import TcpTransport
+from transfer.transports.tcp.wire import protocol as wire
+from transfer.transports.tcp.wire.proofs import PROOF_BYTES
+from transfer.transports.tcp.wire.protocol import MessageType
 from transfer.types import Credentials, PeerId, PeerInfo
 
 

@@ -16,11 +16,11 @@ from tests.support.raw_connections import RawReader, receive, until_closed
 from tests.support.strangers import strangers
 from tests.support.transfer_cases import TransferCase
 from tests.support.transfer_engines import Buffer, Pair, engine_pair, succeeds, wait_until
-from transfer.transports import tcp_wire as wire
 from transfer.transports.base import Interrupt
-from transfer.transports.tcp import TcpTransport
-from transfer.transports.tcp_places import MAX_STRANGERS
-from transfer.transports.tcp_wire import MessageType
+from transfer.transports.tcp.places import MAX_STRANGERS
+from transfer.transports.tcp.transport import TcpTransport
+from transfer.transports.tcp.wire import protocol as wire
+from transfer.transports.tcp.wire.protocol import MessageType
 from transfer.types import ReadPlan
 
 READS = 10

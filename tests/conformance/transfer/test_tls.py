@@ -33,11 +33,11 @@ from tests.support.transfer_engines import (
 from transfer.addressing import parse_address
 from transfer.errors import ConfigurationError, TlsRefused
 from transfer.settings import TransferSettings
-from transfer.transports import process_memory
 from transfer.transports.bounce import BounceBuffer
-from transfer.transports.socket_options import SocketOptions
-from transfer.transports.tls import TlsContexts
-from transfer.transports.tls_stream import TlsStream
+from transfer.transports.shm import process_memory
+from transfer.transports.tcp.streams.socket_options import SocketOptions
+from transfer.transports.tcp.streams.tls import TlsContexts
+from transfer.transports.tcp.streams.tls_stream import TlsStream
 from transfer.types import SpanArray
 
 

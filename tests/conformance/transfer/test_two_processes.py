@@ -28,8 +28,8 @@ from transfer.engine.handle import TransferHandle, TransferState
 from transfer.errors import DeadlineExceeded, HandoffRefused, PeerUnreachable
 from transfer.spans import block_spans
 from transfer.transports.rdma.transport import RdmaTransport
-from transfer.transports.shm import ShmData
-from transfer.transports.tcp import TcpData
+from transfer.transports.shm.transport import ShmData
+from transfer.transports.tcp.transport import TcpData
 from transfer.types import ReadPlan
 
 NUM_BLOCKS = 256

@@ -1,0 +1,54 @@
+"""What calls replicas, as the coordinator sees it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Protocol
+
+from deployments.router.suspects import Side
+from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
+
+
+class Caller(Protocol):
+    """Calls replicas: :class:`~deployments.callers.replica_caller.ReplicaCaller` does it through Serve.
+
+    All from one event loop. Cancelling a call, or closing its iterator, ends the work at the
+    replica; a ticket that a cancelled prefill leaves behind all the same is the caller's to abort.
+    """
+
+    async def check(self, request: GenerationRequest) -> Any | None:
+        """Why a replica would refuse a request with several prompts; None if it would not.
+
+        Nothing is computed. Raises NoReplica, ReplicaLost: nobody could say.
+        """
+        ...
+
+    async def prefill(
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
+    ) -> PrefillAnswer:
+        """Has a replica compute the prompt: ``only``, or one not in ``exclude``.
+
+        Raises NoReplica, ReplicaLost.
+        """
+        ...
+
+    def decode(
+        self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
+    ) -> AsyncGenerator[Output, None]:
+        """Streams a replica's answer. Raises NoReplica, ReplicaLost, the latter at any time."""
+        ...
+
+    async def well(self, side: Side, exclude: frozenset[str]) -> str:
+        """A replica of a side that has just said that it is well.
+
+        Raises NoReplica; ReplicaLost, not ``held``: the one that was asked is not.
+        """
+        ...
+
+    async def replicas(self, side: Side) -> int:
+        """How many replicas of a side say that they are well."""
+        ...
+
+    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
+        """Tells the owner; returns how many offers were pinned. Raises NoReplica, ReplicaLost."""
+        ...

@@ -1,0 +1,115 @@
+"""Has suspects tried one at a time on an engine; see :mod:`deployments.router.suspects`."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from contextlib import suppress
+
+from deployments.errors import Condemned, NoReplica
+from deployments.router.caller import Caller
+from deployments.router.suspects import TRIAL_S, Case, Side, Standing, Suspects
+
+_SIDES: tuple[Side, Side] = ("prefill", "decode")
+_TO_RISK_ONE = 2
+
+
+class Trials:
+    """The queues of suspects before the engines of each side. All from one event loop.
+
+    Args:
+        caller: calls replicas.
+        clock: seconds that only go forward.
+
+    Attributes:
+        suspects: who has to wait here.
+    """
+
+    def __init__(self, caller: Caller, clock: Callable[[], float]) -> None:
+        self.suspects = Suspects(clock)
+        self._caller = caller
+        self._lines: dict[Side, asyncio.Lock] = {side: asyncio.Lock() for side in _SIDES}
+        self._in_line: dict[Side, int] = dict.fromkeys(_SIDES, 0)
+        self._ended = asyncio.Event()
+        # That a side had nobody but these, and when that was.
+        self._nobody: dict[Side, tuple[frozenset[str], float]] = {}
+        self._clock = clock
+
+    async def replica_for(
+        self,
+        case: Case,
+        side: Side,
+        exclude: frozenset[str],
+        before_waiting: Callable[[], None] = lambda: None,
+    ) -> str | None:
+        """The one replica that a request may go to; None: whichever is free.
+
+        A suspect waits, first come first served, for a replica that has just said that it is well
+        and on which no other one is being tried. It has it until :meth:`over`; it must not ask for
+        another one of that side before.
+
+        Args:
+            before_waiting: called before a suspect waits for others, perhaps more than once.
+
+        Raises:
+            Condemned: nobody shall work on it; perhaps since it waited here.
+            NoReplica: none took the question in time.
+            ReplicaLost: the one that was asked is not well; the request was not there.
+        """
+        if not self.suspects.is_risk(case, side):
+            return None
+        if self._in_line[side]:
+            before_waiting()
+        self._in_line[side] += 1
+        since = self._clock()
+        try:
+            async with self._lines[side]:
+                self._require_somebody(side, exclude, since)
+                return await self._first_in_line(case, side, exclude, before_waiting)
+        except NoReplica:
+            self._nobody[side] = (exclude, self._clock())
+            raise
+        finally:
+            self._in_line[side] -= 1
+
+    async def may_leave_prefill(self, case: Case) -> bool:
+        """Whether decode may compute a prompt that no prefill replica is there for.
+
+        A suspect only where it would not be the end of the last decode replica.
+        """
+        if self.suspects.standing(case) is Standing.CLEAR:
+            return True
+        return await self._caller.replicas("decode") >= _TO_RISK_ONE
+
+    def over(self, case: Case, side: Side) -> None:
+        """A request's trial has ended, in whichever way; without one, nothing happens."""
+        if self.suspects.end_trial(case, side):
+            self._ended.set()
+            self._ended = asyncio.Event()
+
+    # ------------------------------------------------------------------------------------------
+
+    def _require_somebody(self, side: Side, exclude: frozenset[str], since: float) -> None:
+        """One of those in line finds out for all that nobody is there."""
+        others, at = self._nobody.get(side, (exclude, -math.inf))
+        if at >= since and others <= exclude:
+            raise NoReplica(side, at - since)
+
+    async def _first_in_line(
+        self, case: Case, side: Side, exclude: frozenset[str], before_waiting: Callable[[], None]
+    ) -> str | None:
+        while self.suspects.is_risk(case, side):
+            if self.suspects.standing(case) is Standing.CONDEMNED:
+                raise Condemned
+            asked = self._clock()
+            replica_id = await self._caller.well(side, exclude)
+            self.suspects.alive(replica_id, asked)
+            if self.suspects.begin_trial(case, side, replica_id):
+                return replica_id
+            before_waiting()
+            ended = self._ended
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TRIAL_S):
+                    await ended.wait()
+        return None

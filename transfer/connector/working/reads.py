@@ -1,0 +1,336 @@
+"""What one decode rank reads: each prompt's blocks, from every owner rank that has a part of them.
+
+A prompt is read as a whole or not at all: if one part fails, so does the prompt, on this rank and,
+because vLLM recomputes what any rank reports as failed, on all others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from transfer.connector.kv.heads import HeadRange, Part, parts_of, parts_to_tell
+from transfer.connector.kv.layout import KVLayout
+from transfer.connector.kv.packing import TOKENS
+from transfer.connector.kv.pairing import Stretch, plan_read
+from transfer.connector.memory.device_event import Fence
+from transfer.connector.metadata import Holding, NewRead
+from transfer.connector.scheduling.fingerprint import differing
+from transfer.connector.stats import Outcome
+from transfer.connector.working.in_place import InPlace
+from transfer.connector.working.staging import Staging
+from transfer.engine.engine import TransferEngine
+from transfer.engine.handle import TransferHandle, TransferState
+from transfer.errors import DigestMismatch, HandoffRefused, LayoutMismatch, OwnerUnproven, Phase
+from transfer.ticket import Ticket
+from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EndedRead:
+    """A prompt's read that is over on this rank.
+
+    Attributes:
+        outcome: ``OK`` when every owner rank confirmed; then the bytes are there, and if they came
+            by way of slots, checked.
+        bytes_moved: over all parts.
+        read_s: seconds that the bytes took, of the slowest part.
+        total_s: seconds until the last confirmation, of the slowest part.
+        has_digests: the owner's digests came along from every part.
+    """
+
+    read: NewRead
+    outcome: Outcome
+    bytes_moved: int = 0
+    read_s: float = 0.0
+    total_s: float = 0.0
+    has_digests: bool = False
+
+
+@dataclass(slots=True)
+class _Planner:
+    """Pairs the owner's blocks with ours once the owner's layout is known.
+
+    Bytes are asked for after that: not before the fence, if there is one.
+    """
+
+    local: KVLayout
+    into: Stretch
+    block_ids: Sequence[int]
+    owner_rank: int
+    heads: HeadRange
+    fence: Fence | None = None
+    has_digests: bool = False
+
+    def __call__(self, info: PeerInfo) -> ReadPlan:
+        if self.fence is not None:
+            self.fence.synchronize()
+        remote = KVLayout.decode(info.layout)
+        if remote.rank != self.owner_rank:
+            raise LayoutMismatch(
+                f"rank {self.owner_rank} describes itself as {remote.rank}", phase=Phase.READ
+            )
+        plan = plan_read(self.local, self.into, remote, self.block_ids, self.heads)
+        self.has_digests = bool(remote.digest_base and self.local.digest_base)
+        return plan
+
+
+@dataclass(slots=True)
+class _Piece:
+    """One part of a prompt on its way, or an owner rank that only has to be told."""
+
+    part: Part
+    planner: _Planner
+    handle: TransferHandle | None
+
+
+@dataclass(slots=True)
+class _Load:
+    read: NewRead
+    pieces: list[_Piece] = field(default_factory=list)
+    cancelled: bool = False
+    fence: Fence | None = None
+    copy: Future[None] | None = None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether every owner rank confirmed."""
+        return all(handle.state is TransferState.DONE for handle in self.handles)
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether the owner's came along from every part."""
+        return all(piece.planner.has_digests for piece in self.pieces if piece.handle is not None)
+
+    @property
+    def handles(self) -> list[TransferHandle]:
+        return [piece.handle for piece in self.pieces if piece.handle is not None]
+
+
+class PromptReads:
+    """Reader side of one worker. All methods run on the model thread; none waits.
+
+    Args:
+        peer: this worker.
+        layout: of the memory that is read into.
+        layout_hash: what tickets must show.
+        engine: running.
+        deadline_s: for a whole read.
+        staging: the way from that memory; None where it is the KV cache, which nobody uses but in
+            a step.
+    """
+
+    def __init__(
+        self,
+        peer: PeerId,
+        layout: KVLayout,
+        layout_hash: str,
+        engine: TransferEngine,
+        deadline_s: float,
+        staging: Staging | InPlace | None,
+    ) -> None:
+        self._peer = peer
+        self._layout = layout
+        self._layout_hash = layout_hash
+        self._engine = engine
+        self._deadline_s = deadline_s
+        self._in_place = staging if isinstance(staging, InPlace) else None
+        self._staging = staging if isinstance(staging, Staging) else None
+        self._lock = threading.Lock()
+        self._loads: dict[str, _Load] = {}
+
+    def __len__(self) -> int:
+        return len(self._loads)
+
+    def start(self, read: NewRead) -> None:
+        """Begins a prompt's read from all owner ranks; what is wrong is told by take_ended."""
+        load = self._loads[read.request_id] = _Load(read)
+        try:
+            parts = self._parts(read.ticket)
+        except LayoutMismatch as error:
+            logger.warning("ticket of request %s refused: %s", read.request_id, error.message)
+            parts = self._parts_to_tell(read.ticket)
+        into = Stretch(
+            read.first_token,
+            read.first_token + read.num_tokens,
+            read.targets,
+            read.first_token // self._layout.block_size,
+        )
+        fence = None if self._in_place is None else self._in_place.fence()
+        for part in parts:
+            planner = _Planner(
+                self._layout, into, read.ticket.block_ids, part.owner_rank, part.heads, fence
+            )
+            handle = None
+            if len(part.heads):
+                owner, credentials = self._addressee(read.request_id, read.ticket, part)
+                handle = self._engine.submit_read(owner, credentials, planner, self._deadline_s)
+            load.pieces.append(_Piece(part, planner, handle))
+        if self._staging is not None:
+            load.fence = self._staging.fence()
+            for handle in load.handles:
+                handle.when_final(lambda _: self._copy_out(load))
+
+    def cancel(self, request_id: str) -> None:
+        """Stops a read whose request is gone."""
+        load = self._loads.get(request_id)
+        if load is not None:
+            load.cancelled = True
+            _stop(load)
+
+    def forfeit(self, holding: Holding) -> None:
+        """Tells the owner ranks that this rank answers for that nothing will be read."""
+        for part in self._known_parts(holding.ticket):
+            owner, credentials = self._addressee(holding.request_id, holding.ticket, part)
+            self._engine.submit_release(owner, credentials, used=False)
+
+    def renew(self, holdings: Sequence[Holding]) -> None:
+        """Tells the same owner ranks that their hand-offs are still wanted."""
+        by_owner: dict[PeerId, list[Credentials]] = {}
+        for holding in holdings:
+            for part in self._known_parts(holding.ticket):
+                owner, credentials = self._addressee(holding.request_id, holding.ticket, part)
+                by_owner.setdefault(owner, []).append(credentials)
+        for owner, renewed in by_owner.items():
+            self._engine.submit_renew(owner, renewed)
+
+    def take_ended(self) -> list[EndedRead]:
+        """Reads that ended on this rank since the last call, each exactly once.
+
+        Local memory is not written to any more by those.
+        """
+        over = []
+        for load in self._loads.values():
+            states = [handle.state for handle in load.handles]
+            if any(state.is_final and state is not TransferState.DONE for state in states):
+                _stop(load)
+            if all(state.is_final for state in states) and self._is_copied(load):
+                over.append(load)
+        return [self._end(self._loads.pop(load.read.request_id)) for load in over]
+
+    def _copy_out(self, load: _Load) -> None:
+        """Begins to copy slots into the KV cache, if all parts are there. Any thread."""
+        with self._lock:
+            if self._staging is None or load.fence is None:
+                return
+            if load.copy is not None or not load.arrived:
+                return
+            read = load.read
+            load.copy = self._staging.load(
+                read.local_block_ids,
+                read.targets,
+                range(read.first_token, read.first_token + read.num_tokens),
+                load.fence,
+                check=load.has_digests,
+            )
+
+    def _is_copied(self, load: _Load) -> bool:
+        """Whether nothing is left to copy of a load whose handles are final."""
+        if self._staging is None or not load.handles or not load.arrived:
+            return True
+        return load.copy is not None and load.copy.done()
+
+    def _end(self, load: _Load) -> EndedRead:
+        read, handles = load.read, load.handles
+        outcome = _outcome(load)
+        for piece in load.pieces:
+            if piece.handle is None or not _is_counted_off(piece.handle):
+                owner, credentials = self._addressee(read.request_id, read.ticket, piece.part)
+                self._engine.submit_release(owner, credentials, used=False)
+        if outcome is not Outcome.OK:
+            error = _cause(load)
+            if outcome is not Outcome.CORRUPTED and error is not None and not load.cancelled:
+                logger.warning(
+                    "read for request %s failed, recomputing: %s", read.request_id, error
+                )
+            return EndedRead(read, outcome)
+        timings = [handle.timings for handle in handles]
+        return EndedRead(
+            read,
+            outcome,
+            bytes_moved=sum(handle.bytes_moved for handle in handles),
+            read_s=max(timing.read_s for timing in timings),
+            total_s=max(timing.total_s for timing in timings),
+            has_digests=load.has_digests,
+        )
+
+    def _parts(self, ticket: Ticket) -> tuple[Part, ...]:
+        layout = self._layout
+        if ticket.layout_hash != self._layout_hash:
+            raise LayoutMismatch(
+                f"the two engines differ in: {differing(self._layout_hash, ticket.layout_hash)}",
+                phase=Phase.READ,
+            )
+        if ticket.kv_axes != layout.axes and layout.packing != TOKENS:
+            raise LayoutMismatch(
+                f"its blocks have axes {ticket.kv_axes}, ours {layout.axes}, and packing "
+                f"{layout.packing} cannot be translated",
+                phase=Phase.READ,
+            )
+        return parts_of(layout.rank, layout.tp_size, ticket.tp_size, layout.total_heads)
+
+    def _known_parts(self, ticket: Ticket) -> tuple[Part, ...]:
+        """Of a ticket that is not read, and perhaps never looked at closely."""
+        try:
+            return self._parts(ticket)
+        except LayoutMismatch:
+            return self._parts_to_tell(ticket)
+
+    def _parts_to_tell(self, ticket: Ticket) -> tuple[Part, ...]:
+        return parts_to_tell(self._layout.rank, self._layout.tp_size, ticket.tp_size)
+
+    def _addressee(self, request_id: str, ticket: Ticket, part: Part) -> tuple[PeerId, Credentials]:
+        return PeerId(ticket.engine_id, part.owner_rank), Credentials(
+            handoff_id=ticket.handoff_id,
+            incarnation=ticket.incarnation,
+            fence=ticket.fence,
+            secret=ticket.secret,
+            reader=_reader_name(self._peer, request_id),
+            share=part.share,
+        )
+
+
+def _reader_name(peer: PeerId, request_id: str) -> str:
+    """What owners tell a request's reads from others' by.
+
+    Servers take the id from whoever sends the request: it may have any length and characters.
+    """
+    digest = hashlib.blake2b(request_id.encode("utf-8", "surrogatepass"), digest_size=16)
+    return f"{peer}#{digest.hexdigest()}"
+
+
+def _stop(load: _Load) -> None:
+    for handle in load.handles:
+        handle.cancel()
+
+
+def _cause(load: _Load) -> BaseException | None:
+    """The error that came of itself, not of stopping the others."""
+    if load.copy is not None:
+        return load.copy.exception()
+    errors = [handle.error for handle in load.handles if handle.state is TransferState.FAILED]
+    return next((error for error in errors if error is not None), None)
+
+
+def _outcome(load: _Load) -> Outcome:
+    if not load.handles:
+        return Outcome.REFUSED
+    error = _cause(load)
+    if error is None:
+        return Outcome.OK if load.arrived else Outcome.CANCELLED
+    if isinstance(error, DigestMismatch):
+        return Outcome.CORRUPTED
+    if isinstance(error, OwnerUnproven):
+        return Outcome.UNPROVEN
+    return Outcome.REFUSED if isinstance(error, HandoffRefused | LayoutMismatch) else Outcome.FAILED
+
+
+def _is_counted_off(handle: TransferHandle) -> bool:
+    """Whether the owner rank has released us, or would not listen to us."""
+    return handle.state is TransferState.DONE or isinstance(handle.error, HandoffRefused)
