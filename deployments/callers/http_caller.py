@@ -1,4 +1,7 @@
-"""Calls vLLM's OpenAI servers over HTTP, as :mod:`deployments.callers.replica_caller` calls replicas of Serve."""
+"""Calls vLLM's OpenAI servers over HTTP.
+
+As :mod:`deployments.callers.replica_caller` calls replicas of Serve.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,7 @@ class HttpCaller:
     async def prefill(
         self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> PrefillAnswer:
-        """Has one prefill server compute the prompt; see :class:`deployments.router.caller.Caller`."""
+        """Has one server compute the prompt; see :class:`deployments.router.caller.Caller`."""
         url, alive_at = await self._alive("prefill", exclude, only)
         fields = prefill_body(request.method, request.body.fields)
         with self._servers.calling(url):

@@ -3,7 +3,8 @@
 Both servers render the prompt, each from what it is sent, so a request for prefill is the client's
 own but for what contradicts the clamp to one token. Each field of the API has its place here;
 fields that the API does not know go through unchanged. What prefill refuses all the same, decode
-decides on, which sees the request as it came (:class:`~deployments.callers.http_caller.HttpCaller`).
+decides on, which sees the request as it came
+(:class:`~deployments.callers.http_caller.HttpCaller`).
 """
 
 from __future__ import annotations

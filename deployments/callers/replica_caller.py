@@ -65,7 +65,7 @@ class ReplicaCaller:
     async def prefill(
         self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> PrefillAnswer:
-        """Has one prefill replica compute the prompt; see :class:`deployments.router.caller.Caller`.
+        """Has one replica compute the prompt; see :class:`deployments.router.caller.Caller`.
 
         Raises:
             NoReplica: none took the call in time.
@@ -123,7 +123,7 @@ class ReplicaCaller:
             return await self._well(role, RouteHint())
 
     async def well(self, side: Side, exclude: frozenset[str]) -> str:
-        """A replica that has just said that it is well; see :class:`deployments.router.caller.Caller`."""
+        """A replica that is well; see :class:`deployments.router.caller.Caller`."""
         return await self._well(side, RouteHint(exclude=exclude), WELL_TIMEOUT_S)
 
     async def replicas(self, side: Side) -> int:

@@ -1,8 +1,8 @@
 """Which replica gets a call: the least loaded one that the caller does not rule out.
 
 Serve's routers know load but not what happened to this request before. Every call of Baton between
-replicas therefore carries a :class:`~deployments.replicas.route_hint.RouteHint` as its first argument,
-which this router reads.
+replicas therefore carries a :class:`~deployments.replicas.route_hint.RouteHint` as its first
+argument, which this router reads.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from deployments.streams.generation import GenerationRequest, Output, PrefillAns
 
 
 class Caller(Protocol):
-    """Calls replicas: :class:`~deployments.callers.replica_caller.ReplicaCaller` does it through Serve.
+    """Calls replicas, through Serve or over HTTP (:mod:`deployments.callers`).
 
     All from one event loop. Cancelling a call, or closing its iterator, ends the work at the
     replica; a ticket that a cancelled prefill leaves behind all the same is the caller's to abort.

@@ -8,9 +8,9 @@
                       │       ticket          │
                       └───────────────────────┘ prompt and tokens sent, from the start elsewhere
 
-Events go in, instructions come out; :mod:`deployments.router.passage` carries them out. Three things never
-happen, whatever the order of events: a ticket is left behind without being told so to its owner, a
-request ends without an answer, two prefills of one request run at the same time.
+Events go in, instructions come out; :mod:`deployments.router.passage` carries them out. Three
+things never happen, whatever the order of events: a ticket is left behind without being told so to
+its owner, a request ends without an answer, two prefills of one request run at the same time.
 """
 
 from __future__ import annotations

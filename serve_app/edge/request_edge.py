@@ -62,8 +62,8 @@ def body_fault(fields: Mapping[str, Any]) -> Fault | None:
     """Why a body must not be passed on; None if it may.
 
     Args:
-        fields: the JSON object :func:`~serve_app.edge.lax_fields.as_read`, those fields that the API
-            does not know included.
+        fields: the JSON object :func:`~serve_app.edge.lax_fields.as_read`, those fields that the
+            API does not know included.
     """
     return _unfit(fields) or _reserved(fields) or _out_of_range(fields) or _name(fields)
 

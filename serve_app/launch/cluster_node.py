@@ -8,8 +8,9 @@ knows nothing of etcd::
     python -m serve_app.launch.cluster_node stop
 
 A supervisor process stays behind; everything else descends from it and ends with it, however it
-ends (:mod:`serve_app.launch.parent_death`). It ends by itself when Ray's raylet does, so ``ray down`` and
-``ray stop`` take etcd along. Its process id, and the logs, are in ``$BATON_STATE`` (``~/.baton``).
+ends (:mod:`serve_app.launch.parent_death`). It ends by itself when Ray's raylet does, so
+``ray down`` and ``ray stop`` take etcd along. Its process id, and the logs, are in
+``$BATON_STATE`` (``~/.baton``).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """``baton up``: etcd, Ray and the Serve application on this machine, until Ctrl-C.
 
-Everything that is started here lives and dies with this program, see ``serve_app.launch.parent_death``.
+Everything that is started here lives and dies with this program
+(:mod:`serve_app.launch.parent_death`).
 """
 
 from __future__ import annotations

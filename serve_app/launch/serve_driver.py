@@ -1,7 +1,7 @@
 """``serve run CONFIG``, and a file that says how far it is.
 
-The launcher runs ``python -m serve_app.launch.serve_driver CONFIG STATUS_FILE`` against a running Ray.
-The command is Serve's own; a thread beside it asks Serve for the state of the application and
+The launcher runs ``python -m serve_app.launch.serve_driver CONFIG STATUS_FILE`` against a running
+Ray. The command is Serve's own; a thread beside it asks Serve for the state of the application and
 writes it down, until the application runs or cannot be deployed.
 """
 

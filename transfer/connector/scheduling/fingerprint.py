@@ -62,8 +62,8 @@ def layout_hash(vllm_config: VllmConfig, *, packing: str, attention_backend: str
 
     32 digits are a hash of everything; then come 4 for each of :data:`FACTORS`, for
     :func:`differing`. What is compared or translated on its own is not in it: tensor parallelism,
-    block sizes and the order of axes, which :mod:`transfer.connector.kv.layout` describes. Nor is what
-    changes no KV of a prompt, like speculation that has no layers of its own.
+    block sizes and the order of axes, which :mod:`transfer.connector.kv.layout` describes. Nor is
+    what changes no KV of a prompt, like speculation that has no layers of its own.
     """
     from vllm import __version__ as vllm_version
 

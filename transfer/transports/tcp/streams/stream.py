@@ -149,7 +149,7 @@ class TcpStream:
         return True
 
     def apart(self, number: int, streams: int, size_bytes: int) -> AbstractContextManager[None]:
-        """See :func:`transfer.transports.tcp.streams.processors.apart`; without effect between hosts."""
+        """See :func:`~transfer.transports.tcp.streams.processors.apart`; nothing between hosts."""
         if not self._gains_by_sharing:
             return nullcontext()
         return processors.apart(number, streams, size_bytes)
