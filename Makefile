@@ -71,7 +71,7 @@ chaos: $(STAMP) ## Inject every fault under load and write the table in docs/rel
 	rm -rf build/chaos
 	@status=0; $(BIN)/python -m pytest tests/chaos -m 'chaos and not soak' $(PYTEST_ARGS) || status=$$?; \
 	  CHAOS_TLS=1 $(BIN)/python -m pytest tests/chaos -m 'chaos and not soak' -k strangers || status=$$?; \
-	  $(BIN)/python -m tests.support.chaos_table; exit $$status
+	  $(BIN)/python -m tests.support.chaos.table; exit $$status
 
 soak: $(STAMP) ## Mixed traffic and a random fault every 20 s (SOAK_MINUTES)
 	SOAK_MINUTES=$(SOAK_MINUTES) $(BIN)/python -m pytest tests/chaos/test_soak.py -m soak -s $(PYTEST_ARGS)

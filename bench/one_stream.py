@@ -23,8 +23,8 @@ from pathlib import Path
 import psutil
 
 from serve_app.launch.demo_model import resolve_model
-from tests.support.baton_app import ROOT, BatonApp
-from tests.support.vllm_server import VllmServer
+from tests.support.servers.baton_app import ROOT, BatonApp
+from tests.support.servers.vllm_server import VllmServer
 
 MODEL = "smollm2-135m-instruct"
 WORDS = (50, 500, 1000)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.certificates import Authority
-from tests.support.chaos_app import ChaosApp, chaos_app
+from tests.support.chaos.app import ChaosApp, chaos_app
+from tests.support.servers.certificates import Authority
 
 RESULTS = Path(os.environ.get("CHAOS_RESULTS", "build/chaos"))
-"""Where rows of the table are kept; tests/support/chaos_table.py makes the table of them."""
+"""Where rows of the table are kept; tests/support/chaos/table.py makes the table of them."""
 
 TLS = os.environ.get("CHAOS_TLS") == "1"
 """Whether workers speak TLS with each other. Not in one session: two applications are too much for

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.chaos_app import ChaosApp
-from tests.support.chaos_fault import Fault
-from tests.support.chaos_faults import ALONE, FAULTS
-from tests.support.chaos_run import run_alone, run_under_load
+from tests.support.chaos.app import ChaosApp
+from tests.support.chaos.fault import Fault
+from tests.support.chaos.faults import ALONE, FAULTS
+from tests.support.chaos.run import run_alone, run_under_load
 
 # The first test starts the application.
 pytestmark = pytest.mark.timeout(600)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.link_relays import Link, Relays
-from tests.support.transfer_engines import (
+from tests.support.network.link_relays import Link, Relays
+from tests.support.transfers.engines import (
     Pair,
     engine_pair,
     fails,

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.support.chaos_app import ChaosApp
-from tests.support.chaos_fault import ALWAYS_OK, Began, Fault
-from tests.support.chaos_faults import FAULTS
-from tests.support.load import Ended, Result
+from tests.support.chaos.app import ChaosApp
+from tests.support.chaos.fault import ALWAYS_OK, Began, Fault
+from tests.support.chaos.faults import FAULTS
+from tests.support.load.questions import Ended, Result
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "30"))
 FAULT_EVERY_S = 20.0

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.chaos_run import Row
-from tests.support.etcd_server import EtcdServer
-from tests.support.fault_points import FaultPoints
-from tests.support.vllm_server import VllmServer, free_port, post
+from tests.support.chaos.run import Row
+from tests.support.servers.etcd_server import EtcdServer
+from tests.support.servers.vllm_server import VllmServer, free_port, post
+from tests.support.transfers.fault_points import FaultPoints
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.baton_app import BatonApp, write_config
-from tests.support.fault_points import FaultPoints
-from tests.support.streams import Stream
-from tests.support.vllm_server import get, metric, post
+from tests.support.load.streams import Stream
+from tests.support.servers.baton_app import BatonApp, write_config
+from tests.support.servers.vllm_server import get, metric, post
+from tests.support.transfers.fault_points import FaultPoints
 from transfer import faults
 
 pytestmark = pytest.mark.timeout(600)

@@ -19,9 +19,9 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     TokenizeCompletionRequest,
 )
 
-from tests.support.baton_app import BatonApp, write_config
-from tests.support.malformed_requests import corpus
-from tests.support.vllm_server import VllmServer, post
+from tests.support.load.malformed_requests import corpus
+from tests.support.servers.baton_app import BatonApp, write_config
+from tests.support.servers.vllm_server import VllmServer, post
 
 pytestmark = pytest.mark.timeout(400)
 

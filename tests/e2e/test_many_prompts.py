@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from serve_app.launch.parent_death import EXIT_INTERRUPTED
-from tests.support.baton_app import BatonApp, write_config
-from tests.support.vllm_server import VllmServer, post
+from tests.support.servers.baton_app import BatonApp, write_config
+from tests.support.servers.vllm_server import VllmServer, post
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -16,8 +16,8 @@ import pytest
 
 from serve_app.launch.demo_model import ensure_demo_model
 from serve_app.launch.etcd_binary import find_etcd
-from tests.support.nodes import Node, NoNamespaces, two_nodes
-from tests.support.vllm_server import CPU_ENV, metric
+from tests.support.servers.nodes import Node, NoNamespaces, two_nodes
+from tests.support.servers.vllm_server import CPU_ENV, metric
 
 pytestmark = pytest.mark.timeout(480)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.etcd_server import EtcdServer
-from tests.support.ray_app import ray_app
-from tests.support.reference import reference_texts
-from tests.support.vllm_server import get, metric, post
+from tests.support.load.reference import reference_texts
+from tests.support.servers.etcd_server import EtcdServer
+from tests.support.servers.ray_app import ray_app
+from tests.support.servers.vllm_server import get, metric, post
 
 pytestmark = pytest.mark.timeout(720)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.baton_app import BatonApp, write_config
-from tests.support.stand_in_proxy import StandInProxy
-from tests.support.tiny_adapter import make_tiny_adapter
-from tests.support.vllm_server import VllmServer, get, metric, post
+from tests.support.models.tiny_adapter import make_tiny_adapter
+from tests.support.network.stand_in_proxy import StandInProxy
+from tests.support.servers.baton_app import BatonApp, write_config
+from tests.support.servers.vllm_server import VllmServer, get, metric, post
 
 pytestmark = pytest.mark.timeout(600)
 

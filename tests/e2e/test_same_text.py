@@ -18,10 +18,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from serve_app.launch.demo_model import resolve_model
-from tests.support.baton_app import ROOT, BatonApp, write_config
-from tests.support.reference import reference_texts
-from tests.support.streams import Stream
-from tests.support.vllm_server import get, metric, post
+from tests.support.load.reference import reference_texts
+from tests.support.load.streams import Stream
+from tests.support.servers.baton_app import ROOT, BatonApp, write_config
+from tests.support.servers.vllm_server import get, metric, post
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -20,9 +20,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.baton_app import BatonApp, write_config
-from tests.support.etcd_server import EtcdServer
-from tests.support.vllm_server import metric
+from tests.support.servers.baton_app import BatonApp, write_config
+from tests.support.servers.etcd_server import EtcdServer
+from tests.support.servers.vllm_server import metric
 
 pytestmark = pytest.mark.timeout(600)
 

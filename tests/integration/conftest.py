@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.etcd_server import EtcdServer
-from tests.support.etcd_sessions import TTL_S, Session, admin
+from tests.support.servers.etcd_server import EtcdServer
+from tests.support.servers.etcd_sessions import TTL_S, Session, admin
 from transfer.discovery import Discovery, make_discovery
 
 

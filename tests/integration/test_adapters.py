@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.etcd_server import EtcdServer
-from tests.support.stock_servers import PREFILL, Counters, make_prompt, transfer_config, wait_for
-from tests.support.tiny_adapter import make_tiny_adapter
-from tests.support.vllm_server import VllmServer
+from tests.support.models.tiny_adapter import make_tiny_adapter
+from tests.support.servers.etcd_server import EtcdServer
+from tests.support.servers.stock_servers import (
+    PREFILL,
+    Counters,
+    make_prompt,
+    transfer_config,
+    wait_for,
+)
+from tests.support.servers.vllm_server import VllmServer
 
 pytestmark = pytest.mark.timeout(300)
 

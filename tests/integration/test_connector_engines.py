@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.etcd_server import EtcdServer
-from tests.support.etcd_sessions import admin
-from tests.support.meddling_relay import Meddler, MeddlingRelay, greet_only
-from tests.support.raw_connections import Message, welcome
-from tests.support.stock_servers import (
+from tests.support.network.meddling_relay import Meddler, MeddlingRelay, greet_only
+from tests.support.network.raw_connections import Message, welcome
+from tests.support.servers.etcd_server import EtcdServer
+from tests.support.servers.etcd_sessions import admin
+from tests.support.servers.stock_servers import (
     PREFILL,
     Counters,
     colocated,
@@ -23,7 +23,7 @@ from tests.support.stock_servers import (
     transfer_config,
     wait_for,
 )
-from tests.support.vllm_server import VllmServer, get, post
+from tests.support.servers.vllm_server import VllmServer, get, post
 from transfer.types import PeerId, PeerInfo
 
 pytestmark = pytest.mark.timeout(300)

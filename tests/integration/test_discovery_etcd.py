@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from tests.support.etcd_server import EtcdServer
-from tests.support.etcd_sessions import TTL_S, Heard, Session, admin, eventually
-from tests.support.link_relays import Link, Relays
-from tests.support.records import worker_record
-from tests.support.stand_in_proxy import StandInProxy
+from tests.support.network.link_relays import Link, Relays
+from tests.support.network.stand_in_proxy import StandInProxy
+from tests.support.scripted.records import worker_record
+from tests.support.servers.etcd_server import EtcdServer
+from tests.support.servers.etcd_sessions import TTL_S, Heard, Session, admin, eventually
 from transfer.discovery import PeerEventKind, make_discovery
 from transfer.discovery.etcd_client import EtcdClient, Listing
 from transfer.discovery.record import encode_record, record_key

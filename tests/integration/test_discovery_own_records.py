@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.etcd_server import EtcdServer
-from tests.support.etcd_sessions import TTL_S, Heard, Session, admin, eventually
-from tests.support.records import worker_record
+from tests.support.scripted.records import worker_record
+from tests.support.servers.etcd_server import EtcdServer
+from tests.support.servers.etcd_sessions import TTL_S, Heard, Session, admin, eventually
 from transfer.discovery import PeerEventKind
 from transfer.discovery.etcd_client import EtcdClient
 from transfer.discovery.own_records import OwnRecords
@@ -54,7 +54,7 @@ def test_a_restarted_worker_overwrites_its_record_and_is_not_taken_back(
 def test_a_killed_worker_is_gone_within_its_lease(etcd: EtcdServer, session: Session) -> None:
     program = f"""
         import time
-        from tests.support.records import worker_record
+        from tests.support.scripted.records import worker_record
         from transfer.discovery import make_discovery
         d = make_discovery(
             {{"kind": "etcd", "endpoints": ["{etcd.endpoint}"], "lease_ttl_s": {TTL_S}}})

@@ -11,9 +11,9 @@ from pathlib import Path
 import pyetcd
 import pytest
 
-from tests.support.etcd_server import EtcdServer
-from tests.support.etcd_sessions import TTL_S, Heard, Session, admin, eventually
-from tests.support.records import worker_record
+from tests.support.scripted.records import worker_record
+from tests.support.servers.etcd_server import EtcdServer
+from tests.support.servers.etcd_sessions import TTL_S, Heard, Session, admin, eventually
 from transfer.discovery import PeerEventKind
 from transfer.discovery.etcd_client import EtcdClient, WatchStream
 from transfer.errors import ConfigurationError

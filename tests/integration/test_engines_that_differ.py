@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.etcd_server import EtcdServer
-from tests.support.stock_servers import (
+from tests.support.servers.etcd_server import EtcdServer
+from tests.support.servers.stock_servers import (
     Counters,
     colocated,
     make_prompt,
@@ -16,7 +16,7 @@ from tests.support.stock_servers import (
     transfer_config,
     wait_for,
 )
-from tests.support.vllm_server import VllmServer
+from tests.support.servers.vllm_server import VllmServer
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 import pytest
 import yaml
 
-from tests.support.certificates import Authority
+from tests.support.servers.certificates import Authority
 
 STAND_IN = Path(__file__).with_name("launcher_stand_in.py")
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Both stand in for a test: they start something, say so, and never end it.
 STARTS_A_FAMILY = """
 import sys, threading, time
-from tests.support.lifeline import start_tied
+from tests.support.servers.lifeline import start_tied
 family = "import os, time; os.fork(); os.fork(); print('up', flush=True); time.sleep(300)"
 log = open(sys.argv[1], "wb")
 thread = threading.Thread(target=start_tied, args=([sys.executable, "-c", family], log))
@@ -31,7 +31,7 @@ time.sleep(300)
 STARTS_A_SERVER = """
 import sys, time
 from pathlib import Path
-from tests.support.vllm_server import VllmServer
+from tests.support.servers.vllm_server import VllmServer
 options = ["--dtype", "float32", "--max-model-len", "1024", "--block-size", "32"]
 server = VllmServer(Path(sys.argv[2]), options, Path(sys.argv[1]))
 server.start()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.vllm_server import VllmServer
+from tests.support.servers.vllm_server import VllmServer
 
 pytestmark = pytest.mark.timeout(300)
 

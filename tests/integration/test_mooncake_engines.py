@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serve_app.launch.surroundings import free_ports
-from tests.support.vllm_server import VllmServer
+from tests.support.servers.vllm_server import VllmServer
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -13,7 +13,7 @@ import pytest
 
 from serve_app.launch.probe import ask
 from serve_app.launch.surroundings import certificate_problem, http_address
-from tests.support.certificates import Authority
+from tests.support.servers.certificates import Authority
 
 
 class Healthy(BaseHTTPRequestHandler):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.certificates import Authority
-from tests.support.transfer_engines import engine_pair, succeeds, wait_until
+from tests.support.servers.certificates import Authority
+from tests.support.transfers.engines import engine_pair, succeeds, wait_until
 from transfer.settings import TransferSettings
 from transfer.transports.tcp.streams import processors
 

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from tests.support.kv_pools import make_pool
-from tests.support.scheduler_requests import make_ticket, tokens
-from tests.support.staged_memory import BLOCK, MODEL
-from tests.support.tickets import changed_params
-from tests.support.transfer_engines import LAYOUT_HASH, Directory, make_engine
+from tests.support.scripted.scheduler_requests import make_ticket, tokens
+from tests.support.scripted.tickets import changed_params
+from tests.support.transfers.engines import LAYOUT_HASH, Directory, make_engine
+from tests.support.transfers.kv_pools import make_pool
+from tests.support.transfers.staged_memory import BLOCK, MODEL
 from transfer.connector.metadata import Holding, NewOffer, NewRead
 from transfer.connector.stats import Outcome
 from transfer.connector.working.in_place import InPlace

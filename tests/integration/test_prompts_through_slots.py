@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.support.scheduler_requests import make_ticket, tokens
-from tests.support.staged_memory import BLOCK, MODEL, StagedMemory
-from tests.support.transfer_engines import LAYOUT_HASH, Directory, make_engine, wait_until
+from tests.support.scripted.scheduler_requests import make_ticket, tokens
+from tests.support.transfers.engines import LAYOUT_HASH, Directory, make_engine, wait_until
+from tests.support.transfers.staged_memory import BLOCK, MODEL, StagedMemory
 from transfer.connector.metadata import Holding, NewOffer, NewRead
 from transfer.connector.stats import Outcome
 from transfer.connector.working.offers import EndedOffer, PromptOffers

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.proxy_setup import run, setup
-from tests.support.scripted_servers import (
+from tests.support.network.stand_in_proxy import StandInProxy
+from tests.support.scripted.servers import (
     DONE,
     EVENTS,
     TICKET,
@@ -21,7 +21,7 @@ from tests.support.scripted_servers import (
     streams,
     ticket,
 )
-from tests.support.stand_in_proxy import StandInProxy
+from tests.support.servers.proxy_setup import run, setup
 
 
 def test_a_request_goes_through_prefill_and_decode() -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.etcd_server import EtcdServer
-from tests.support.etcd_sessions import admin, eventually
-from tests.support.lifeline import start_tied
-from tests.support.link_relays import Link, Relays
-from tests.support.registered_server import leave, registered_server
-from tests.support.reporting_process import ROOT
-from tests.support.vllm_server import free_port, get, post
+from tests.support.network.link_relays import Link, Relays
+from tests.support.servers.etcd_server import EtcdServer
+from tests.support.servers.etcd_sessions import admin, eventually
+from tests.support.servers.lifeline import start_tied
+from tests.support.servers.registered_server import leave, registered_server
+from tests.support.servers.vllm_server import free_port, get, post
+from tests.support.transfers.reporting_process import ROOT
 from transfer.discovery.record import record_key
 from transfer.discovery.settings import EtcdSettings
 from transfer.types import PeerId

@@ -12,8 +12,7 @@ from yarl import URL
 
 from serve_app.edge.body_limits import BodyLimits
 from serve_app.proxy.endpoint import BODY_LIMITS
-from tests.support.proxy_setup import run, setup
-from tests.support.scripted_servers import (
+from tests.support.scripted.servers import (
     DONE,
     EVENTS,
     completes,
@@ -22,6 +21,7 @@ from tests.support.scripted_servers import (
     streams,
     ticket,
 )
+from tests.support.servers.proxy_setup import run, setup
 
 # ---- requests that no server sees ----------------------------------------------------------------
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.support.proxy_setup import run, setup
-from tests.support.scripted_servers import (
+from tests.support.scripted.servers import (
     DONE,
     EVENTS,
     Server,
@@ -25,6 +24,7 @@ from tests.support.scripted_servers import (
     stumbles,
     ticket,
 )
+from tests.support.servers.proxy_setup import run, setup
 
 BROKEN = pytest.mark.parametrize(
     "broken", [says(503), dead, empty, streams()], ids=["503", "dead", "empty", "no event"]

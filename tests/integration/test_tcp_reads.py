@@ -11,8 +11,8 @@ from io import BufferedReader
 import numpy as np
 import pytest
 
-from tests.support.raw_connections import Message, welcome
-from tests.support.transfer_engines import (
+from tests.support.network.raw_connections import Message, welcome
+from tests.support.transfers.engines import (
     Buffer,
     engine_pair,
     fails,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.corrupting_connector import FOLDER
-from tests.support.etcd_server import EtcdServer
-from tests.support.stock_servers import (
+from tests.support.models.tiny_model import make_tiny_model
+from tests.support.servers.etcd_server import EtcdServer
+from tests.support.servers.stock_servers import (
     Counters,
     colocated,
     make_prompt,
@@ -22,8 +22,8 @@ from tests.support.stock_servers import (
     transfer_config,
     wait_for,
 )
-from tests.support.tiny_model import make_tiny_model
-from tests.support.vllm_server import VllmServer
+from tests.support.servers.vllm_server import VllmServer
+from tests.support.transfers.corrupting_connector import FOLDER
 
 pytestmark = pytest.mark.timeout(420)
 
@@ -84,7 +84,7 @@ def _server(model: Path, etcd: EtcdServer, sizes: tuple[int, int], log: Path) ->
         etcd.endpoint,
         "kv_both",
         kv_connector="CorruptingConnector",
-        kv_connector_module_path="tests.support.corrupting_connector",
+        kv_connector_module_path="tests.support.transfers.corrupting_connector",
         # Up to four processes load their first kernels on two cores while they are first connected,
         # and can miss every renewal of a lease of 5 s.
         discovery={

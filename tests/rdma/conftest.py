@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.leaks import nothing_left
-from tests.support.rdma_ends import Ends
-from tests.support.transfer_cases import TransferCase, need_rdma_devices, rdma_case
-from tests.support.transfer_engines import Pair, engine_pair
+from tests.support.load.leaks import nothing_left
+from tests.support.transfers.cases import TransferCase, need_rdma_devices, rdma_case
+from tests.support.transfers.engines import Pair, engine_pair
+from tests.support.transfers.rdma_ends import Ends
 from transfer.settings import TransferSettings
 from transfer.transports.rdma.owner import RdmaAttachment
 

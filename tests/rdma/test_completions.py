@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.rdma_ends import Ends, stretched, until_ended, with_keys
+from tests.support.transfers.rdma_ends import Ends, stretched, until_ended, with_keys
 from transfer.errors import HandoffRefused, PeerUnreachable, RegistrationError
 from transfer.transports.rdma import verbs
 from transfer.transports.rdma.completion import Status, error_of

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.support.transfer_cases import TransferCase
-from tests.support.transfer_engines import Buffer, Directory, Pair, make_engine, succeeds
+from tests.support.transfers.cases import TransferCase
+from tests.support.transfers.engines import Buffer, Directory, Pair, make_engine, succeeds
 from transfer.errors import RegistrationError
 from transfer.settings import TransferSettings
 from transfer.transports.rdma.verbs import OpenDevice, Registration

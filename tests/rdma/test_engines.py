@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.support.owner_process import owner_process
-from tests.support.stalling_lanes import StallingLanes
-from tests.support.transfer_cases import TransferCase
-from tests.support.transfer_engines import (
+from tests.support.transfers.cases import TransferCase
+from tests.support.transfers.engines import (
     Buffer,
     Directory,
     Pair,
@@ -18,6 +16,8 @@ from tests.support.transfer_engines import (
     succeeds,
     wait_until,
 )
+from tests.support.transfers.owner_process import owner_process
+from tests.support.transfers.stalling_lanes import StallingLanes
 from transfer.errors import (
     ConfigurationError,
     HandoffRefused,

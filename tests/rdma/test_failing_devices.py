@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.rdma_ends import Ends
-from tests.support.transfer_engines import Pair, fails, succeeds
+from tests.support.transfers.engines import Pair, fails, succeeds
+from tests.support.transfers.rdma_ends import Ends
 from transfer.errors import TransportUnavailable
 from transfer.settings import TransferSettings
 from transfer.transports.rdma.handshake import End, encode_request

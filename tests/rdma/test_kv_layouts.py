@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.support.transfer_cases import TransferCase
-from tests.support.transfer_engines import Directory, make_engine, succeeds, take_ended
+from tests.support.transfers.cases import TransferCase
+from tests.support.transfers.engines import Directory, make_engine, succeeds, take_ended
 from transfer.engine.handoff import HandoffState, Offer
 from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
 

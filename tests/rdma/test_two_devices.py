@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.transfer_cases import need_rdma_devices
-from tests.support.transfer_engines import Buffer, Directory, Pair, make_engine, succeeds
+from tests.support.transfers.cases import need_rdma_devices
+from tests.support.transfers.engines import Buffer, Directory, Pair, make_engine, succeeds
 from transfer.settings import TransferSettings
 from transfer.transports.rdma.device import Rail, close_rails, open_rails
 from transfer.transports.rdma.owner import RdmaAttachment

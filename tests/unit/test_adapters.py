@@ -15,7 +15,7 @@ import pytest
 from vllm.config.lora import LoRAConfig
 from vllm.lora.request import LoRARequest
 
-from tests.support.tiny_adapter import make_tiny_adapter
+from tests.support.models.tiny_adapter import make_tiny_adapter
 from transfer.connector.scheduling import adapters
 from transfer.connector.scheduling.adapters import AdapterFingerprints
 

@@ -12,7 +12,7 @@ from serve_app.config import (
     SettingsError,
     parse_settings,
 )
-from tests.support.app_settings import GOOD, changed, fault, faults
+from tests.support.servers.app_settings import GOOD, changed, fault, faults
 from transfer.settings import TransferSettings
 
 # ---- what is accepted ----------------------------------------------------------------------------

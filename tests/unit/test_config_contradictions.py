@@ -10,7 +10,7 @@ from serve_app.config import (
     Settings,
     parse_settings,
 )
-from tests.support.app_settings import GOOD, changed, fault
+from tests.support.servers.app_settings import GOOD, changed, fault
 
 
 def test_replicas_and_autoscaling_exclude_each_other() -> None:

@@ -16,7 +16,7 @@ from serve_app.config import (
     load_settings,
     parse_settings,
 )
-from tests.support.app_settings import GOOD, changed, fault
+from tests.support.servers.app_settings import GOOD, changed, fault
 
 # ---- files ---------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
-from tests.support.scheduler_requests import (
+from tests.support.scripted.scheduler_requests import (
     blocks_for,
     decode_request,
     finish,
@@ -21,7 +21,7 @@ from tests.support.scheduler_requests import (
     schedule,
     tokens,
 )
-from tests.support.tickets import JSON, changed_params
+from tests.support.scripted.tickets import JSON, changed_params
 from transfer.connector.metadata import WorkerReport
 from transfer.connector.stats import Outcome
 from transfer.ticket import Ticket

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
-from tests.support.scheduler_requests import (
+from tests.support.scripted.scheduler_requests import (
     BLOCK,
     HANDSHAKE,
     NOTHING,

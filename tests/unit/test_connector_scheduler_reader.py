@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
-from tests.support.scheduler_requests import (
+from tests.support.scripted.scheduler_requests import (
     BLOCK,
     HANDSHAKE,
     NOTHING,

@@ -13,7 +13,7 @@ from deployments.router.admission import Admission, AdmissionPolicy
 from deployments.router.coordinator import Coordinator
 from deployments.router.router_event import RouterEvent
 from deployments.streams.generation import Output, PrefillAnswer, Sent
-from tests.support.scripted_replicas import (
+from tests.support.scripted.replicas import (
     BAD,
     CHUNKS,
     INFO,

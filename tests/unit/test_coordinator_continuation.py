@@ -9,7 +9,7 @@ import pytest
 
 from deployments.errors import ContinuationMismatch, NoReplica
 from deployments.streams.generation import Output, PrefillAnswer, Sent
-from tests.support.scripted_replicas import BAD, T1, T2, FakeCaller, lost, part, served
+from tests.support.scripted.replicas import BAD, T1, T2, FakeCaller, lost, part, served
 
 
 def test_broken_stream_goes_on_with_what_the_client_has() -> None:

@@ -9,7 +9,7 @@ import pytest
 from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy
 from deployments.streams.generation import PrefillAnswer
-from tests.support.scripted_replicas import (
+from tests.support.scripted.replicas import (
     CHUNKS,
     HANG,
     POLICY,

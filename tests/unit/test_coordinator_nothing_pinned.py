@@ -14,9 +14,9 @@ from ray.llm._internal.serve.core.configs.openai_api_models import CompletionReq
 from deployments.errors import NoReplica, ServiceUnavailable
 from deployments.router.coordinator import Coordinator
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, Sent
-from tests.support.scripted_replicas import BAD, POLICY, FakeCaller, drive, generation, lost
-from tests.support.scripted_world import DecodeCall, World
-from tests.support.tickets import make_ticket
+from tests.support.scripted.replicas import BAD, POLICY, FakeCaller, drive, generation, lost
+from tests.support.scripted.tickets import make_ticket
+from tests.support.scripted.world import DecodeCall, World
 
 GOOD = make_ticket().to_params()
 AT_ONCE = 2

@@ -12,7 +12,7 @@ from deployments.errors import NoReplica, ServiceUnavailable
 from deployments.router.coordinator import Coordinator
 from deployments.router.router_event import RouterEvent
 from deployments.streams.generation import PrefillAnswer, WholeAnswer
-from tests.support.scripted_replicas import (
+from tests.support.scripted.replicas import (
     BAD,
     POLICY,
     T1,

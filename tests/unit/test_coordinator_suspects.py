@@ -16,7 +16,7 @@ from deployments.router.admission import Admission, AdmissionPolicy, PromptSize
 from deployments.router.coordinator import Coordinator
 from deployments.router.router_event import RouterEvent
 from deployments.streams.generation import GenerationRequest, PrefillAnswer, Sent, WholeAnswer
-from tests.support.scripted_replicas import (
+from tests.support.scripted.replicas import (
     CHUNKS,
     HANG,
     POLICY,
@@ -28,7 +28,7 @@ from tests.support.scripted_replicas import (
     lost,
     part,
 )
-from tests.support.scripted_world import World
+from tests.support.scripted.world import World
 
 NOBODY = NoReplica("prefill", 1.0)
 

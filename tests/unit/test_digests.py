@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from tests.support.kv_pools import CPU_LAYOUTS, Model, Pool, make_pool
+from tests.support.transfers.kv_pools import CPU_LAYOUTS, Model, Pool, make_pool
 from transfer.connector.kv.digests import BlockDigests, unit_tokens
 from transfer.connector.kv.pairing import Stretch, digest_units
 from transfer.errors import ConfigurationError

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.records import worker_record
+from tests.support.scripted.records import worker_record
 from transfer.discovery import PeerEvent
 from transfer.discovery.etcd_client import KeyValue, Listing
 from transfer.discovery.mirror import PrefixMirror

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.records import worker_record
+from tests.support.scripted.records import worker_record
 from transfer.discovery import PeerEvent, PeerEventKind, StaticDiscovery
 from transfer.errors import ConfigurationError, PeerUnknown, Phase, TransferCancelled
 from transfer.types import PeerId

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.transfer_engines import Directory, make_engine
+from tests.support.transfers.engines import Directory, make_engine
 from transfer.engine import engine as engine_module
 from transfer.engine.timer import DeadlineTimer
 from transfer.errors import RegistrationError, TransferCancelled

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.support.transfer_engines import wait_until
+from tests.support.transfers.engines import wait_until
 from transfer.engine import workers as workers_module
 from transfer.engine.budget import ByteBudget
 from transfer.engine.handle import TransferHandle, TransferState

@@ -28,7 +28,7 @@ from deployments.router.request_state import (
     TicketUnread,
     Unwanted,
 )
-from tests.support.tickets import make_ticket
+from tests.support.scripted.tickets import make_ticket
 from transfer.ticket import Ticket
 
 POLICY = RetryPolicy(attempts=3, backoff_s=0.1, backoff_max_s=0.3, jitter=0.0)

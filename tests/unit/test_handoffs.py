@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.support.handoffs import (
+from tests.support.transfers.handoffs import (
     GRANT,
     READER,
     TTL_S,

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from tests.support.handoffs import READER, TTL_S, Clock, begin, claim, make_table, offer
+from tests.support.transfers.handoffs import READER, TTL_S, Clock, begin, claim, make_table, offer
 from transfer.engine.handoff import Permit
 from transfer.errors import HandoffRefused
 

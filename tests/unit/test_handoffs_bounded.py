@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.handoffs import GRANT, READER, Clock, begin, claim, make_table, offer
+from tests.support.transfers.handoffs import GRANT, READER, Clock, begin, claim, make_table, offer
 from transfer.engine import handoffs as module
 from transfer.engine.handoff import HandoffState
 from transfer.engine.handoffs import MAX_SHARE, HandoffTable

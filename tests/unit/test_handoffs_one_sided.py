@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.support.handoffs import GRANT, READER, TTL_S, Clock, claim, make_table, offer
+from tests.support.transfers.handoffs import GRANT, READER, TTL_S, Clock, claim, make_table, offer
 from transfer.engine import handoffs as module
 from transfer.engine.handoffs import HandoffTable
 from transfer.errors import HandoffRefused

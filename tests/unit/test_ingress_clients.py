@@ -14,7 +14,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 from serve_app.ingress.api_keys import ApiKeys
 from serve_app.ingress.cache_salt import cache_salt, salt_of_key
 from serve_app.ingress.endpoint import Ingress
-from tests.support.scripted_ingress import (
+from tests.support.scripted.ingress import (
     ANSWER,
     CHAT,
     CHATS,

@@ -16,8 +16,8 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 )
 
 from serve_app.ingress.api_keys import ApiKeys
-from tests.support.malformed_requests import JUNK, bodies
-from tests.support.scripted_ingress import (
+from tests.support.load.malformed_requests import JUNK, bodies
+from tests.support.scripted.ingress import (
     ANSWER,
     BEAMS,
     CHAT,

@@ -14,7 +14,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 )
 
 from deployments.errors import NoReplica, ReplicaLost
-from tests.support.scripted_ingress import (
+from tests.support.scripted.ingress import (
     ANSWER,
     CHAT,
     COMPLETION,

@@ -12,8 +12,8 @@ from deployments.callers.replica_caller import ReplicaCaller
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.replicas.health import TransferUnhealthy
 from serve_app.ingress.metrics import SCRAPE_KEPT_S
-from tests.support.scripted_handles import FakeHandle, answers, fails
-from tests.support.scripted_ingress import Endpoint
+from tests.support.scripted.handles import FakeHandle, answers, fails
+from tests.support.scripted.ingress import Endpoint
 
 
 @pytest.fixture

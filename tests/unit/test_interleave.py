@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.streams.interleave import interleaved
-from tests.support.scripted_replicas import drive
+from tests.support.scripted.replicas import drive
 
 
 class Streams:

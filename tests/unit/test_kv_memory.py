@@ -9,7 +9,7 @@ import pytest
 import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from tests.support.kv_pools import Model, Pool, make_pool
+from tests.support.transfers.kv_pools import Model, Pool, make_pool
 from transfer.connector.kv.ranges import KVRange
 from transfer.connector.memory.kv_memory import KVMemory
 from transfer.connector.settings import ConnectorSettings

@@ -15,7 +15,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 )
 
 from serve_app.edge.lax_fields import READ, as_read
-from tests.support.malformed_requests import JUNK
+from tests.support.load.malformed_requests import JUNK
 
 NUMBERS = st.integers(-3, 5) | st.floats() | st.booleans() | st.integers()
 TEXTS = NUMBERS.map(str) | st.sampled_from([" 2 ", "2.0", "+2", "1_0", "9" * 5000, "off", "\ud800"])

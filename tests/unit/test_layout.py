@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from tests.support.kv_pools import Model, make_pool
+from tests.support.transfers.kv_pools import Model, make_pool
 from transfer.connector.kv.layout import (
     MAX_LAYOUT_BYTES,
     KVLayout,

@@ -7,7 +7,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from tests.support.kv_pools import Model, make_pool
+from tests.support.transfers.kv_pools import Model, make_pool
 from transfer.connector.kv.packing import UNKNOWN_TOKENS, cpu_packing, token_major
 
 CASES = [

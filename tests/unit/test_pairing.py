@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from tests.support.kv_pools import CPU_LAYOUTS, Model, Pool, make_pool
+from tests.support.transfers.kv_pools import CPU_LAYOUTS, Model, Pool, make_pool
 from transfer.connector.kv.heads import HeadRange, parts_of
 from transfer.connector.kv.layout import KVLayout, LayerView, describe
 from transfer.connector.kv.packing import cpu_packing, token_major

@@ -7,7 +7,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
-from tests.support.transfer_engines import wait_until
+from tests.support.transfers.engines import wait_until
 from transfer.engine.budget import ByteBudget
 from transfer.engine.links import Link, PeerLinks
 from transfer.engine.memory import MemoryTable

@@ -9,8 +9,8 @@ import pytest
 import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from tests.support.kv_pools import Model, make_pool
-from tests.support.tickets import make_ticket
+from tests.support.scripted.tickets import make_ticket
+from tests.support.transfers.kv_pools import Model, make_pool
 from transfer.connector.metadata import Holding
 from transfer.connector.working.reads import PromptReads
 from transfer.engine.engine import TransferEngine

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.support.transfer_engines import Directory, make_engine
+from tests.support.transfers.engines import Directory, make_engine
 from transfer.discovery.base import PeerEventKind
 from transfer.engine.engine import EngineState
 from transfer.errors import RegistrationError, TransportUnavailable

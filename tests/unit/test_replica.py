@@ -16,8 +16,8 @@ from deployments.callers.replica_caller import ReplicaCaller
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.replicas.health import TransferUnhealthy
 from deployments.router.background import Background
-from tests.support.scripted_handles import FakeHandle, Script, answers, fails, hangs
-from tests.support.scripted_replicas import drive, generation
+from tests.support.scripted.handles import FakeHandle, Script, answers, fails, hangs
+from tests.support.scripted.replicas import drive, generation
 
 DOWN = TransferUnhealthy("the transfer engine of rank 0 of e is down")
 

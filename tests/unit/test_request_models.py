@@ -16,7 +16,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 )
 
 from serve_app.ingress import request_models
-from tests.support.malformed_requests import bodies
+from tests.support.load.malformed_requests import bodies
 
 COMPLETION: dict[str, Any] = {"model": "demo", "prompt": "Once"}
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from tests.support.staged_memory import BLOCK, MODEL, StagedMemory
+from tests.support.transfers.staged_memory import BLOCK, MODEL, StagedMemory
 from transfer.connector.kv.digests import BlockDigests
 from transfer.connector.memory.copy_thread import CopyThread
 from transfer.connector.memory.device_event import Fence

@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from tests.support.transfer_engines import wait_until
+from tests.support.transfers.engines import wait_until
 from transfer.transports.tcp.streams.stream import TcpStream
 from transfer.transports.tcp.threads import ServingThreads
 

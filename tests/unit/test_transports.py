@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.certificates import Authority, TlsFiles
+from tests.support.servers.certificates import Authority, TlsFiles
 from transfer.engine.routes import DataRoutes
 from transfer.errors import ConfigurationError, PeerUnreachable, Phase, TransportUnavailable
 from transfer.settings import TransferSettings

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.certificates import Authority, TlsFiles
-from tests.support.leaks import nothing_left
-from tests.support.transfer_cases import (
+from tests.support.load.leaks import nothing_left
+from tests.support.servers.certificates import Authority, TlsFiles
+from tests.support.transfers.cases import (
     TransferCase,
     need_rdma_devices,
     rdma_case,
     why_no_process_memory,
 )
-from tests.support.transfer_engines import Pair, engine_pair
+from tests.support.transfers.engines import Pair, engine_pair
 
 CASES = ["tcp", "tcp+tls", "shm", "rdma"]
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.stalling_proxy import StallingProxy
-from tests.support.transfer_cases import TransferCase
-from tests.support.transfer_engines import (
+from tests.support.network.stalling_proxy import StallingProxy
+from tests.support.transfers.cases import TransferCase
+from tests.support.transfers.engines import (
     SLOWNESS,
     Directory,
     Pair,

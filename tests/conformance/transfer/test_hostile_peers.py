@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support import raw_connections
-from tests.support.false_owner import FalseOwner
-from tests.support.raw_connections import RawReader, until_closed
-from tests.support.transfer_cases import TransferCase
-from tests.support.transfer_engines import (
+from tests.support.network import raw_connections
+from tests.support.network.false_owner import FalseOwner
+from tests.support.network.raw_connections import RawReader, until_closed
+from tests.support.transfers.cases import TransferCase
+from tests.support.transfers.engines import (
     Pair,
     engine_pair,
     fails,

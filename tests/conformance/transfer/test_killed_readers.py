@@ -7,10 +7,9 @@ import time
 
 import pytest
 
-from tests.support.leaks import open_descriptors, rdma_resources
-from tests.support.reader_process import HALF_WAY_BYTES, READER, reader_process
-from tests.support.transfer_cases import TransferCase
-from tests.support.transfer_engines import (
+from tests.support.load.leaks import open_descriptors, rdma_resources
+from tests.support.transfers.cases import TransferCase
+from tests.support.transfers.engines import (
     SLOWNESS,
     Pair,
     engine_pair,
@@ -18,6 +17,7 @@ from tests.support.transfer_engines import (
     take_ended,
     wait_until,
 )
+from tests.support.transfers.reader_process import HALF_WAY_BYTES, READER, reader_process
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferState
 from transfer.engine.handoff import HandoffState

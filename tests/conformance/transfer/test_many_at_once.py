@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.fault_points import FaultPoints
-from tests.support.transfer_cases import TransferCase
-from tests.support.transfer_engines import (
+from tests.support.transfers.cases import TransferCase
+from tests.support.transfers.engines import (
     Buffer,
     Pair,
     engine_pair,
@@ -23,6 +22,7 @@ from tests.support.transfer_engines import (
     take_ended,
     wait_until,
 )
+from tests.support.transfers.fault_points import FaultPoints
 from transfer import faults
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.engine.handoff import HandoffState

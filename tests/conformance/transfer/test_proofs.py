@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support import raw_connections
-from tests.support.meddling_relay import MeddlingRelay, forged, greet_only
-from tests.support.raw_connections import Message, RawReader, receive, until_closed
-from tests.support.transfer_cases import TransferCase
-from tests.support.transfer_engines import (
+from tests.support.network import raw_connections
+from tests.support.network.meddling_relay import MeddlingRelay, forged, greet_only
+from tests.support.network.raw_connections import Message, RawReader, receive, until_closed
+from tests.support.transfers.cases import TransferCase
+from tests.support.transfers.engines import (
     Pair,
     engine_pair,
     fails,

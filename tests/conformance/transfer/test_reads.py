@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.support.transfer_cases import TransferCase, why_no_process_memory
-from tests.support.transfer_engines import (
+from tests.support.transfers.cases import TransferCase, why_no_process_memory
+from tests.support.transfers.engines import (
     SLOWNESS,
     Buffer,
     Pair,

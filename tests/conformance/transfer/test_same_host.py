@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.transfer_cases import TransferCase, why_no_process_memory
-from tests.support.transfer_engines import (
+from tests.support.transfers.cases import TransferCase, why_no_process_memory
+from tests.support.transfers.engines import (
     Buffer,
     Pair,
     engine_pair,

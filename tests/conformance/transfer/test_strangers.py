@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.support import raw_connections
-from tests.support.certificates import TlsFiles
-from tests.support.raw_connections import RawReader, receive, until_closed
-from tests.support.strangers import strangers
-from tests.support.transfer_cases import TransferCase
-from tests.support.transfer_engines import Buffer, Pair, engine_pair, succeeds, wait_until
+from tests.support.network import raw_connections
+from tests.support.network.raw_connections import RawReader, receive, until_closed
+from tests.support.network.strangers import strangers
+from tests.support.servers.certificates import TlsFiles
+from tests.support.transfers.cases import TransferCase
+from tests.support.transfers.engines import Buffer, Pair, engine_pair, succeeds, wait_until
 from transfer.transports.base import Interrupt
 from transfer.transports.tcp.places import MAX_STRANGERS
 from transfer.transports.tcp.transport import TcpTransport

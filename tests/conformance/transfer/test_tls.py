@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.certificates import Authority, TlsFiles
-from tests.support.stalling_proxy import StallingProxy
-from tests.support.transfer_cases import TransferCase
-from tests.support.transfer_engines import (
+from tests.support.network.stalling_proxy import StallingProxy
+from tests.support.servers.certificates import Authority, TlsFiles
+from tests.support.transfers.cases import TransferCase
+from tests.support.transfers.engines import (
     SLOWNESS,
     Buffer,
     Directory,

@@ -11,10 +11,9 @@ from contextlib import AbstractContextManager, contextmanager
 import numpy as np
 import pytest
 
-from tests.support.owner_process import OwnerReport, owner_process
-from tests.support.stalling_proxy import StallingProxy
-from tests.support.transfer_cases import TransferCase
-from tests.support.transfer_engines import (
+from tests.support.network.stalling_proxy import StallingProxy
+from tests.support.transfers.cases import TransferCase
+from tests.support.transfers.engines import (
     SLOWNESS,
     Buffer,
     Directory,
@@ -23,6 +22,7 @@ from tests.support.transfer_engines import (
     succeeds,
     wait_until,
 )
+from tests.support.transfers.owner_process import OwnerReport, owner_process
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.errors import DeadlineExceeded, HandoffRefused, PeerUnreachable
