@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from types import ModuleType
-from typing import Any
-
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from tests.support.transfers.cases import TransferCase
 from tests.support.transfers.engines import Directory, make_engine, succeeds, take_ended
+from transfer.connector.kv import layout, packing, pairing
 from transfer.engine.handoff import HandoffState, Offer
 from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
 
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 4, 48, 2, 16, 128
-
-
-def _connector_module(name: str) -> Any:
-    """A module of ``transfer.connector`` that needs no vLLM, which the package itself does."""
-    try:
-        return importlib.import_module(f"transfer.connector.{name}")
-    except ModuleNotFoundError:
-        import transfer
-
-        package = ModuleType("transfer.connector")
-        package.__path__ = [str(Path(path) / "connector") for path in transfer.__path__]
-        sys.modules["transfer.connector"] = package
-        return importlib.import_module(f"transfer.connector.{name}")
-
-
-layout = _connector_module("layout")
-packing = _connector_module("packing")
-pairing = _connector_module("pairing")
 
 # Physical orders of (block, head, token, content), outermost first.
 TOGETHER = (0, 1, 2, 3)
@@ -55,10 +32,11 @@ class Worker:
             physical = random.integers(0, 1 << 16, shape, dtype=np.uint16)
             self.memory.append(physical)
             self.layers.append(physical.transpose(np.argsort(order)))
-        views = [
-            layout.LayerView(int(tensor.ctypes.data), tensor.shape, tensor.strides, 2)
-            for tensor in self.layers
-        ]
+        views = []
+        for tensor in self.layers:
+            block, head, token, content = tensor.strides
+            strides = (block, head, token, content)
+            views.append(layout.LayerView(int(tensor.ctypes.data), logical, strides, 2))
         self.layout = layout.describe(
             views,
             packing.token_major(2 * CONTENT),
