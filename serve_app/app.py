@@ -20,12 +20,12 @@ from deployments.replicas.prefill import PrefillServer
 from deployments.replicas.replica_router import HintedRouter
 from deployments.router.admission import AdmissionPolicy
 from deployments.router.request_state import RetryPolicy
+from serve_app.api_keys import ApiKeys
 from serve_app.config import Settings, SettingsError, SideSettings, parse_settings
 from serve_app.edge.body_limits import BodyLimits
-from serve_app.ingress.api_keys import ApiKeys
 from serve_app.ingress.endpoint import ingress_app
 from serve_app.launch.demo_model import resolve_model
-from serve_app.model_kind import model_fault
+from serve_app.launch.model_kind import model_fault
 
 Role = Literal["prefill", "decode"]
 

@@ -18,8 +18,8 @@ from pydantic import (
 )
 
 from serve_app.adapters import served_adapters
-from serve_app.edge.origins import require_origin
 from serve_app.mooncake_args import with_mooncake
+from serve_app.origins import require_origin
 from transfer.discovery import check_discovery
 from transfer.errors import ConfigurationError
 from transfer.secret import SecretReference

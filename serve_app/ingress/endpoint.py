@@ -41,17 +41,18 @@ from deployments.router.router_event import RouterEvent
 from deployments.streams.continuation import may_go_on
 from deployments.streams.generation import GenerationRequest, Method, Sent, WholeAnswer
 from deployments.streams.prompts import prompts_in
+from serve_app.api_keys import ApiKeys
 from serve_app.edge.body_limits import BodyLimits
+from serve_app.edge.bypass import bypass_reason
 from serve_app.edge.cross_origin import cross_origin
 from serve_app.edge.request_edge import Fault, answers_fault, copies_fault, header_fault
 from serve_app.edge.sse import as_events
 from serve_app.ingress import request_models
-from serve_app.ingress.api_keys import ApiKeys
 from serve_app.ingress.cache_salt import cache_salt
 from serve_app.ingress.guard import Guard
 from serve_app.ingress.http_errors import add_error_handlers, error_response, fault_response
 from serve_app.ingress.metrics import SCRAPE_KEPT_S, scrape
-from serve_app.ingress.router import bypass_reason, prompt_logprobs
+from serve_app.ingress.prompt_logprobs import prompt_logprobs
 from serve_app.ingress.shared import Shared
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
@@ -75,7 +76,7 @@ class Ingress(OpenAiIngress):
         prompts_at_once: of one request, how many are under way at the same time.
         max_body_bytes: of one body; of what several prompts carry along together, too.
         max_prompt_logprobs: log-probabilities of prompts in one answer, as
-            :func:`~serve_app.ingress.router.prompt_logprobs` counts them.
+            :func:`~serve_app.ingress.prompt_logprobs.prompt_logprobs` counts them.
         max_tokenize_length: characters to be tokenized, or tokens to be detokenized, in a request.
         pick_timeout_s: how long a request waits for a replica that can take it.
         health_timeout_s: how long ``/health`` waits for a side's answer.

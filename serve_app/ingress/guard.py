@@ -8,8 +8,8 @@ from ray.exceptions import RayError
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.api_keys import ApiKeys
 from serve_app.edge.body_limits import Bodies, Body, BodyLimits, BodyRefused
-from serve_app.ingress.api_keys import ApiKeys
 from serve_app.ingress.cache_salt import salt_of_key
 from serve_app.ingress.http_errors import error_response
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from serve_app.api_keys import ApiKeys
 from serve_app.config import Settings, SettingsError, load_document, load_settings
-from serve_app.ingress.api_keys import ApiKeys
 from serve_app.launch.demo_model import ModelError, resolve_model
 from serve_app.launch.etcd_binary import find_etcd
-from serve_app.model_kind import config_folder, model_fault
+from serve_app.launch.model_kind import config_folder, model_fault
 from transfer.addressing import host_and_port, is_every_address
 from transfer.discovery import etcd_settings
 from transfer.discovery.settings import Endpoint, parse_endpoints

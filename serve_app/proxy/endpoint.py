@@ -24,6 +24,7 @@ from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy
 from deployments.streams.generation import GenerationRequest, Method, WholeAnswer
 from serve_app.edge.body_limits import Bodies, Body, BodyLimits, BodyRefused
+from serve_app.edge.bypass import bypass_reason
 from serve_app.edge.cross_origin import CrossOrigin
 from serve_app.edge.error_body import error_body
 from serve_app.edge.lax_fields import as_read
@@ -36,7 +37,6 @@ from serve_app.edge.request_edge import (
     header_fault,
 )
 from serve_app.edge.sse import as_events
-from serve_app.ingress.router import bypass_reason
 from transfer.discovery.base import Discovery
 from transfer.settings import TransferSettings
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.ingress.api_keys import ApiKeys
+from serve_app.api_keys import ApiKeys
 from transfer.errors import ConfigurationError
 
 OLD, NEW, OTHER = "old-key-0", "new-key-1", "other-key"

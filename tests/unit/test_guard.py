@@ -8,8 +8,8 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, TaskCancelledError
 from starlette.types import Message, Receive, Scope, Send
 
+from serve_app.api_keys import ApiKeys
 from serve_app.edge.body_limits import BodyLimits
-from serve_app.ingress.api_keys import ApiKeys
 from serve_app.ingress.cache_salt import salt_of_key
 from serve_app.ingress.guard import Guard
 

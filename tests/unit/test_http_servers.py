@@ -14,7 +14,7 @@ from aiohttp import web
 from deployments.callers.http_body import JsonBody
 from deployments.callers.http_servers import HttpServers
 from serve_app import cli
-from serve_app.ingress.router import bypass_reason
+from serve_app.edge.bypass import bypass_reason
 from serve_app.proxy.command import discovery_config, server_urls
 from serve_app.proxy.endpoint import HEAD_TIMEOUT_S
 from tests.support.scripted.records import worker_record

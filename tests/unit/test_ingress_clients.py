@@ -11,7 +11,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     ErrorResponse,
 )
 
-from serve_app.ingress.api_keys import ApiKeys
+from serve_app.api_keys import ApiKeys
 from serve_app.ingress.cache_salt import cache_salt, salt_of_key
 from serve_app.ingress.endpoint import Ingress
 from tests.support.scripted.ingress import (

@@ -15,7 +15,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     CompletionRequest,
 )
 
-from serve_app.ingress.api_keys import ApiKeys
+from serve_app.api_keys import ApiKeys
 from tests.support.load.malformed_requests import JUNK, bodies
 from tests.support.scripted.ingress import (
     ANSWER,

@@ -10,8 +10,8 @@ import pytest
 
 from serve_app.app import build_app
 from serve_app.config import Settings, SettingsError, parse_settings
+from serve_app.launch.model_kind import MLA, WINDOWS, model_fault, not_handed_over
 from serve_app.launch.surroundings import check_model
-from serve_app.model_kind import MLA, WINDOWS, model_fault, not_handed_over
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

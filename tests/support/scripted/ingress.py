@@ -22,8 +22,8 @@ from ray.llm._internal.serve.core.ingress.ingress import make_fastapi_ingress
 from deployments.router.admission import AdmissionPolicy
 from deployments.router.request_state import RetryPolicy
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
+from serve_app.api_keys import ApiKeys
 from serve_app.edge.body_limits import BodyLimits
-from serve_app.ingress.api_keys import ApiKeys
 from serve_app.ingress.endpoint import Ingress, ingress_app
 from tests.support.scripted.tickets import make_ticket
 
