@@ -7,13 +7,13 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from ray import serve
-from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, ModelLoadingConfig, build_llm_deployment
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
+from deployments.ray_internals.models import to_model_metadata
 from deployments.replicas.decode import DecodeServer
 from deployments.replicas.owner_breaker import LinkPolicy
 from deployments.replicas.prefill import PrefillServer

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
-from ray.serve.context import _get_serve_request_context, _serve_request_context
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -23,6 +22,10 @@ from ray.serve.handle import DeploymentHandle
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments.errors import ContinuationMismatch, EngineGone, NoReplica, ReplicaLost
+from deployments.ray_internals.request_context import (
+    _get_serve_request_context,
+    _serve_request_context,
+)
 from deployments.replicas.route_hint import RouteHint
 from deployments.router.background import Background
 from deployments.router.suspects import Side

@@ -9,8 +9,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
-
+from deployments.ray_internals.models import ErrorResponse
 from deployments.replicas.owner_breaker import LinkPolicy, Links
 from deployments.replicas.resumption import SENT_TOKEN_IDS
 from deployments.replicas.route_hint import RouteHint

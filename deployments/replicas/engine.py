@@ -7,14 +7,14 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
-from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
-from ray.llm._internal.serve.core.protocol import RawRequestInfo
-from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse as VLLMErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.inputs import split_enc_dec_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from deployments.ray_internals.engine import VLLMEngine
+from deployments.ray_internals.models import ErrorInfo, ErrorResponse
+from deployments.ray_internals.protocol import RawRequestInfo
 from deployments.replicas.request_faults import refusal, refusing
 from deployments.replicas.resumption import resuming, with_sent
 from deployments.streams.generation import GenerationRequest

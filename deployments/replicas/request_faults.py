@@ -6,8 +6,9 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+from deployments.ray_internals.models import ErrorInfo, ErrorResponse
 
 
 def refusal(error: Exception) -> ErrorResponse | None:

@@ -10,7 +10,7 @@ from transfer.ticket import Ticket
 
 if TYPE_CHECKING:
     # Ray and vLLM stay out of a process that calls replicas otherwise than by Serve handles.
-    from ray.llm._internal.serve.core.protocol import RawRequestInfo
+    from deployments.ray_internals.protocol import RawRequestInfo
 
 Method = Literal["chat", "completions"]
 

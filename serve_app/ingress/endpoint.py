@@ -9,31 +9,29 @@ from contextlib import aclosing
 from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
-from ray.llm._internal.serve.constants import DEFAULT_LLM_ROUTER_HTTP_TIMEOUT
-from ray.llm._internal.serve.core.configs.openai_api_models import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    ErrorResponse,
-    ModelCard,
-)
-from ray.llm._internal.serve.core.ingress.ingress import (
-    DEFAULT_ENDPOINTS,
-    OpenAiIngress,
-    make_fastapi_ingress,
-    router_request_timeout,
-)
-from ray.llm._internal.serve.core.ingress.middleware import SetRequestIdMiddleware
-from ray.llm._internal.serve.core.protocol import RawRequestInfo
-from ray.llm._internal.serve.observability.metrics.fast_api_metrics import (
-    add_http_metrics_middleware,
-    metrics_lifespan,
-)
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from deployments.callers.replica_caller import ReplicaCaller
 from deployments.errors import NoReplica, ReplicaLost
+from deployments.ray_internals.ingress import (
+    DEFAULT_ENDPOINTS,
+    DEFAULT_LLM_ROUTER_HTTP_TIMEOUT,
+    OpenAiIngress,
+    SetRequestIdMiddleware,
+    add_http_metrics_middleware,
+    make_fastapi_ingress,
+    metrics_lifespan,
+    router_request_timeout,
+)
+from deployments.ray_internals.models import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    ErrorResponse,
+    ModelCard,
+)
+from deployments.ray_internals.protocol import RawRequestInfo
 from deployments.router.admission import Admission, AdmissionPolicy
 from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy

@@ -9,12 +9,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
-from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from vllm.exceptions import VLLMClientError, VLLMNotFoundError
 
 from deployments.errors import Overloaded, ServiceUnavailable
+from deployments.ray_internals.models import OpenAIHTTPException
 from serve_app.edge.error_body import ERROR_TYPES, error_body, usual_kind
 from serve_app.edge.request_edge import Fault
 from serve_app.edge.validation_faults import first_fault

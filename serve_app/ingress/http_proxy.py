@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from ray.serve._private.constants import (
-    SERVE_HTTP_REQUEST_ID_HEADER,
-    SERVE_MULTIPLEXED_MODEL_ID,
-    SERVE_SESSION_ID,
-)
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deployments.ray_internals.headers import (
+    SERVE_HTTP_REQUEST_ID_HEADER,
+    SERVE_MULTIPLEXED_MODEL_ID,
+    SERVE_SESSION_ID,
+)
 from serve_app.edge.error_body import error_body
 from serve_app.edge.request_edge import Fault
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from ray.llm._internal.serve.core.configs.openai_api_models import (
+from deployments.ray_internals.models import (
     ChatCompletionRequest,
     CompletionRequest,
 )
-
 from deployments.router.admission import PromptSize
 
 _ALL: Final = 1 << 17

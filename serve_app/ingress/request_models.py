@@ -11,7 +11,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, WrapValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
-from ray.llm._internal.serve.core.configs.openai_api_models import (
+
+from deployments.ray_internals.models import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -19,7 +20,6 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     ScoreRequest,
     TokenizeCompletionRequest,
 )
-
 from serve_app.edge.lax_fields import as_read
 from serve_app.edge.request_edge import INT64, TOKEN_IDS, Fault, body_fault, number_fault
 from serve_app.edge.validation_faults import first_fault
