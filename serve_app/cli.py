@@ -84,6 +84,18 @@ def _add_proxy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster", default="default", help="name of the cluster in etcd (default)"
     )
+    for name, what in (
+        ("ca", "authority of the workers' certificates, where these talk by TLS"),
+        ("cert", "certificate to show them"),
+        ("key", "key to it"),
+    ):
+        parser.add_argument(f"--tls-{name}", default="", metavar="FILE", help=what)
+    parser.add_argument(
+        "--tls-server-name",
+        default="",
+        metavar="NAME",
+        help="that workers' certificates are for, if not their host",
+    )
 
 
 def _up(options: argparse.Namespace) -> int:

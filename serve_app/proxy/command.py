@@ -18,6 +18,7 @@ from transfer.addressing import host_and_port, is_http_url
 from transfer.discovery import make_discovery
 from transfer.errors import ConfigurationError, Phase
 from transfer.mooncake_file import PATH_VARIABLE, mooncake_from
+from transfer.settings import TransferSettings
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _READY_TIMEOUT_S = 10.0
@@ -44,6 +45,11 @@ def run(options: argparse.Namespace) -> None:
         except ValueError as error:
             raise _bad(f"--allowed-origin {error}") from error
     config = discovery_config(options.etcd, options.cluster, os.environ)
+    transfer = notice_settings(
+        options.tls_ca, options.tls_cert, options.tls_key, options.tls_server_name
+    )
+    if transfer.tls_ca and config is None:
+        raise _bad("--tls-ca is for telling owners of blocks, whom only etcd knows: name --etcd")
     for role, urls in servers.items():
         if not urls and config is None:
             raise _bad(
@@ -62,6 +68,7 @@ def run(options: argparse.Namespace) -> None:
                 discovery,
                 os.environ.get(KEY_VARIABLE, ""),
                 allowed_origins=tuple(options.allowed_origin),
+                transfer=transfer,
             )
         )
         web.run_app(
@@ -108,6 +115,24 @@ def discovery_config(
     config = mooncake_from(environment)
     found = None if config is None else config.discovery_by_etcd
     return None if found is None else {**found, "cluster": cluster}
+
+
+def notice_settings(ca: str, certificate: str, key: str, server_name: str) -> TransferSettings:
+    """How owners are told of tickets that nobody will read: over TCP, with TLS if they have it.
+
+    Args:
+        ca, certificate, key, server_name: as the workers' own ``tls_ca`` and so on; may be empty.
+
+    Raises:
+        ConfigurationError: they do not go together.
+    """
+    return TransferSettings(
+        transports=("tcp",),
+        tls_ca=ca,
+        tls_cert=certificate,
+        tls_key=key,
+        tls_server_name=server_name,
+    )
 
 
 def _bad(message: str) -> ConfigurationError:

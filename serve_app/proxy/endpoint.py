@@ -81,6 +81,7 @@ class ProxyOptions:
         policy: retry budget of every request.
         limits: of clients' bodies.
         allowed_origins: whose pages may call from a browser; ``*`` is all of them.
+        transfer: how owners are talked to; their TLS, if they have it.
     """
 
     servers: Mapping[Role, tuple[str, ...]]
@@ -89,15 +90,23 @@ class ProxyOptions:
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     limits: BodyLimits = BODY_LIMITS
     allowed_origins: tuple[str, ...] = ()
+    transfer: TransferSettings = field(default_factory=TransferSettings)
 
 
 class Proxy:
-    """The routes of one proxy."""
+    """The routes of one proxy.
+
+    Raises:
+        ConfigurationError: the files for TLS cannot be used.
+    """
 
     def __init__(self, options: ProxyOptions) -> None:
         self._options = options
         self._servers = HttpServers(options.servers, options.discovery)
         self._bodies = Bodies(options.limits)
+        self._notices = (
+            TicketNotices(options.discovery, options.transfer) if options.discovery else None
+        )
 
     def application(self) -> web.Application:
         """The application; it opens its connections when it starts."""
@@ -115,9 +124,7 @@ class Proxy:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S, socket_factory=_socket)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             self._session = session
-            discovery = self._options.discovery
-            notices = None if discovery is None else TicketNotices(discovery, TransferSettings())
-            caller = HttpCaller(session, self._servers, notices)
+            caller = HttpCaller(session, self._servers, self._notices)
             self._coordinator = Coordinator(caller, self._options.policy)
             yield
             await self._coordinator.drain()

@@ -15,14 +15,17 @@ from deployments.callers.http_body import JsonBody
 from deployments.callers.http_servers import HttpServers
 from serve_app import cli
 from serve_app.edge.bypass import bypass_reason
+from serve_app.proxy import command
 from serve_app.proxy.command import discovery_config, server_urls
-from serve_app.proxy.endpoint import HEAD_TIMEOUT_S
+from serve_app.proxy.endpoint import HEAD_TIMEOUT_S, Proxy, ProxyOptions
 from tests.support.scripted.records import worker_record
 from transfer.discovery import StaticDiscovery
 from transfer.errors import ConfigurationError
+from transfer.settings import TransferSettings
 from transfer.types import WorkerRecord
 
 A, B = "http://a:8100", "http://b:8100"
+TLS = ("--tls-ca", "ca.pem", "--tls-cert", "own.pem", "--tls-key", "own.key")
 
 
 def record(name: str, role: str, url: str, rank: int = 0) -> WorkerRecord:
@@ -119,6 +122,32 @@ def test_the_command_gives_heads_their_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert served["keepalive_timeout"] == HEAD_TIMEOUT_S
 
 
+def test_the_command_hands_certificates_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[ProxyOptions] = []
+
+    def proxy(options: ProxyOptions) -> Proxy:
+        made.append(options)
+        return Proxy(replace(options, transfer=TransferSettings()))  # there are no such files
+
+    monkeypatch.setattr(command, "make_discovery", lambda _: StaticDiscovery([]))
+    monkeypatch.setattr(command, "Proxy", proxy)
+    monkeypatch.setattr(web, "run_app", lambda app, **options: None)
+
+    assert cli.main(["proxy", "--etcd", "a:1", *TLS, "--tls-server-name", "gpu"]) == 0
+    given = made[0].transfer
+    assert (given.tls_ca, given.tls_cert, given.tls_key) == ("ca.pem", "own.pem", "own.key")
+    assert given.tls_server_name == "gpu"
+
+
+def test_files_that_are_not_there_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "make_discovery", lambda _: StaticDiscovery([]))
+
+    assert cli.main(["proxy", "--etcd", "a:1", *TLS]) == 1
+    assert "ca.pem" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -127,6 +156,12 @@ def test_the_command_gives_heads_their_time(monkeypatch: pytest.MonkeyPatch) -> 
         (["--prefill", A, "--decode", "b:c"], "--decode 'b:c' is not a URL"),
         (["--allowed-origin", "a.com/x"], "--allowed-origin 'a.com/x' is not an origin as"),
         (["--etcd", "nowhere"], "etcd endpoint 'nowhere' is not host:port"),
+        (["--tls-ca", "a.pem"], "tls_cert is '', must be set too"),
+        (["--tls-server-name", "a"], "tls_server_name is 'a', must be empty without tls_ca"),
+        (
+            ["--prefill", A, "--decode", B, *TLS],
+            "--tls-ca is for telling owners of blocks, whom only etcd knows: name --etcd",
+        ),
     ],
 )
 def test_wrong_options_are_named(
