@@ -15,6 +15,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -22,14 +23,16 @@ from pathlib import Path
 
 import psutil
 
+from bench.http_server import HttpServer
 from serve_app.launch.demo_model import resolve_model
-from tests.support.servers.baton_app import ROOT, BatonApp
-from tests.support.servers.vllm_server import VllmServer
+from serve_app.launch.surroundings import free_ports
 
+ROOT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2-135m-instruct"
 WORDS = (50, 500, 1000)
 TOKENS = 64
 IDLE_S = 30.0
+OFFLINE = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
 @dataclass
@@ -56,35 +59,58 @@ def main() -> None:
 
 def run(rounds: int, folder: Path) -> str:
     """Starts both, measures, returns the report."""
-    arguments = [
-        *("--dtype", "bfloat16", "--max-model-len", "4096", "--block-size", "32"),
-        *("--kv-cache-memory-bytes", str(512 << 20)),
-    ]
-    plain = VllmServer(Path(resolve_model("baton-demo")), arguments, folder / "plain.log")
+    app_port, plain_port = free_ports(2)
     timings: dict[tuple[str, int], Timings] = {}
-    with BatonApp(ROOT / "config.yaml", folder / "up.log") as app:
+    with baton(app_port, folder / "up.log") as app:
         time.sleep(15)  # past the start
-        idle = idle_shares(app.process.pid, IDLE_S)
-        with plain:
-            plain.wait()
+        idle = idle_shares(app.pid, IDLE_S)
+        with plain_vllm(plain_port, folder / "plain.log") as plain:
             last_cpu = (os.cpu_count() or 1) - 1
-            psutil.Process(plain.process.pid).cpu_affinity([last_cpu])
-            for child in psutil.Process(plain.process.pid).children(recursive=True):
+            psutil.Process(plain.pid).cpu_affinity([last_cpu])
+            for child in psutil.Process(plain.pid).children(recursive=True):
                 for thread in child.threads():
                     os.sched_setaffinity(thread.id, [last_cpu])
-            servers = {"baton": app.port, "plain": plain.port}
-            names = {"baton": MODEL, "plain": "tiny"}
-            for server, port in servers.items():
-                ask(port, names[server], prompt(50, 0), TOKENS)
+            servers = {"baton": app_port, "plain": plain_port}
+            for port in servers.values():
+                ask(port, prompt(50, 0), TOKENS)
             for number in range(1, rounds + 1):
                 for words in WORDS:
                     for server, port in servers.items():
                         # Both get the same text, and nobody has seen it before.
-                        first, gap = ask(port, names[server], prompt(words, number), TOKENS)
+                        first, gap = ask(port, prompt(words, number), TOKENS)
                         entry = timings.setdefault((server, words), Timings())
                         entry.first_token.append(first)
                         entry.gap.append(gap)
     return render(rounds, idle, timings)
+
+
+def baton(port: int, log: Path) -> HttpServer:
+    """The demo, as ``baton up`` starts it."""
+    command = [sys.executable, "-m", "serve_app.cli", "up", str(ROOT / "config.yaml")]
+    return HttpServer([*command, "--port", str(port)], port, log, OFFLINE)
+
+
+def plain_vllm(port: int, log: Path) -> HttpServer:
+    """One stock vLLM server of the same model, with the demo's engine arguments."""
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", resolve_model("baton-demo"), "--served-model-name", MODEL),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "bfloat16", "--max-model-len", "4096", "--block-size", "32"),
+        *("--enforce-eager", "--kv-cache-memory-bytes", str(512 << 20)),
+        *("--distributed-executor-backend", "uni"),
+    ]
+    environment = {
+        **OFFLINE,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    return HttpServer(command, port, log, environment)
 
 
 def prompt(words: int, salt: int) -> str:
@@ -93,10 +119,10 @@ def prompt(words: int, salt: int) -> str:
     return " ".join(random.Random(1000 * salt + words).choices(vocabulary, k=words))
 
 
-def ask(port: int, model: str, text: str, tokens: int) -> tuple[float, float]:
+def ask(port: int, text: str, tokens: int) -> tuple[float, float]:
     """Milliseconds to the first token, and the median gap between the further ones."""
     body = {
-        "model": model,
+        "model": MODEL,
         "prompt": text,
         "max_tokens": tokens,
         "min_tokens": tokens,
