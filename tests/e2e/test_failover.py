@@ -30,33 +30,7 @@ LONG = 600
 MAX_REQUESTS = 16
 EVENTS = "ray_baton_router_events_total"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-
-
-class Holds:
-    """Arms fault points of the application's processes; see :mod:`transfer.faults`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def arm(self, point: str) -> None:
-        (self.folder / point).touch()
-
-    def pid(self, point: str) -> int:
-        """Waits until a process is held at the point."""
-        return int(wait_for(lambda: self._held(point), f"nobody reached {point}"))
-
-    def let_go(self, point: str) -> None:
-        """Disarms the point and frees who is held there."""
-        for file in (self.folder / point, *self.folder.glob(f"{point}@*")):
-            file.unlink(missing_ok=True)
-
-    def let_all_go(self) -> None:
-        """After a test that failed half-way."""
-        for file in self.folder.iterdir():
-            file.unlink(missing_ok=True)
-
-    def _held(self, point: str) -> int:
-        return next((int(f.name.split("@")[1]) for f in self.folder.glob(f"{point}@*")), 0)
+HELD_WITHIN_S = 60.0
 
 
 def wait_for(probe: Callable[[], Any], failure: str, timeout_s: float = 60.0) -> Any:
@@ -69,13 +43,13 @@ def wait_for(probe: Callable[[], Any], failure: str, timeout_s: float = 60.0) ->
 
 
 @pytest.fixture(scope="module")
-def holds(tmp_path_factory: pytest.TempPathFactory) -> Holds:
-    return Holds(tmp_path_factory.mktemp("faults"))
+def points(tmp_path_factory: pytest.TempPathFactory) -> FaultPoints:
+    return FaultPoints(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="module")
 def app(
-    tiny_model: Path, holds: Holds, tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Path, points: FaultPoints, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[BatonApp]:
     folder = tmp_path_factory.mktemp("failover")
     config = write_config(
@@ -86,16 +60,16 @@ def app(
         decode={"replicas": 2},
         router={"max_requests": MAX_REQUESTS},
     )
-    env = {faults.VARIABLE: str(holds.folder)}
+    env = {faults.VARIABLE: str(points.folder)}
     with BatonApp(config, folder / "up.log", env) as running:
         yield running
 
 
 @pytest.fixture
-def two_by_two(app: BatonApp, holds: Holds) -> BatonApp:
+def two_by_two(app: BatonApp, points: FaultPoints) -> BatonApp:
     """The application with all its replicas up and nothing left of the test before."""
 
-    holds.let_all_go()
+    points.clear()
     whole_again(app)
     idle_within(app, 10.0)
     return app
@@ -186,7 +160,7 @@ STREAMS: list[dict[str, Any]] = [
 
 
 def test_streams_survive_the_death_of_their_decode_replica(
-    two_by_two: BatonApp, holds: Holds
+    two_by_two: BatonApp, points: FaultPoints
 ) -> None:
     app = two_by_two
     asked = [request(number, **more) for number, more in enumerate(STREAMS)]
@@ -197,17 +171,19 @@ def test_streams_survive_the_death_of_their_decode_replica(
             clients.enter_context(stream)
         readers: list[Future[Any]] = [pool.submit(whole, stream) for stream in streams]
         wait_for(lambda: all(len(s.events) > 5 for s in streams), "the streams do not begin")
-        holds.arm("decode.streaming")
-        victim = holds.pid("decode.streaming")
-        assert victim in replica_pids(app, "decode")
-        os.kill(victim, signal.SIGKILL)
+        armed = points.arm("decode.streaming")
+        armed.wait(HELD_WITHIN_S)
+        assert armed.pid in replica_pids(app, "decode")
+        os.kill(armed.pid, signal.SIGKILL)
         answers = [reader.result(120) for reader in readers]
-        holds.let_go("decode.streaming")
+        armed.release()
     assert answers == expected
     idle_within(app, 5.0)
 
 
-def test_requests_outlive_replicas_until_one_is_left(two_by_two: BatonApp, holds: Holds) -> None:
+def test_requests_outlive_replicas_until_one_is_left(
+    two_by_two: BatonApp, points: FaultPoints
+) -> None:
     """Three of four replicas are killed one after the other, each with the request in its hands."""
     app = two_by_two
     path, body = request(40, max_tokens=40)
@@ -215,12 +191,12 @@ def test_requests_outlive_replicas_until_one_is_left(two_by_two: BatonApp, holds
     (first, second), decodes = replica_pids(app, "prefill"), replica_pids(app, "decode")
 
     def ask(point: str, victim: Callable[[int], int]) -> None:
-        holds.arm(point)
+        armed = points.arm(point)
         with Stream(app.url, path, body) as stream, ThreadPoolExecutor(1) as pool:
             answer = pool.submit(whole, stream)
-            held = holds.pid(point)
-            os.kill(victim(held), signal.SIGKILL)
-            holds.let_go(point)
+            armed.wait(HELD_WITHIN_S)
+            os.kill(victim(armed.pid), signal.SIGKILL)
+            armed.release()
             assert answer.result(60) == expected, f"after {point}"
 
     killed: list[int] = []
@@ -256,25 +232,25 @@ HELD_IN_TRANSFER = ["reader.connecting", "reader.reading", "reader.confirming", 
 
 @pytest.mark.parametrize("point", HELD_BY_ROUTER_OR_REPLICA + HELD_IN_TRANSFER)
 def test_client_that_leaves_frees_everything_within_a_second(
-    two_by_two: BatonApp, holds: Holds, point: str
+    two_by_two: BatonApp, points: FaultPoints, point: str
 ) -> None:
     app = two_by_two
     path, body = request(point_number(point), max_tokens=700)
     in_mid_stream = point in ("router.stream", "decode.streaming")
     try:
         if not in_mid_stream:
-            holds.arm(point)
+            armed = points.arm(point)
         with Stream(app.url, path, body) as stream:
             if in_mid_stream:
                 next(iter(stream))
-                holds.arm(point)
-            holds.pid(point)
+                armed = points.arm(point)
+            armed.wait(HELD_WITHIN_S)
         if point in HELD_IN_TRANSFER:
             # The read's own thread is held; nobody can take its memory away from under it.
-            holds.let_go(point)
+            armed.release()
         idle_within(app, 1.0)
     finally:
-        holds.let_go(point)
+        points.clear()
     # Nor does what was held bring anything with it.
     time.sleep(0.2)
     idle_within(app, 1.0)
@@ -309,7 +285,7 @@ def test_replica_whose_engine_dies_is_replaced_and_its_streams_go_on(two_by_two:
     ("side", "point"), [("prefill", "prefill.computing"), ("decode", "decode.accepted")]
 )
 def test_a_prompt_that_kills_engines_costs_two_and_is_not_tried_again(
-    two_by_two: BatonApp, holds: Holds, side: str, point: str
+    two_by_two: BatonApp, points: FaultPoints, side: str, point: str
 ) -> None:
     app = two_by_two
     asked = [request(number, max_tokens=24) for number in range(300, 304)]
@@ -318,7 +294,7 @@ def test_a_prompt_that_kills_engines_costs_two_and_is_not_tried_again(
     other_side = "decode" if side == "prefill" else "prefill"
     others = app.status()[other_side]
     _, killer = request(350 if side == "prefill" else 352, user="killer", max_tokens=24)
-    points, killed, over = FaultPoints(holds.folder), list[int](), threading.Event()
+    killed, over = list[int](), threading.Event()
 
     def kill_whoever_has_it() -> None:
         while not over.is_set():

@@ -153,4 +153,4 @@ def _read(stream: Stream, expected: str) -> Result:
         ended, detail = Ended.WRONG, f"{stream.text!r} instead of {expected!r}"
     else:
         ended, detail = Ended.BROKEN, f"no [DONE] after {len(stream.events)} events"
-    return Result(began_s, time.monotonic(), ended, detail, streamed=True)
+    return Result(began_s, time.monotonic(), ended, detail)

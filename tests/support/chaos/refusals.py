@@ -81,7 +81,7 @@ def _post(ring: ChaosApp, content: bytes, word: str) -> Result:
         connection.close()
     if word not in detail:
         ended, detail = Ended.WRONG, f"{word!r} is not named: {detail}"
-    return Result(began_s, time.monotonic(), ended, detail, streamed=False)
+    return Result(began_s, time.monotonic(), ended, detail)
 
 
 def _require_refused(results: list[Result], beginning: str) -> None:

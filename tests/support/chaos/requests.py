@@ -129,7 +129,7 @@ def _ask(
         ended, detail = Ended.STUCK, f"no end in {STUCK_S:.0f} s: {error}"
     finally:
         connection.close()
-    return Result(began_s, time.monotonic(), ended, detail, streamed=False)
+    return Result(began_s, time.monotonic(), ended, detail)
 
 
 def _judged(

@@ -65,10 +65,6 @@ class AppProcesses:
         """Engine processes, whoever their parent is."""
         return [one for one in self._all() if "EngineCore" in _name(one)]
 
-    def replica_of(self, engine_pid: int) -> int:
-        """The replica process that an engine belongs to."""
-        return int(psutil.Process(engine_pid).ppid())
-
     def orphans(self) -> list[str]:
         """Engines whose replica is gone."""
         found = []

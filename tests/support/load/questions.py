@@ -54,7 +54,6 @@ class Result:
     ended_s: float
     ended: Ended
     detail: str
-    streamed: bool
 
     @property
     def seconds(self) -> float:
@@ -122,7 +121,7 @@ def timed(host: str, model: str, question: Question, *, streamed: bool) -> Resul
     """:func:`ask`, with the time it took."""
     began_s = time.monotonic()
     ended, detail = ask(host, model, question, streamed=streamed)
-    return Result(began_s, time.monotonic(), ended, detail, streamed)
+    return Result(began_s, time.monotonic(), ended, detail)
 
 
 def ask(host: str, model: str, question: Question, *, streamed: bool) -> tuple[Ended, str]:

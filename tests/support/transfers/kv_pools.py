@@ -55,10 +55,6 @@ class Pool:
     layers: tuple[torch.Tensor, ...]
     layout: KVLayout
 
-    @property
-    def first_head(self) -> int:
-        return self.layout.heads.first
-
     def write(self, block_ids: Sequence[int], values: torch.Tensor) -> None:
         """Puts ``values`` of this rank's heads into blocks, from token 0 on."""
         self._each(block_ids, values, write=True)
