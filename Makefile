@@ -37,7 +37,7 @@ STAMP := $(VENV)/.baton-setup
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 CODE := serve_app deployments transfer tests requirements bench
 
-.PHONY: help setup serve test chaos soak nuisances fuzz test-rdma rdma-ready bench-transfer \
+.PHONY: help setup serve unit test chaos soak nuisances fuzz test-rdma rdma-ready bench-transfer \
   bench-rdma bench-interference check format model lock clean
 
 help: ## List the targets
@@ -63,6 +63,9 @@ model: $(STAMP) ## Fetch and convert the demo model (once)
 
 serve: model ## Set everything up, start etcd, Ray and the demo, and serve until Ctrl-C
 	@exec $(BIN)/baton up $(CONFIG) $(if $(PORT),--port $(PORT))
+
+unit: $(STAMP) ## Run the unit tests: no process, no socket, no model
+	@$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
 
 test: model ## Run every test but those marked slow
 	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)

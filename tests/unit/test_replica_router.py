@@ -2,19 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-import subprocess
-import sys
 import time
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.serve._private.request_router.common import RequestRoutingContext
-from ray.serve.config import RequestRouterConfig
 
 from deployments.replicas.replica_router import HintedRouter
 from deployments.replicas.route_hint import RouteHint
@@ -111,21 +107,3 @@ def test_equals_come_in_random_order() -> None:
 
     # Either one first in fewer than 100 of 400 tosses: less likely than 1 in 10**24.
     assert min(asyncio.run(firsts()).values()) >= 100
-
-
-def test_the_router_knows_hints_where_serve_loads_it(tmp_path: Path) -> None:
-    """Serve sends the class by value: what it compares with must be what callers import."""
-    config = RequestRouterConfig(request_router_class=HintedRouter)
-    sent = tmp_path / "router"
-    sent.write_bytes(config.get_serialized_request_router_cls() or b"")
-    program = (
-        "import sys\n"
-        "from ray import cloudpickle\n"
-        "router = cloudpickle.loads(open(sys.argv[1], 'rb').read())\n"
-        "from deployments.replicas.route_hint import RouteHint\n"
-        "assert router.choose_replicas.__globals__['RouteHint'] is RouteHint\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(sent)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr

@@ -1,3 +1,5 @@
+"""Processes that end with their parent, however that ended."""
+
 from __future__ import annotations
 
 import os
