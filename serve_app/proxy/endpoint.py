@@ -104,9 +104,8 @@ class Proxy:
         self._options = options
         self._servers = HttpServers(options.servers, options.discovery)
         self._bodies = Bodies(options.limits)
-        self._notices = (
-            TicketNotices(options.discovery, options.transfer) if options.discovery else None
-        )
+        found = options.discovery
+        self._notices = None if found is None else TicketNotices(found, options.transfer)
 
     def application(self) -> web.Application:
         """The application; it opens its connections when it starts."""
