@@ -10,8 +10,8 @@ import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.support.transfers.kv_pools import Model, Pool, make_pool
-from transfer.connector.kv.ranges import KVRange
 from transfer.connector.memory.kv_memory import KVMemory
+from transfer.connector.memory.kv_ranges import KVRange
 from transfer.connector.settings import ConnectorSettings
 from transfer.errors import ConfigurationError
 from transfer.settings import TransferSettings

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from transfer.connector.kv.ranges import KVRange, ranges_in_place
+from transfer.connector.memory.kv_ranges import KVRange, ranges_in_place
 from transfer.connector.settings import ConnectorSettings
 from transfer.errors import ConfigurationError, Phase, TransportUnavailable
 from transfer.settings import TransferSettings

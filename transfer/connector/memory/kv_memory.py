@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from transfer.connector.kv.digests import BlockDigests, unit_tokens
 from transfer.connector.kv.layout import KVLayout, describe
 from transfer.connector.kv.packing import Packing
-from transfer.connector.kv.ranges import KVRange, ranges_in_place
 from transfer.connector.kv.tensors import axis_order, distinct, packing_of, storages, view_of
 from transfer.connector.memory.host_blocks import HostBlocks
+from transfer.connector.memory.kv_ranges import KVRange, ranges_in_place
 from transfer.connector.memory.slots import num_slots
 from transfer.connector.settings import ConnectorSettings
 

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from transfer.connector.kv.fingerprint import differing
 from transfer.connector.kv.heads import HeadRange, Part, parts_of, parts_to_tell
 from transfer.connector.kv.layout import KVLayout
 from transfer.connector.kv.packing import TOKENS
 from transfer.connector.kv.pairing import Stretch, plan_read
 from transfer.connector.memory.device_event import Fence
 from transfer.connector.metadata import Holding, NewRead
-from transfer.connector.scheduling.fingerprint import differing
 from transfer.connector.stats import Outcome
 from transfer.connector.working.in_place import InPlace
 from transfer.connector.working.staging import Staging

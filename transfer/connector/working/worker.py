@@ -18,13 +18,13 @@ from vllm.utils.network_utils import get_ip
 
 from transfer.addressing import is_every_address
 from transfer.connector.kv.digests import BlockDigests
+from transfer.connector.kv.fingerprint import layout_hash
 from transfer.connector.kv.layout import KVLayout
 from transfer.connector.kv.pairing import Stretch, digest_units
-from transfer.connector.kv.ranges import KVRange
 from transfer.connector.kv.tensors import backend_names
 from transfer.connector.memory.kv_memory import KVMemory
+from transfer.connector.memory.kv_ranges import KVRange
 from transfer.connector.metadata import BatonMetadata, WorkerHandshake, WorkerReport
-from transfer.connector.scheduling.fingerprint import layout_hash
 from transfer.connector.settings import ConnectorSettings
 from transfer.connector.stats import Outcome, TransferStats
 from transfer.connector.working.in_place import InPlace
