@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from transfer.connector.memory.slots import SlotPool, num_slots
+from transfer.connector.scheduling.block_places import NoSlots
 from transfer.connector.scheduling.slot_queue import SlotQueue
 from transfer.errors import ConfigurationError
 
@@ -111,11 +112,24 @@ def test_who_holds_slots_keeps_them() -> None:
     assert queue.has_room("preempted", 3)
     queue.take("preempted", 3)
 
-    assert queue.held("preempted") == (0, 1, 2)
+    assert queue.places_of("preempted", [7, 8, 9]) == (0, 1, 2)
+    assert queue.places_of("preempted", [7, 8]) == (0, 1)
     queue.give_back("preempted")
     queue.give_back("preempted")
-    assert queue.held("preempted") == ()
+    assert queue.places_of("preempted", [7, 8, 9]) == ()
     assert queue.has_room("other", 2)
+
+
+def test_without_slots_there_is_room_where_the_blocks_are() -> None:
+    places = NoSlots()
+    for request_id in ("one", "other"):
+        assert places.has_room(request_id, 1 << 40)
+        places.take(request_id, 1 << 40)
+
+    assert places.places_of("one", [7, 2, 9]) == (7, 2, 9)
+    places.give_back("one")
+    places.give_back("one")
+    assert places.places_of("one", [7]) == (7,)
 
 
 def test_slots_that_nobody_asked_for_are_refused() -> None:
