@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from tests.support.scripted.tickets import make_ticket
 from tests.support.transfers.kv_pools import Model, make_pool
 from transfer.connector.metadata import Holding
+from transfer.connector.working.direct import Direct
 from transfer.connector.working.reads import PromptReads
 from transfer.engine.engine import TransferEngine
 from transfer.transports.tcp.wire.fields import Fields, encode_claim
@@ -41,7 +42,12 @@ def reads(engine: ListeningEngine) -> PromptReads:
     model = Model("tokens", layers=1, heads=1, head_size=2, dtype=torch.int16)
     pool = make_pool(model, KVCacheLayout.LBHNC, num_blocks=1, kernel_tokens=4)
     return PromptReads(
-        PeerId("decode", 0), pool.layout, "e" * 64, cast(TransferEngine, engine), 1.0, None
+        PeerId("decode", 0),
+        pool.layout,
+        "e" * 64,
+        cast(TransferEngine, engine),
+        1.0,
+        Direct(torch.device("cpu"), pool.layout, None),
     )
 
 
