@@ -19,7 +19,7 @@ from tests.support.transfers.held_event import HeldInPlace
 from tests.support.transfers.kv_pools import make_pool
 from tests.support.transfers.staged_memory import BLOCK, MODEL
 from transfer.connector.metadata import Holding, NewOffer, NewRead
-from transfer.connector.stats import Outcome
+from transfer.connector.outcomes import OfferOutcome, ReadOutcome
 from transfer.connector.working.offers import EndedOffer, PromptOffers
 from transfer.connector.working.reads import EndedRead, PromptReads
 from transfer.errors import ProtocolError
@@ -131,7 +131,12 @@ def test_a_ticket_with_any_values_ends_in_some_way(workers: tuple[Worker, Worker
         reader.reads.renew([holding])
         reader.reads.start(replace(READ, ticket=ticket))
         (ended,) = ended_reads(reader)
-        assert ended.outcome in (Outcome.OK, Outcome.REFUSED, Outcome.FAILED, Outcome.UNPROVEN)
+        assert ended.outcome in (
+            ReadOutcome.OK,
+            ReadOutcome.REFUSED,
+            ReadOutcome.FAILED,
+            ReadOutcome.UNPROVEN,
+        )
         assert not len(reader.reads)
         reader.reads.forfeit(holding)
 
@@ -141,7 +146,7 @@ def test_a_ticket_with_any_values_ends_in_some_way(workers: tuple[Worker, Worker
     owner.offers.start(again)
     reader.reads.start(replace(READ, ticket=again.ticket))
     (ended,) = ended_reads(reader)
-    assert ended.outcome is Outcome.OK
+    assert ended.outcome is ReadOutcome.OK
     assert arrived(owner, reader)
 
 
@@ -155,11 +160,11 @@ def test_a_ticket_of_another_layout_is_given_back_at_once(begun: bool) -> None:
         if begun:
             reader.reads.start(READ)
             (ended,) = ended_reads(reader)
-            assert ended.outcome is Outcome.REFUSED
+            assert ended.outcome is ReadOutcome.REFUSED
         else:
             reader.reads.forfeit(Holding("decode-1", TICKET))
 
-        assert ended_offers(owner) == [EndedOffer("prefill-1", Outcome.RELEASED)]
+        assert ended_offers(owner) == [EndedOffer("prefill-1", OfferOutcome.RELEASED)]
     finally:
         reader.close()
         owner.close()
@@ -180,9 +185,9 @@ def test_nothing_is_read_before_the_owners_model_has_written_it(
     owner.path.held.passed.set()
 
     (ended,) = ended_reads(reader)
-    assert ended.outcome is Outcome.OK
+    assert ended.outcome is ReadOutcome.OK
     assert arrived(owner, reader)
-    assert ended_offers(owner) == [EndedOffer("prefill-1", Outcome.RELEASED)]
+    assert ended_offers(owner) == [EndedOffer("prefill-1", OfferOutcome.RELEASED)]
 
 
 def test_nothing_is_written_before_the_readers_model_is_through(
@@ -201,7 +206,7 @@ def test_nothing_is_written_before_the_readers_model_is_through(
     reader.path.held.passed.set()
 
     (ended,) = ended_reads(reader)
-    assert ended.outcome is Outcome.OK
+    assert ended.outcome is ReadOutcome.OK
     assert arrived(owner, reader)
 
 
@@ -215,11 +220,11 @@ def test_an_offer_can_be_given_up_while_it_waits(workers: tuple[Worker, Worker])
     assert owner.offers.take_ended() == []
     reader.reads.start(READ)
     (ended,) = ended_reads(reader)
-    assert ended.outcome is Outcome.REFUSED
+    assert ended.outcome is ReadOutcome.REFUSED
 
     owner.path.held.passed.set()
 
-    assert ended_offers(owner) == [EndedOffer("prefill-1", Outcome.ABORTED)]
+    assert ended_offers(owner) == [EndedOffer("prefill-1", OfferOutcome.ABORTED)]
 
 
 def test_an_owner_that_proves_nothing_is_counted_as_such(workers: tuple[Worker, Worker]) -> None:
@@ -230,7 +235,7 @@ def test_an_owner_that_proves_nothing_is_counted_as_such(workers: tuple[Worker, 
     owner.offers.start(OFFER)
     reader.reads.start(replace(READ, ticket=replace(TICKET, secret="0" * 32)))
     (ended,) = ended_reads(reader)
-    assert ended.outcome is Outcome.UNPROVEN
+    assert ended.outcome is ReadOutcome.UNPROVEN
     assert torch.equal(reader.pool.read(TARGETS, TICKET.num_tokens), before)
 
 
@@ -242,7 +247,7 @@ def test_a_read_that_waits_can_be_cancelled(workers: tuple[Worker, Worker]) -> N
     assert reader.path.held.waited.wait(5)
     reader.reads.cancel("decode-1")
     (ended,) = ended_reads(reader)
-    assert ended.outcome is Outcome.CANCELLED
+    assert ended.outcome is ReadOutcome.CANCELLED
     reader.path.held.passed.set()
     threading.Event().wait(0.05)
     assert not arrived(owner, reader)

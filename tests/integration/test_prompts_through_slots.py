@@ -14,7 +14,7 @@ from tests.support.scripted.scheduler_requests import make_ticket, tokens
 from tests.support.transfers.engines import LAYOUT_HASH, Directory, make_engine, wait_until
 from tests.support.transfers.staged_memory import BLOCK, MODEL, StagedMemory
 from transfer.connector.metadata import Holding, NewOffer, NewRead
-from transfer.connector.stats import Outcome
+from transfer.connector.outcomes import OfferOutcome, ReadOutcome
 from transfer.connector.working.block_path import PromptBlocks
 from transfer.connector.working.offers import EndedOffer, PromptOffers
 from transfer.connector.working.reads import EndedRead, PromptReads
@@ -128,10 +128,10 @@ def test_a_prompt_crosses(
     reader.reads.start(read)
 
     (ended,) = reader.ended_reads()
-    assert ended.outcome is Outcome.OK
+    assert ended.outcome is ReadOutcome.OK
     assert "used unchecked" not in caplog.text
     assert arrived(owner, reader, offer, read)
-    assert owner.ended_offers() == [EndedOffer("prefill-1", Outcome.RELEASED)]
+    assert owner.ended_offers() == [EndedOffer("prefill-1", OfferOutcome.RELEASED)]
 
 
 @pytest.mark.parametrize("blocks", [1, STEP_BLOCKS])
@@ -149,7 +149,7 @@ def test_a_reader_waits_till_the_copy_is_over(workers: tuple[Worker, Worker], bl
     owner.blocks.go.set()
 
     (ended,) = reader.ended_reads()
-    assert ended.outcome is Outcome.OK
+    assert ended.outcome is ReadOutcome.OK
     assert arrived(owner, reader, offer, read)
 
 
@@ -168,15 +168,15 @@ def test_later_offers_that_are_ready_sooner_refuse_no_earlier_reader(
     owner.blocks.go.set()
 
     (ended,) = reader.ended_reads()
-    assert ended.outcome is Outcome.OK
+    assert ended.outcome is ReadOutcome.OK
 
 
-def give_up(owner: Worker, reader: Worker, ticket: Ticket, how: str) -> Outcome:
+def give_up(owner: Worker, reader: Worker, ticket: Ticket, how: str) -> OfferOutcome:
     if how == "abort":
         assert owner.offers.abort([ticket.handoff_id]) == 1
-        return Outcome.ABORTED
+        return OfferOutcome.ABORTED
     reader.reads.forfeit(Holding("decode-1", ticket))
-    return Outcome.RELEASED
+    return OfferOutcome.RELEASED
 
 
 @pytest.mark.parametrize("how", ["abort", "forfeit"])
@@ -207,9 +207,9 @@ def test_an_abort_before_the_offer_ends_it(workers: tuple[Worker, Worker]) -> No
     owner.offers.start(offer_of(ticket))
     reader.reads.start(read_of(ticket))
 
-    assert owner.ended_offers() == [EndedOffer("prefill-1", Outcome.ABORTED)]
+    assert owner.ended_offers() == [EndedOffer("prefill-1", OfferOutcome.ABORTED)]
     (ended,) = reader.ended_reads()
-    assert ended.outcome is Outcome.REFUSED
+    assert ended.outcome is ReadOutcome.REFUSED
 
 
 def test_a_copy_that_fails_ends_the_offer(
@@ -220,11 +220,11 @@ def test_a_copy_that_fails_ends_the_offer(
     owner.blocks.error = RuntimeError("the device is lost")
     with caplog.at_level(logging.ERROR):
         owner.offers.start(offer_of(ticket))
-        assert owner.ended_offers() == [EndedOffer("prefill-1", Outcome.ABORTED)]
+        assert owner.ended_offers() == [EndedOffer("prefill-1", OfferOutcome.ABORTED)]
     reader.reads.start(read_of(ticket))
 
     (ended,) = reader.ended_reads()
-    assert ended.outcome is Outcome.REFUSED
+    assert ended.outcome is ReadOutcome.REFUSED
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert said.startswith("blocks of request prefill-1 did not get ready")
     assert said.endswith("the device is lost")
@@ -241,9 +241,9 @@ def test_a_copy_that_fails_on_arrival_fails_the_read(
 
     (ended,) = reader.ended_reads()
 
-    assert ended.outcome is Outcome.FAILED
+    assert ended.outcome is ReadOutcome.FAILED
     assert "request decode-1 failed, recomputing: the device is lost" in caplog.text
-    assert owner.ended_offers() == [EndedOffer("prefill-1", Outcome.RELEASED)]
+    assert owner.ended_offers() == [EndedOffer("prefill-1", OfferOutcome.RELEASED)]
 
 
 def test_blocks_that_arrive_changed_never_reach_the_kv_cache(
@@ -261,7 +261,7 @@ def test_blocks_that_arrive_changed_never_reach_the_kv_cache(
     reader.reads.start(read_of(ticket))
 
     (ended,) = reader.ended_reads()
-    assert ended.outcome is Outcome.CORRUPTED
+    assert ended.outcome is ReadOutcome.CORRUPTED
     for tensor, then in zip(reader.pool.layers, before, strict=True):
         assert torch.equal(tensor, then)
 

@@ -23,7 +23,7 @@ from tests.support.scripted.scheduler_requests import (
 )
 from tests.support.scripted.tickets import JSON, changed_params
 from transfer.connector.metadata import WorkerReport
-from transfer.connector.stats import Outcome
+from transfer.connector.outcomes import ReadOutcome
 from transfer.ticket import Ticket
 
 PROMPT = tokens(40)
@@ -83,7 +83,7 @@ def test_a_ticket_with_any_values_is_read_whole_or_computed(
     assert [read.num_tokens for read in metadata.reads] == [count] * waits
     assert not waits or len(metadata.reads[0].targets) == blocks_for(len(PROMPT))
     if waits:
-        scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": Outcome.FAILED}))
+        scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": ReadOutcome.FAILED}))
     request.status = RequestStatus.FINISHED_LENGTH_CAPPED
     scheduler.request_finished(request, list(range(blocks_for(len(PROMPT)))))
     # Nothing is left of it: another prompt gets all there is.

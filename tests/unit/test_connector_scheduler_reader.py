@@ -31,11 +31,11 @@ from tests.support.scripted.scheduler_requests import (
     tokens,
 )
 from transfer.connector.metadata import Holding, Verdict, WorkerReport
+from transfer.connector.outcomes import ReadOutcome
 from transfer.connector.scheduling.ticket_writer import TicketWriter
-from transfer.connector.stats import Outcome
 from transfer.ticket import Medium, prompt_hash
 
-REFUSED = Verdict(Outcome.REFUSED, recomputed_tokens=39)
+REFUSED = Verdict(ReadOutcome.REFUSED, recomputed_tokens=39)
 
 # ---- what is read ------------------------------------------------------------------------
 
@@ -196,11 +196,11 @@ def test_after_the_load_the_request_is_like_any_other() -> None:
     schedule(scheduler, request)
     scheduler.take_metadata(idle=False)
 
-    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": Outcome.OK}))
+    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": ReadOutcome.OK}))
 
     assert scheduler.has_pending
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
-        NOTHING, verdicts=[Verdict(Outcome.OK, tokens=40)]
+        NOTHING, verdicts=[Verdict(ReadOutcome.OK, tokens=40)]
     )
     # vLLM asks again when it resumes the request, and after a load that failed.
     assert schedule(scheduler, request) == (0, False)
@@ -212,17 +212,29 @@ def test_after_the_load_the_request_is_like_any_other() -> None:
 @pytest.mark.parametrize(
     ("ranks", "verdict"),
     [
-        ([[Outcome.OK, Outcome.OK]], Verdict(Outcome.OK, tokens=40)),
-        ([[Outcome.OK], [Outcome.OK]], Verdict(Outcome.OK, tokens=40)),
-        ([[Outcome.OK], [Outcome.FAILED]], Verdict(Outcome.FAILED, recomputed_tokens=39)),
-        ([[Outcome.UNPROVEN, Outcome.FAILED]], Verdict(Outcome.UNPROVEN, recomputed_tokens=39)),
-        ([[Outcome.CORRUPTED], [Outcome.OK]], Verdict(Outcome.CORRUPTED, recomputed_tokens=39)),
-        ([[Outcome.FAILED, Outcome.REFUSED]], Verdict(Outcome.FAILED, recomputed_tokens=39)),
-        ([[Outcome.CANCELLED], [Outcome.OK]], Verdict(Outcome.CANCELLED)),
+        ([[ReadOutcome.OK, ReadOutcome.OK]], Verdict(ReadOutcome.OK, tokens=40)),
+        ([[ReadOutcome.OK], [ReadOutcome.OK]], Verdict(ReadOutcome.OK, tokens=40)),
+        (
+            [[ReadOutcome.OK], [ReadOutcome.FAILED]],
+            Verdict(ReadOutcome.FAILED, recomputed_tokens=39),
+        ),
+        (
+            [[ReadOutcome.UNPROVEN, ReadOutcome.FAILED]],
+            Verdict(ReadOutcome.UNPROVEN, recomputed_tokens=39),
+        ),
+        (
+            [[ReadOutcome.CORRUPTED], [ReadOutcome.OK]],
+            Verdict(ReadOutcome.CORRUPTED, recomputed_tokens=39),
+        ),
+        (
+            [[ReadOutcome.FAILED, ReadOutcome.REFUSED]],
+            Verdict(ReadOutcome.FAILED, recomputed_tokens=39),
+        ),
+        ([[ReadOutcome.CANCELLED], [ReadOutcome.OK]], Verdict(ReadOutcome.CANCELLED)),
     ],
 )
 def test_a_prompt_came_only_if_all_ranks_have_it(
-    ranks: list[list[Outcome]], verdict: Verdict
+    ranks: list[list[ReadOutcome]], verdict: Verdict
 ) -> None:
     scheduler = make_scheduler("consumer")
     request = decode_request(tokens(40), make_ticket(tokens(40)))
@@ -287,7 +299,7 @@ def test_ticket_of_another_prompt_is_refused_and_forfeited(prompt: dict[str, Any
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
         NOTHING,
         forfeits=[Holding("request-1", ticket)],
-        verdicts=[Verdict(Outcome.REFUSED, recomputed_tokens=request.num_prompt_tokens - 1)],
+        verdicts=[Verdict(ReadOutcome.REFUSED, recomputed_tokens=request.num_prompt_tokens - 1)],
     )
 
 
@@ -322,7 +334,7 @@ def test_ticket_that_covers_another_length_is_refused(num_tokens: int) -> None:
 
     assert schedule(scheduler, request) == (0, False)
     (verdict,) = scheduler.take_metadata(idle=False).verdicts
-    assert verdict.outcome is Outcome.REFUSED
+    assert verdict.outcome is ReadOutcome.REFUSED
 
 
 @pytest.mark.parametrize(("block_size", "local"), [(8, 0), (32, 0), (1024, 2 * BLOCK)])
@@ -425,8 +437,8 @@ def test_abort_while_loading_cancels() -> None:
         NOTHING, cancels=["request-1"]
     )
     # The worker still reports the end of the read; by then the request is forgotten.
-    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": Outcome.CANCELLED}))
-    assert scheduler.take_metadata(idle=False).verdicts == [Verdict(Outcome.CANCELLED)]
+    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": ReadOutcome.CANCELLED}))
+    assert scheduler.take_metadata(idle=False).verdicts == [Verdict(ReadOutcome.CANCELLED)]
     assert scheduler.take_metadata(idle=False) == NOTHING
 
 

@@ -21,8 +21,8 @@ from tests.support.scripted.scheduler_requests import (
     tokens,
 )
 from transfer.connector.metadata import Holding, WorkerReport
+from transfer.connector.outcomes import ReadOutcome
 from transfer.connector.scheduling.scheduler import BatonScheduler
-from transfer.connector.stats import Outcome
 from transfer.ticket import Ticket
 
 SLOTS = 4
@@ -193,13 +193,13 @@ def test_a_read_waits_for_slots_and_its_ticket_is_renewed_meanwhile() -> None:
     renewed = scheduler.take_metadata(idle=True).renewals
     assert [holding.request_id for holding in renewed] == ["first", "second"]
 
-    scheduler.on_loaded({"first"}, WorkerReport({"first": Outcome.OK}))
+    scheduler.on_loaded({"first"}, WorkerReport({"first": ReadOutcome.OK}))
 
     assert schedule(scheduler, second) == (2 * BLOCK, True)
 
 
-@pytest.mark.parametrize("outcome", [Outcome.OK, Outcome.FAILED, Outcome.CORRUPTED])
-def test_slots_come_back_once_all_ranks_are_through(outcome: Outcome) -> None:
+@pytest.mark.parametrize("outcome", [ReadOutcome.OK, ReadOutcome.FAILED, ReadOutcome.CORRUPTED])
+def test_slots_come_back_once_all_ranks_are_through(outcome: ReadOutcome) -> None:
     scheduler = make_scheduler("consumer", num_slots=SLOTS)
     schedule(scheduler, decode(scheduler, "request-1", 4))
     other = decode(scheduler, "other", 4)
@@ -218,7 +218,7 @@ def test_slots_of_a_cancelled_read_stay_till_the_ranks_are_through() -> None:
     assert finish(scheduler, request, RequestStatus.FINISHED_ABORTED) is None
     assert scheduler.matched_tokens(other, 0) == WAIT
 
-    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": Outcome.CANCELLED}))
+    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": ReadOutcome.CANCELLED}))
 
     assert schedule(scheduler, other) == (4 * BLOCK, True)
 

@@ -16,7 +16,7 @@ from tests.support.transfers.kv_pools import Pool, make_pool
 from tests.support.transfers.staged_memory import BLOCK, MODEL
 from transfer.connector.memory.device_event import DeviceEvent
 from transfer.connector.metadata import NewOffer, NewRead
-from transfer.connector.stats import Outcome
+from transfer.connector.outcomes import OfferOutcome, ReadOutcome
 from transfer.connector.working.block_path import BlockPath, PromptBlocks
 from transfer.connector.working.offers import EndedOffer, PromptOffers
 from transfer.connector.working.reads import EndedRead, PromptReads
@@ -153,7 +153,7 @@ def arrive(engine: ScriptedEngine, pool: Pool, *, digests: bool = False) -> None
     engine.handles[-1].finish(None)
 
 
-def only(ended: list[EndedRead]) -> Outcome:
+def only(ended: list[EndedRead]) -> ReadOutcome:
     (one,) = ended
     return one.outcome
 
@@ -187,7 +187,7 @@ def test_blocks_are_not_free_before_the_path_is_through_with_them(
 
     path.future.set_result(None)
 
-    assert offers.take_ended() == [EndedOffer("prefill-1", Outcome.EXPIRED)]
+    assert offers.take_ended() == [EndedOffer("prefill-1", OfferOutcome.EXPIRED)]
     assert (offers.take_ended(), offers.num_blocks) == ([], 0)
 
 
@@ -222,7 +222,7 @@ def test_a_read_takes_the_steps_in_order(
     assert reads.take_ended() == []
 
     path.future.set_result(None)
-    assert only(reads.take_ended()) is Outcome.OK
+    assert only(reads.take_ended()) is ReadOutcome.OK
     assert path.steps == ["mark", "before", "after, check=False", "finish, check=False"]
     assert (len(reads), engine.released) == (0, [])
 
@@ -236,7 +236,7 @@ def test_digests_are_compared_if_both_sides_have_them(
         path.steps.clear()
         reads.start(READ)
         arrive(engine, pool, digests=digests)
-        assert only(reads.take_ended()) is Outcome.OK
+        assert only(reads.take_ended()) is ReadOutcome.OK
         assert path.steps[2:] == [f"after, check={digests}", f"finish, check={digests}"]
         assert ("used unchecked" in caplog.text) is not digests
     assert caplog.text.count("used unchecked") == 1
@@ -259,7 +259,7 @@ def test_changed_bytes_are_not_used(
     reads.start(READ)
     arrive(engine, pool)
 
-    assert only(reads.take_ended()) is Outcome.CORRUPTED
+    assert only(reads.take_ended()) is ReadOutcome.CORRUPTED
     assert "request decode-1 arrived changed from engine prefill-a" in caplog.text
     assert ("finish, check=False" in path.steps) is not early
 
@@ -271,7 +271,7 @@ def test_bytes_that_do_not_get_to_the_cache_are_recomputed(
     reads.start(READ)
     arrive(engine, pool)
 
-    assert only(reads.take_ended()) is Outcome.FAILED
+    assert only(reads.take_ended()) is ReadOutcome.FAILED
 
 
 @pytest.mark.parametrize("cancelled", [True, False])
@@ -284,7 +284,7 @@ def test_a_read_that_ended_early_does_not_reach_the_cache(
     else:
         engine.handles[-1].finish(REFUSED)
 
-    assert only(reads.take_ended()) is (Outcome.CANCELLED if cancelled else Outcome.REFUSED)
+    assert only(reads.take_ended()) is (ReadOutcome.CANCELLED if cancelled else ReadOutcome.REFUSED)
     assert path.steps == ["mark"]
     assert len(engine.released) == cancelled
 
@@ -294,6 +294,6 @@ def test_a_ticket_of_another_layout_is_given_back(
 ) -> None:
     reads.start(replace(READ, ticket=replace(TICKET, layout_hash="9" * 64)))
 
-    assert only(reads.take_ended()) is Outcome.REFUSED
+    assert only(reads.take_ended()) is ReadOutcome.REFUSED
     assert (path.steps, engine.handles) == (["mark"], [])
     assert len(engine.released) == 1

@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from transfer.connector.stats import Outcome, worse
+from transfer.connector.outcomes import ReadOutcome, worse
 from transfer.ticket import Ticket
 
 
@@ -63,7 +63,7 @@ class Verdict:
         recomputed_tokens: prompt tokens that decode computes although they came with a ticket.
     """
 
-    outcome: Outcome | None
+    outcome: ReadOutcome | None
     tokens: int = 0
     recomputed_tokens: int = 0
 
@@ -93,7 +93,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     vLLM adds the ranks' reports up before the scheduler side sees them.
     """
 
-    reads: dict[str, Outcome] = field(default_factory=dict)
+    reads: dict[str, ReadOutcome] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Both reports in one; of two outcomes of a read the worse."""

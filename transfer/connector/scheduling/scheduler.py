@@ -24,10 +24,10 @@ from transfer.connector.metadata import (
     WorkerHandshake,
     WorkerReport,
 )
+from transfer.connector.outcomes import ReadOutcome, worse
 from transfer.connector.scheduling.block_places import BlockPlaces, NoSlots
 from transfer.connector.scheduling.slot_queue import SlotQueue
 from transfer.connector.scheduling.ticket_writer import TicketWriter, transfer_params
-from transfer.connector.stats import Outcome, worse
 from transfer.errors import ProtocolError
 from transfer.ticket import Ticket
 
@@ -81,7 +81,7 @@ class BatonScheduler:
         self._inbound: dict[str, _Inbound] = {}
         # Reads on their way: tokens, and the worst outcome of the ranks that are through.
         self._reading: dict[str, int] = {}
-        self._outcomes: dict[str, Outcome] = {}
+        self._outcomes: dict[str, ReadOutcome] = {}
         self._pending = BatonMetadata()
         self._last_renewal_s = 0.0
 
@@ -200,10 +200,10 @@ class BatonScheduler:
             self._inbound.pop(request_id, None)
             self._read_places.give_back(request_id)
             tokens = self._reading.pop(request_id, 0)
-            outcome = self._outcomes.pop(request_id, Outcome.FAILED)
-            if outcome is Outcome.OK:
+            outcome = self._outcomes.pop(request_id, ReadOutcome.FAILED)
+            if outcome is ReadOutcome.OK:
                 verdict = Verdict(outcome, tokens=tokens)
-            elif outcome is Outcome.CANCELLED:
+            elif outcome is ReadOutcome.CANCELLED:
                 verdict = Verdict(outcome)
             else:
                 verdict = Verdict(outcome, recomputed_tokens=max(0, tokens - 1))
@@ -276,7 +276,7 @@ class BatonScheduler:
 
     def _refuse(self, request: Request) -> None:
         recomputed = max(0, request.num_prompt_tokens - 1)
-        self._pending.verdicts.append(Verdict(Outcome.REFUSED, recomputed_tokens=recomputed))
+        self._pending.verdicts.append(Verdict(ReadOutcome.REFUSED, recomputed_tokens=recomputed))
 
     def _divides(self, block_size: int) -> bool:
         """Whether blocks of that size can become ours."""

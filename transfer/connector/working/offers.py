@@ -11,7 +11,7 @@ from functools import partial
 from transfer.connector.kv.layout import KVLayout
 from transfer.connector.kv.pairing import block_spans_of
 from transfer.connector.metadata import NewOffer
-from transfer.connector.stats import Outcome
+from transfer.connector.outcomes import OfferOutcome
 from transfer.connector.working.block_path import BlockPath, PromptBlocks
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handoff import EndedHandoff, HandoffState, Offer
@@ -22,9 +22,9 @@ _REMEMBERED_ABORTS = 4096
 """Those that came before the offer, or after its end."""
 
 _OUTCOMES = {
-    HandoffState.RELEASED: Outcome.RELEASED,
-    HandoffState.ABORTED: Outcome.ABORTED,
-    HandoffState.EXPIRED: Outcome.EXPIRED,
+    HandoffState.RELEASED: OfferOutcome.RELEASED,
+    HandoffState.ABORTED: OfferOutcome.ABORTED,
+    HandoffState.EXPIRED: OfferOutcome.EXPIRED,
 }
 
 
@@ -33,7 +33,7 @@ class EndedOffer:
     """A prompt whose blocks may be freed, as far as this rank is concerned."""
 
     request_id: str
-    outcome: Outcome
+    outcome: OfferOutcome
 
 
 class PromptOffers:

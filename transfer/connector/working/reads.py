@@ -20,7 +20,7 @@ from transfer.connector.kv.packing import TOKENS
 from transfer.connector.kv.pairing import Stretch, plan_read
 from transfer.connector.memory.device_event import DeviceEvent
 from transfer.connector.metadata import Holding, NewRead
-from transfer.connector.stats import Outcome
+from transfer.connector.outcomes import ReadOutcome
 from transfer.connector.working.block_path import BlockPath, PromptBlocks
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
@@ -44,7 +44,7 @@ class EndedRead:
     """
 
     read: NewRead
-    outcome: Outcome
+    outcome: ReadOutcome
     bytes_moved: int = 0
     read_s: float = 0.0
     total_s: float = 0.0
@@ -232,7 +232,7 @@ class PromptReads:
             if one.handle is None or not _is_counted_off(one.handle):
                 owner, credentials = self._addressee(read.request_id, read.ticket, one.part)
                 self._engine.submit_release(owner, credentials, used=False)
-        if outcome is Outcome.CORRUPTED:
+        if outcome is ReadOutcome.CORRUPTED:
             logger.error(
                 "blocks of request %s arrived changed from engine %s, recomputing",
                 read.request_id,
@@ -240,7 +240,7 @@ class PromptReads:
             )
         elif error is not None and not load.cancelled:
             logger.warning("read for request %s failed, recomputing: %s", read.request_id, error)
-        if outcome is not Outcome.OK:
+        if outcome is not ReadOutcome.OK:
             return EndedRead(read, outcome)
         timings = [handle.timings for handle in handles]
         return EndedRead(
@@ -330,16 +330,20 @@ def _cause(handles: Sequence[TransferHandle]) -> BaseException | None:
     return next((error for error in errors if error is not None), None)
 
 
-def _outcome(load: _Load, error: BaseException | None) -> Outcome:
+def _outcome(load: _Load, error: BaseException | None) -> ReadOutcome:
     if not load.handles:
-        return Outcome.REFUSED
+        return ReadOutcome.REFUSED
     if error is None:
-        return Outcome.OK if load.arrived else Outcome.CANCELLED
+        return ReadOutcome.OK if load.arrived else ReadOutcome.CANCELLED
     if isinstance(error, DigestMismatch):
-        return Outcome.CORRUPTED
+        return ReadOutcome.CORRUPTED
     if isinstance(error, OwnerUnproven):
-        return Outcome.UNPROVEN
-    return Outcome.REFUSED if isinstance(error, HandoffRefused | LayoutMismatch) else Outcome.FAILED
+        return ReadOutcome.UNPROVEN
+    return (
+        ReadOutcome.REFUSED
+        if isinstance(error, HandoffRefused | LayoutMismatch)
+        else ReadOutcome.FAILED
+    )
 
 
 def _is_counted_off(handle: TransferHandle) -> bool:

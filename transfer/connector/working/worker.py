@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from transfer.connector.metadata import BatonMetadata, WorkerHandshake, WorkerReport
-from transfer.connector.stats import Outcome, TransferStats
+from transfer.connector.outcomes import ReadOutcome
+from transfer.connector.stats import TransferStats
 from transfer.connector.working.offers import PromptOffers
 from transfer.connector.working.reads import PromptReads
 from transfer.engine.engine import TransferEngine
@@ -54,7 +55,7 @@ class BatonWorker:
         self._closing = closing
         self._failed_blocks: set[int] = set()
         self._idle = False
-        self._report: dict[str, Outcome] = {}
+        self._report: dict[str, ReadOutcome] = {}
         self._reads_by_owner: Counter[str] = Counter()
         self._failed_by_owner: Counter[str] = Counter()
         self._stats = TransferStats()
@@ -76,7 +77,7 @@ class BatonWorker:
         if not self._counts_requests:
             return
         for _ in metadata.forfeits:
-            self._stats.count_read(Outcome.FORFEITED, tokens=0)
+            self._stats.count_read(ReadOutcome.FORFEITED, tokens=0)
         for verdict in metadata.verdicts:
             if verdict.outcome is not None:
                 self._stats.count_read(verdict.outcome, tokens=verdict.tokens)
@@ -92,18 +93,18 @@ class BatonWorker:
         sent, received = set(), set()
         for over in self._offers.take_ended():
             if self._counts_requests:
-                self._stats.count_owner(over.outcome)
+                self._stats.count_offer(over.outcome)
             sent.add(over.request_id)
         if sent:
             self._count_pinned()
         for ended in self._reads.take_ended():
             outcome, owner = ended.outcome, ended.read.ticket.engine_id
-            if outcome is Outcome.OK:
+            if outcome is ReadOutcome.OK:
                 self._stats.count_bytes(ended.bytes_moved, ended.read_s, ended.total_s)
                 self._reads_by_owner[owner] += 1
-            elif outcome in (Outcome.FAILED, Outcome.UNPROVEN, Outcome.CORRUPTED):
+            elif outcome in (ReadOutcome.FAILED, ReadOutcome.UNPROVEN, ReadOutcome.CORRUPTED):
                 self._failed_by_owner[owner] += 1
-            if outcome is not Outcome.OK:
+            if outcome is not ReadOutcome.OK:
                 self._failed_blocks.update(ended.read.local_block_ids)
             self._report[ended.read.request_id] = outcome
             received.add(ended.read.request_id)
