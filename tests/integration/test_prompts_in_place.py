@@ -18,7 +18,7 @@ from tests.support.transfers.engines import LAYOUT_HASH, Directory, make_engine
 from tests.support.transfers.held_event import HeldInPlace
 from tests.support.transfers.kv_pools import make_pool
 from tests.support.transfers.staged_memory import BLOCK, MODEL
-from transfer.connector.metadata import Holding, NewOffer, NewRead
+from transfer.connector.metadata import HeldTicket, NewOffer, NewRead
 from transfer.connector.outcomes import OfferOutcome, ReadOutcome
 from transfer.connector.working.offers import EndedOffer, PromptOffers
 from transfer.connector.working.reads import EndedRead, PromptReads
@@ -84,7 +84,7 @@ READ = NewRead(
     request_id="decode-1",
     ticket=TICKET,
     local_block_ids=TARGETS,
-    targets=TARGETS,
+    places=TARGETS,
     first_token=0,
     num_tokens=TICKET.num_tokens,
 )
@@ -127,8 +127,8 @@ def test_a_ticket_with_any_values_ends_in_some_way(workers: tuple[Worker, Worker
             ticket = Ticket.from_params(params)
         except ProtocolError:
             return
-        holding = Holding("decode-1", ticket)
-        reader.reads.renew([holding])
+        held = HeldTicket("decode-1", ticket)
+        reader.reads.renew([held])
         reader.reads.start(replace(READ, ticket=ticket))
         (ended,) = ended_reads(reader)
         assert ended.outcome in (
@@ -138,7 +138,7 @@ def test_a_ticket_with_any_values_ends_in_some_way(workers: tuple[Worker, Worker
             ReadOutcome.UNPROVEN,
         )
         assert not len(reader.reads)
-        reader.reads.forfeit(holding)
+        reader.reads.forfeit(held)
 
     one()
     owner.offers.take_ended()
@@ -162,7 +162,7 @@ def test_a_ticket_of_another_layout_is_given_back_at_once(begun: bool) -> None:
             (ended,) = ended_reads(reader)
             assert ended.outcome is ReadOutcome.REFUSED
         else:
-            reader.reads.forfeit(Holding("decode-1", TICKET))
+            reader.reads.forfeit(HeldTicket("decode-1", TICKET))
 
         assert ended_offers(owner) == [EndedOffer("prefill-1", OfferOutcome.RELEASED)]
     finally:

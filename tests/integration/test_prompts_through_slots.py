@@ -13,7 +13,7 @@ import torch
 from tests.support.scripted.scheduler_requests import make_ticket, tokens
 from tests.support.transfers.engines import LAYOUT_HASH, Directory, make_engine, wait_until
 from tests.support.transfers.staged_memory import BLOCK, MODEL, StagedMemory
-from transfer.connector.metadata import Holding, NewOffer, NewRead
+from transfer.connector.metadata import HeldTicket, NewOffer, NewRead
 from transfer.connector.outcomes import OfferOutcome, ReadOutcome
 from transfer.connector.working.block_path import PromptBlocks
 from transfer.connector.working.offers import EndedOffer, PromptOffers
@@ -99,7 +99,7 @@ def read_of(ticket: Ticket, skip: int = 0) -> NewRead:
         request_id="decode-1",
         ticket=ticket,
         local_block_ids=tuple(range(count, 0, -1)),
-        targets=tuple(range(NUM_SLOTS - count, NUM_SLOTS)),
+        places=tuple(range(NUM_SLOTS - count, NUM_SLOTS)),
         first_token=skip * BLOCK,
         num_tokens=ticket.num_tokens - skip * BLOCK,
     )
@@ -175,7 +175,7 @@ def give_up(owner: Worker, reader: Worker, ticket: Ticket, how: str) -> OfferOut
     if how == "abort":
         assert owner.offers.abort([ticket.handoff_id]) == 1
         return OfferOutcome.ABORTED
-    reader.reads.forfeit(Holding("decode-1", ticket))
+    reader.reads.forfeit(HeldTicket("decode-1", ticket))
     return OfferOutcome.RELEASED
 
 

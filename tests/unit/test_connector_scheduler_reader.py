@@ -30,7 +30,7 @@ from tests.support.scripted.scheduler_requests import (
     schedule,
     tokens,
 )
-from transfer.connector.metadata import Holding, Verdict, WorkerReport
+from transfer.connector.metadata import HeldTicket, Verdict, WorkerReport
 from transfer.connector.outcomes import ReadOutcome
 from transfer.connector.scheduling.ticket_writer import TicketWriter
 from transfer.ticket import Medium, prompt_hash
@@ -125,7 +125,7 @@ def test_last_token_alone_is_computed_and_the_ticket_forfeited(length: int, loca
 
     assert scheduler.has_pending
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
-        NOTHING, forfeits=[Holding("request-1", ticket)]
+        NOTHING, forfeits=[HeldTicket("request-1", ticket)]
     )
     # Forfeited once: the end of the request says nothing more.
     request.status = RequestStatus.FINISHED_STOPPED
@@ -143,7 +143,7 @@ def test_request_that_must_not_read_caches_forfeits_and_recomputes() -> None:
 
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
         NOTHING,
-        forfeits=[Holding("request-1", ticket)],
+        forfeits=[HeldTicket("request-1", ticket)],
         verdicts=[Verdict(None, recomputed_tokens=39)],
     )
 
@@ -159,7 +159,7 @@ def test_tokens_that_vllm_does_not_take_count_as_recomputed() -> None:
     scheduler.after_alloc(request, make_blocks(3), 0)
 
     metadata = scheduler.take_metadata(idle=False)
-    assert metadata.forfeits == [Holding("request-1", ticket)]
+    assert metadata.forfeits == [HeldTicket("request-1", ticket)]
     assert metadata.verdicts == [Verdict(None, recomputed_tokens=2 * BLOCK - 1)]
     assert not metadata.reads
 
@@ -298,7 +298,7 @@ def test_ticket_of_another_prompt_is_refused_and_forfeited(prompt: dict[str, Any
     assert schedule(scheduler, request) == (0, False)
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
         NOTHING,
-        forfeits=[Holding("request-1", ticket)],
+        forfeits=[HeldTicket("request-1", ticket)],
         verdicts=[Verdict(ReadOutcome.REFUSED, recomputed_tokens=request.num_prompt_tokens - 1)],
     )
 
@@ -365,7 +365,7 @@ def test_ticket_in_blocks_that_do_not_divide_ours_is_refused_and_forfeited(
 
     assert schedule(scheduler, request, local) == (0, False)
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
-        NOTHING, forfeits=[Holding("request-1", ticket)], verdicts=[REFUSED]
+        NOTHING, forfeits=[HeldTicket("request-1", ticket)], verdicts=[REFUSED]
     )
 
 
@@ -393,7 +393,7 @@ def test_request_that_the_engine_turned_away_forfeits_its_ticket(prompt: list[in
 
     assert scheduler.has_pending
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
-        NOTHING, forfeits=[Holding("request-1", ticket)]
+        NOTHING, forfeits=[HeldTicket("request-1", ticket)]
     )
 
 
@@ -418,7 +418,7 @@ def test_abort_before_scheduling_forfeits() -> None:
 
     assert scheduler.has_pending
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
-        NOTHING, forfeits=[Holding("request-1", ticket)]
+        NOTHING, forfeits=[HeldTicket("request-1", ticket)]
     )
 
 
@@ -459,7 +459,7 @@ def test_tickets_are_renewed_four_times_in_their_life_until_loaded() -> None:
         if step == 31:
             scheduler.on_loaded({"loading"}, None)
         clock.now_s += 0.5
-        names = [holding.request_id for holding in scheduler.take_metadata(idle=False).renewals]
+        names = [held.request_id for held in scheduler.take_metadata(idle=False).renewals]
         if names:
             renewed.append(((step + 1) * 0.5, names))
 
@@ -475,7 +475,7 @@ def test_rare_steps_renew_in_every_step() -> None:
 
     for _ in range(3):
         clock.now_s += TTL_S / 2
-        assert scheduler.take_metadata(idle=False).renewals == [Holding("request-1", ticket)]
+        assert scheduler.take_metadata(idle=False).renewals == [HeldTicket("request-1", ticket)]
 
 
 def test_a_time_of_day_that_is_set_back_holds_up_no_renewal(
@@ -508,7 +508,7 @@ def test_a_time_of_day_that_is_set_back_holds_up_no_renewal(
         for _ in range(3):
             monotonic.now_s += TTL_S / 4
             renewals = scheduler.take_metadata(idle=False).renewals
-            assert renewals == [Holding("request-1", ticket)]
+            assert renewals == [HeldTicket("request-1", ticket)]
 
 
 def test_all_readers_of_one_ticket_read_it() -> None:

@@ -20,7 +20,7 @@ from tests.support.scripted.scheduler_requests import (
     schedule,
     tokens,
 )
-from transfer.connector.metadata import Holding, WorkerReport
+from transfer.connector.metadata import HeldTicket, WorkerReport
 from transfer.connector.outcomes import ReadOutcome
 from transfer.connector.scheduling.scheduler import BatonScheduler
 from transfer.ticket import Ticket
@@ -179,7 +179,7 @@ def test_reads_go_into_slots() -> None:
 
     _, read = scheduler.take_metadata(idle=False).reads
     assert read.local_block_ids == (101, 102)
-    assert read.targets == (1, 2)
+    assert read.places == (1, 2)
 
 
 def test_a_read_waits_for_slots_and_its_ticket_is_renewed_meanwhile() -> None:
@@ -191,7 +191,7 @@ def test_a_read_waits_for_slots_and_its_ticket_is_renewed_meanwhile() -> None:
     assert len(scheduler.take_metadata(idle=False).reads) == 1
     clock.now_s += TTL_S / 2
     renewed = scheduler.take_metadata(idle=True).renewals
-    assert [holding.request_id for holding in renewed] == ["first", "second"]
+    assert [held.request_id for held in renewed] == ["first", "second"]
 
     scheduler.on_loaded({"first"}, WorkerReport({"first": ReadOutcome.OK}))
 
@@ -233,7 +233,7 @@ def test_who_waits_for_slots_and_is_aborted_forfeits_and_lets_the_next_one_in() 
     assert finish(scheduler, waiting, RequestStatus.FINISHED_ABORTED, []) is None
 
     forfeits = scheduler.take_metadata(idle=False).forfeits
-    assert forfeits == [Holding("waiting", make_ticket(tokens(3 * BLOCK)))]
+    assert forfeits == [HeldTicket("waiting", make_ticket(tokens(3 * BLOCK)))]
     assert schedule(scheduler, last) == (2 * BLOCK, True)
 
 
@@ -289,7 +289,7 @@ def test_reads_have_slots_of_their_own() -> None:
     (read,) = scheduler.take_metadata(idle=False).reads
     ticket = finish(scheduler, offered)
     assert ticket is not None
-    assert set(ticket.block_ids) | set(read.targets) == set(range(2 * SLOTS))
+    assert set(ticket.block_ids) | set(read.places) == set(range(2 * SLOTS))
 
 
 @pytest.mark.parametrize("status", [RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_ABORTED])

@@ -75,7 +75,7 @@ def test_readers_are_shown_slots_of_the_same_form(pool: Pool) -> None:
     assert memory.layout.digest_base == memory.digests.memory[0]
     slot_bytes = 4 * PROMPT_BLOCKS * pool.layout.block_bytes // MODEL.layers
     assert not memory.in_place
-    assert {(piece.address, piece.length) for piece in memory.ranges} == {
+    assert {(kv_range.address, kv_range.length) for kv_range in memory.ranges} == {
         *((base, slot_bytes) for base in memory.layout.bases),
         memory.digests.memory,
     }

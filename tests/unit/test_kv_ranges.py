@@ -56,10 +56,10 @@ def test_cuda_memory_is_reached_by_its_dma_bufs() -> None:
     exports = Exports()
     found = ranges_in_place(STORAGES, "cuda", settings(), exports)
     assert found is not None
-    assert [(piece.address, piece.length) for piece in found] == STORAGES
-    assert [piece.dmabuf for piece in found] == [DmaBuf(fd) for fd in exports.fds]
-    for piece in found:
-        piece.close()
+    assert [(kv_range.address, kv_range.length) for kv_range in found] == STORAGES
+    assert [kv_range.dmabuf for kv_range in found] == [DmaBuf(fd) for fd in exports.fds]
+    for kv_range in found:
+        kv_range.close()
     assert not any(map(is_open, exports.fds))
 
 

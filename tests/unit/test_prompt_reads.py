@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.support.scripted.tickets import make_ticket
 from tests.support.transfers.kv_pools import Model, make_pool
-from transfer.connector.metadata import Holding
+from transfer.connector.metadata import HeldTicket
 from transfer.connector.working.direct import Direct
 from transfer.connector.working.reads import PromptReads
 from transfer.engine.engine import TransferEngine
@@ -57,8 +57,8 @@ def reads(engine: ListeningEngine) -> PromptReads:
 def test_any_request_id_can_be_told_to_an_owner(
     engine: ListeningEngine, reads: PromptReads, request_id: str
 ) -> None:
-    reads.forfeit(Holding(request_id, make_ticket()))
-    reads.renew([Holding(request_id, make_ticket())])
+    reads.forfeit(HeldTicket(request_id, make_ticket()))
+    reads.renew([HeldTicket(request_id, make_ticket())])
 
     released, renewed = engine.told
     assert released == renewed
@@ -70,7 +70,7 @@ def test_requests_that_differ_at_their_end_are_two_readers(
     engine: ListeningEngine, reads: PromptReads
 ) -> None:
     for end in ("1", "2", "1"):
-        reads.forfeit(Holding(LONG + end, make_ticket()))
+        reads.forfeit(HeldTicket(LONG + end, make_ticket()))
 
     first, other, again = (credentials.reader for credentials in engine.told)
     assert first == again != other

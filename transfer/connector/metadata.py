@@ -33,7 +33,7 @@ class NewRead:
     """Fetch a prompt's tokens from ``first_token`` on into ``local_block_ids``.
 
     Attributes:
-        targets: where the bytes go at first, one for each local block: slots, or those blocks.
+        places: where the bytes go at first, one for each local block: slots, or those blocks.
         first_token: the first one of a block of ours.
         num_tokens: how many, to the end of what the ticket covers.
     """
@@ -41,13 +41,13 @@ class NewRead:
     request_id: str
     ticket: Ticket
     local_block_ids: tuple[int, ...]
-    targets: tuple[int, ...]
+    places: tuple[int, ...]
     first_token: int
     num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class HeldTicket:
     """A ticket that a request holds but does not read now."""
 
     request_id: str
@@ -81,8 +81,8 @@ class BatonMetadata(KVConnectorMetadata):
     offers: list[NewOffer] = field(default_factory=list)
     reads: list[NewRead] = field(default_factory=list)
     cancels: list[str] = field(default_factory=list)
-    forfeits: list[Holding] = field(default_factory=list)
-    renewals: list[Holding] = field(default_factory=list)
+    forfeits: list[HeldTicket] = field(default_factory=list)
+    renewals: list[HeldTicket] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
 
 
@@ -110,7 +110,7 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):
     """What the scheduler needs to know of its workers to write tickets.
 
     Attributes:
-        num_slots: places for blocks in host memory; 0 if blocks go straight to and from the KV
+        num_slots: staging slots in host memory; 0 if blocks go straight to and from the KV
             cache.
     """
 

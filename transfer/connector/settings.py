@@ -87,14 +87,14 @@ class ConnectorSettings:
                     f"known: {', '.join(sorted(known))}"
                 )
         if not discovery:
-            told = _from_mooncake(path, kv_role)
-            if told is None:
+            mooncake = _from_mooncake(path, kv_role)
+            if mooncake is None:
                 raise _bad(
                     "kv_connector_extra_config.discovery is missing; it should say how peers are "
                     'found, for example {"kind": "etcd", "endpoints": ["127.0.0.1:2379"]}; or let '
                     f"{PATH_VARIABLE} name a mooncake.json"
                 )
-            discovery, transfer = told.discovery, {**told.transfer, **transfer}
+            discovery, transfer = mooncake.discovery, {**mooncake.transfer, **transfer}
         return cls(
             discovery=dict(discovery),
             transfer=TransferSettings(**transfer),

@@ -1,4 +1,4 @@
-"""The memory of one worker that transports see: the KV cache itself, or slots in host memory."""
+"""The memory of one worker that transports see: its KV cache, or staging slots in host memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transfer.connector.kv.packing import Packing
 from transfer.connector.kv.tensors import axis_order, distinct, packing_of, storages, view_of
 from transfer.connector.memory.host_blocks import HostBlocks
 from transfer.connector.memory.kv_ranges import KVRange, ranges_in_place
-from transfer.connector.memory.slots import num_slots
+from transfer.connector.memory.slots import count_slots
 from transfer.connector.settings import ConnectorSettings
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class KVMemory:
 
     Attributes:
         layout: of that memory.
-        ranges: every piece of it, that of the digests included.
+        ranges: all of it, that of the digests included.
         device: of the KV cache.
         in_place: the memory is the KV cache, and what the model queues on its device has to be
             waited for.
@@ -112,7 +112,7 @@ class KVMemory:
 
     def _count_slots(self, layout: KVLayout, host_bytes: int) -> int:
         transfer = self._vllm_config.kv_transfer_config
-        return num_slots(
+        return count_slots(
             host_bytes=host_bytes,
             block_bytes=layout.block_bytes,
             num_blocks=layout.num_blocks,

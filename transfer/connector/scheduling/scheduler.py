@@ -17,7 +17,7 @@ from vllm.v1.request import RequestStatus
 from transfer.connector.memory.slots import SlotPool
 from transfer.connector.metadata import (
     BatonMetadata,
-    Holding,
+    HeldTicket,
     NewOffer,
     NewRead,
     Verdict,
@@ -139,11 +139,11 @@ class BatonScheduler:
             return
         if request.abort_immediately:
             # The engine's way to say that it will not run the request that brought it.
-            self._pending.forfeits.append(Holding(request.request_id, ticket))
+            self._pending.forfeits.append(HeldTicket(request.request_id, ticket))
         elif self._fits(request, ticket):
             self._inbound[request.request_id] = _Inbound(ticket)
         else:
-            self._pending.forfeits.append(Holding(request.request_id, ticket))
+            self._pending.forfeits.append(HeldTicket(request.request_id, ticket))
             self._refuse(request)
 
     def _readable_tokens(self, request: Request, num_computed_tokens: int) -> int:
@@ -165,7 +165,7 @@ class BatonScheduler:
         if num_external == 0:
             del self._inbound[request.request_id]
             self._read_places.give_back(request.request_id)
-            self._pending.forfeits.append(Holding(request.request_id, ticket))
+            self._pending.forfeits.append(HeldTicket(request.request_id, ticket))
             missing = ticket.num_tokens - inbound.local_tokens
             if missing > 1:
                 self._pending.verdicts.append(Verdict(None, recomputed_tokens=missing - 1))
@@ -182,7 +182,7 @@ class BatonScheduler:
                 request_id=request.request_id,
                 ticket=ticket,
                 local_block_ids=local_ids,
-                targets=self._read_places.places_of(request.request_id, local_ids),
+                places=self._read_places.places_of(request.request_id, local_ids),
                 first_token=first_token,
                 num_tokens=num_external,
             )
@@ -295,7 +295,7 @@ class BatonScheduler:
             self._pending.cancels.append(request.request_id)
             return True
         self._read_places.give_back(request.request_id)
-        self._pending.forfeits.append(Holding(request.request_id, inbound.ticket))
+        self._pending.forfeits.append(HeldTicket(request.request_id, inbound.ticket))
         return True
 
     def _is_wanted(self, request: Request) -> bool:
@@ -313,10 +313,10 @@ class BatonScheduler:
             return None
         num_tokens = min(request.num_prompt_tokens, request.num_computed_tokens)
         own = tuple(block_ids[: self._blocks_of(num_tokens)])
-        shown = self._offer_places.places_of(request.request_id, own)
-        if len(shown) < len(own):
+        places = self._offer_places.places_of(request.request_id, own)
+        if len(places) < len(own):
             return None
-        ticket = self._tickets.write(request, num_tokens, shown, self._handshake)
+        ticket = self._tickets.write(request, num_tokens, places, self._handshake)
         if ticket is None:
             return None
         self._pending.offers.append(NewOffer(request.request_id, ticket, self._ttl_s, own))
@@ -328,5 +328,5 @@ class BatonScheduler:
             return
         self._last_renewal_s = now
         self._pending.renewals += [
-            Holding(request_id, inbound.ticket) for request_id, inbound in self._inbound.items()
+            HeldTicket(request_id, inbound.ticket) for request_id, inbound in self._inbound.items()
         ]

@@ -106,7 +106,7 @@ class PromptOffers:
     def take_ended(self) -> list[EndedOffer]:
         """Offers that ended since the last call, each exactly once."""
         self._look_after_saves()
-        over = []
+        free = []
         ended_now = self._ended_early + self._engine.take_ended()
         self._ended_early = []
         for ended in ended_now:
@@ -118,8 +118,8 @@ class PromptOffers:
                 continue
             if ended.state is not HandoffState.RELEASED:
                 logger.info("hand-off %s %s: %s", ended.handoff_id, ended.state.value, ended.reason)
-            over.append(EndedOffer(offer.request_id, _OUTCOMES[ended.state]))
-        return over
+            free.append(EndedOffer(offer.request_id, _OUTCOMES[ended.state]))
+        return free
 
     def _look_after_saves(self) -> None:
         for handoff_id, save in list(self._saves.items()):

@@ -19,7 +19,7 @@ from transfer.connector.kv.layout import KVLayout
 from transfer.connector.kv.packing import TOKENS
 from transfer.connector.kv.pairing import Stretch, plan_read
 from transfer.connector.memory.device_event import DeviceEvent
-from transfer.connector.metadata import Holding, NewRead
+from transfer.connector.metadata import HeldTicket, NewRead
 from transfer.connector.outcomes import ReadOutcome
 from transfer.connector.working.block_path import BlockPath, PromptBlocks
 from transfer.engine.engine import TransferEngine
@@ -149,7 +149,7 @@ class PromptReads:
     def start(self, read: NewRead) -> None:
         """Begins a prompt's read from all owner ranks; what is wrong is told by take_ended."""
         tokens = range(read.first_token, read.first_token + read.num_tokens)
-        blocks = PromptBlocks(read.local_block_ids, read.targets, tokens)
+        blocks = PromptBlocks(read.local_block_ids, read.places, tokens)
         load = self._loads[read.request_id] = _Load(read, blocks, self._path.mark())
         try:
             parts = self._parts(read.ticket)
@@ -173,7 +173,7 @@ class PromptReads:
                 handle = self._engine.submit_read(owner, credentials, planner, self._deadline_s)
             load.part_reads.append(_PartRead(part, planner, handle))
         for handle in load.handles:
-            handle.when_final(lambda _: self._go_on(load))
+            handle.when_final(lambda _: self._begin_after_read(load))
 
     def cancel(self, request_id: str) -> None:
         """Stops a read whose request is gone."""
@@ -182,18 +182,18 @@ class PromptReads:
             load.cancelled = True
             _stop(load)
 
-    def forfeit(self, holding: Holding) -> None:
+    def forfeit(self, held: HeldTicket) -> None:
         """Tells the owner ranks that this rank answers for that nothing will be read."""
-        for part in self._known_parts(holding.ticket):
-            owner, credentials = self._addressee(holding.request_id, holding.ticket, part)
+        for part in self._known_parts(held.ticket):
+            owner, credentials = self._addressee(held.request_id, held.ticket, part)
             self._engine.submit_release(owner, credentials, used=False)
 
-    def renew(self, holdings: Sequence[Holding]) -> None:
+    def renew(self, held_tickets: Sequence[HeldTicket]) -> None:
         """Tells the same owner ranks that their hand-offs are still wanted."""
         by_owner: dict[PeerId, list[Credentials]] = {}
-        for holding in holdings:
-            for part in self._known_parts(holding.ticket):
-                owner, credentials = self._addressee(holding.request_id, holding.ticket, part)
+        for held in held_tickets:
+            for part in self._known_parts(held.ticket):
+                owner, credentials = self._addressee(held.request_id, held.ticket, part)
                 by_owner.setdefault(owner, []).append(credentials)
         for owner, renewed in by_owner.items():
             self._engine.submit_renew(owner, renewed)
@@ -211,13 +211,13 @@ class PromptReads:
             if not all(state.is_final for state in states):
                 continue
             # Perhaps before the thread that made the last one final gets to it.
-            self._go_on(load)
+            self._begin_after_read(load)
             if load.after_read is None or load.after_read.done():
                 over.append(load)
         return [self._end(self._loads.pop(load.read.request_id)) for load in over]
 
-    def _go_on(self, load: _Load) -> None:
-        """Lets the path take over, once, if all parts are there. Any thread."""
+    def _begin_after_read(self, load: _Load) -> None:
+        """Begins the path's step after the read, once, if all parts are there. Any thread."""
         with self._lock:
             if load.handles and load.arrived and load.after_read is None:
                 load.after_read = self._path.after_read(
@@ -229,7 +229,7 @@ class PromptReads:
         error = self._error_of(load)
         outcome = _outcome(load, error)
         for one in load.part_reads:
-            if one.handle is None or not _is_counted_off(one.handle):
+            if one.handle is None or not _owner_is_done(one.handle):
                 owner, credentials = self._addressee(read.request_id, read.ticket, one.part)
                 self._engine.submit_release(owner, credentials, used=False)
         if outcome is ReadOutcome.CORRUPTED:
@@ -258,14 +258,14 @@ class PromptReads:
         if (error := load.after_read.exception()) is not None:
             return error
         if self._layout.digest_base and not load.has_digests:
-            self._warn_of_no_digests(load.read.ticket.engine_id)
+            self._warn_once_of_no_digests(load.read.ticket.engine_id)
         try:
             self._path.finish_read(load.blocks, check=load.has_digests)
         except DigestMismatch as mismatch:
             return mismatch
         return None
 
-    def _warn_of_no_digests(self, engine_id: str) -> None:
+    def _warn_once_of_no_digests(self, engine_id: str) -> None:
         if not self._warned_of_no_digests:
             logger.warning(
                 "engine %s offers blocks without digests; transfer.digests must be set on "
@@ -346,6 +346,6 @@ def _outcome(load: _Load, error: BaseException | None) -> ReadOutcome:
     )
 
 
-def _is_counted_off(handle: TransferHandle) -> bool:
+def _owner_is_done(handle: TransferHandle) -> bool:
     """Whether the owner rank has released us, or would not listen to us."""
     return handle.state is TransferState.DONE or isinstance(handle.error, HandoffRefused)

@@ -71,8 +71,8 @@ class BatonWorker:
             self._reads.start(read)
         for request_id in metadata.cancels:
             self._reads.cancel(request_id)
-        for holding in metadata.forfeits:
-            self._reads.forfeit(holding)
+        for held in metadata.forfeits:
+            self._reads.forfeit(held)
         self._reads.renew(metadata.renewals)
         if not self._counts_requests:
             return
@@ -91,10 +91,10 @@ class BatonWorker:
         if self._idle and (self._offers or self._reads):
             self._engine.wait_for_end(_IDLE_WAIT_S)
         sent, received = set(), set()
-        for over in self._offers.take_ended():
+        for offer in self._offers.take_ended():
             if self._counts_requests:
-                self._stats.count_offer(over.outcome)
-            sent.add(over.request_id)
+                self._stats.count_offer(offer.outcome)
+            sent.add(offer.request_id)
         if sent:
             self._count_pinned()
         for ended in self._reads.take_ended():
