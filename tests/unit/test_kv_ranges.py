@@ -7,19 +7,18 @@ from typing import Any
 
 import pytest
 
+from transfer.connector.block_settings import read_transfer
 from transfer.connector.memory.kv_ranges import KVRange, ranges_in_place
 from transfer.connector.settings import ConnectorSettings
 from transfer.errors import ConfigurationError, Phase, TransportUnavailable
-from transfer.settings import TransferSettings
 from transfer.types import DmaBuf
 
 STORAGES = [(4096, 100), (8192, 200)]
 
 
 def settings(staging: str = "auto", **transfer: Any) -> ConnectorSettings:
-    return ConnectorSettings(
-        host_staging=staging, transfer=TransferSettings(**{"transports": ["rdma"], **transfer})
-    )
+    engine, blocks = read_transfer({"transports": ["rdma"], **transfer})
+    return ConnectorSettings(host_staging=staging, transfer=engine, blocks=blocks)
 
 
 class Exports:

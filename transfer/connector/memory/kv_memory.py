@@ -64,7 +64,7 @@ class KVMemory:
         self.in_place = ranges is not None and _has_streams(self.device, settings)
         self.host_blocks: HostBlocks | None = None
         if ranges is None:
-            slots = self._count_slots(layout, settings.transfer.host_staging_bytes)
+            slots = self._count_slots(layout, settings.blocks.host_staging_bytes)
             self.host_blocks = HostBlocks(tensors, num_blocks, slots)
             tensors = list(self.host_blocks.tensors)
             ranges = [KVRange(*storage) for storage in storages(tensors)]
@@ -76,7 +76,7 @@ class KVMemory:
             )
         self.ranges = ranges
         self.digests: BlockDigests | None = None
-        if settings.transfer.digests:
+        if settings.blocks.digests:
             layout = replace(layout, digest_tokens=unit_tokens(layout.kernel_tokens))
             self.digests = BlockDigests(tensors, layout)
             layout = replace(layout, digest_base=self.digests.memory[0])
