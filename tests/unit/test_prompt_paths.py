@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import cast
 
 import pytest
-import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.support.scripted.scheduler_requests import make_ticket, tokens
+from tests.support.scripted.worker_parts import ScriptedEngine, ScriptedPath
 from tests.support.transfers.kv_pools import Pool, make_pool
 from tests.support.transfers.staged_memory import BLOCK, MODEL
-from transfer.connector.memory.device_event import DeviceEvent
 from transfer.connector.metadata import NewOffer, NewRead
 from transfer.connector.outcomes import OfferOutcome, ReadOutcome
-from transfer.connector.working.block_path import BlockPath, PromptBlocks
+from transfer.connector.working.block_path import PromptBlocks
 from transfer.connector.working.offers import EndedOffer, PromptOffers
 from transfer.connector.working.reads import EndedRead, PromptReads
 from transfer.engine.engine import TransferEngine
-from transfer.engine.handle import TransferHandle
-from transfer.engine.handoff import EndedHandoff, HandoffState, Offer
+from transfer.engine.handoff import EndedHandoff, HandoffState
 from transfer.errors import DigestMismatch, HandoffRefused, Phase
-from transfer.types import Credentials, PeerId, PeerInfo, Planner
+from transfer.types import PeerId, PeerInfo
 
 PROMPT = tokens(2 * BLOCK)
 TICKET = make_ticket(PROMPT, tp_size=1, block_ids=(6, 4))
@@ -33,82 +29,6 @@ OFFER = NewOffer("prefill-1", TICKET, 20.0, (1, 3))
 READ = NewRead("decode-1", TICKET, (2, 5), (0, 7), first_token=0, num_tokens=len(PROMPT))
 CHANGED = DigestMismatch("changed", phase=Phase.READ)
 REFUSED = HandoffRefused("over", phase=Phase.READ)
-
-
-class ScriptedPath(BlockPath):
-    """Writes its steps down; a test ends those that take their time."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"))
-        self.steps: list[str] = []
-        self.blocks: list[PromptBlocks] = []
-        self.future: Future[None] = Future()
-        self.then: Callable[[], object] = lambda: None
-        self.mismatch: DigestMismatch | None = None
-
-    def save(self, blocks: PromptBlocks, then: Callable[[], object]) -> Future[None]:
-        self.steps.append("save")
-        self.blocks.append(blocks)
-        self.then = then
-        return self.future
-
-    def mark(self) -> DeviceEvent:
-        self.steps.append("mark")
-        return super().mark()
-
-    def before_read(self, mark: DeviceEvent) -> None:
-        self.steps.append("before")
-
-    def after_read(self, blocks: PromptBlocks, mark: DeviceEvent, *, check: bool) -> Future[None]:
-        self.steps.append(f"after, check={check}")
-        self.blocks.append(blocks)
-        return self.future
-
-    def finish_read(self, blocks: PromptBlocks, *, check: bool) -> None:
-        self.steps.append(f"finish, check={check}")
-        if self.mismatch is not None:
-            raise self.mismatch
-
-    def close(self) -> None:
-        self.steps.append("close")
-
-
-class ScriptedEngine:
-    """Takes offers and reads; a test says how they go on."""
-
-    def __init__(self) -> None:
-        self.offered: list[Offer] = []
-        self.ready: list[str] = []
-        self.aborted: list[str] = []
-        self.ended: list[EndedHandoff] = []
-        self.handles: list[TransferHandle] = []
-        self.planners: list[Planner] = []
-        self.released: list[Credentials] = []
-
-    def offer(self, offer: Offer) -> None:
-        self.offered.append(offer)
-
-    def make_ready(self, handoff_id: str) -> bool:
-        self.ready.append(handoff_id)
-        return True
-
-    def abort(self, handoff_id: str, reason: str) -> bool:
-        self.aborted.append(handoff_id)
-        return True
-
-    def take_ended(self) -> list[EndedHandoff]:
-        ended, self.ended = self.ended, []
-        return ended
-
-    def submit_read(
-        self, owner: PeerId, credentials: Credentials, planner: Planner, deadline_s: float
-    ) -> TransferHandle:
-        self.handles.append(TransferHandle(owner, credentials.handoff_id, deadline_s))
-        self.planners.append(planner)
-        return self.handles[-1]
-
-    def submit_release(self, owner: PeerId, credentials: Credentials, used: bool) -> None:
-        self.released.append(credentials)
 
 
 @pytest.fixture
