@@ -177,7 +177,7 @@ def _engine_kwargs(settings: Settings, role: Role) -> dict[str, Any]:
         **settings.engine,
         **side.engine,
         "tensor_parallel_size": side.tensor_parallel_size,
-        "worker_extension_cls": "transfer.connector.working.control.WorkerControl",
+        "worker_extension_cls": "transfer.connector.control.WorkerControl",
         "kv_transfer_config": {
             **_CONNECTOR,
             "kv_role": _KV_ROLES[role],

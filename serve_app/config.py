@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,10 +19,10 @@ from pydantic import (
 from serve_app.adapters import served_adapters
 from serve_app.mooncake_args import with_mooncake
 from serve_app.origins import require_origin
+from transfer.connector.block_settings import TRANSFER_KEYS, read_transfer
 from transfer.discovery import check_discovery
 from transfer.errors import ConfigurationError
 from transfer.secret import SecretReference
-from transfer.settings import TransferSettings
 from transfer.speculation import drafting_layers, shares_answers
 
 IMPORT_PATH = "serve_app.app:build_app"
@@ -229,7 +228,7 @@ class Settings(Section):
     prefill: SideSettings = SideSettings()
     decode: SideSettings = SideSettings()
     transfer: dict[str, Any] = Field(
-        default_factory=dict, description="See transfer.settings.TransferSettings."
+        default_factory=dict, description="See transfer.connector.block_settings."
     )
     discovery: dict[str, Any] = Field(
         description="How workers find each other: kind `etcd` or `static`."
@@ -244,12 +243,11 @@ class Settings(Section):
     @field_validator("transfer")
     @classmethod
     def _known_transfer(cls, transfer: dict[str, Any]) -> dict[str, Any]:
-        known = sorted(item.name for item in dataclasses.fields(TransferSettings))
         for name in transfer:
-            if name not in known:
-                raise ValueError(f"{name} is unknown; known are {', '.join(known)}")
+            if name not in TRANSFER_KEYS:
+                raise ValueError(f"{name} is unknown; known are {', '.join(TRANSFER_KEYS)}")
         try:
-            TransferSettings(**transfer)
+            read_transfer(transfer)
         except ConfigurationError as error:
             raise ValueError(error.message) from error
         return transfer

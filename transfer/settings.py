@@ -21,11 +21,6 @@ class TransferSettings:
     """Settings of one transfer engine; checked when made.
 
     Attributes:
-        digests: whether KV blocks are compared with digests that their owner made before the
-            transfer; to be set on both sides. The connector's, not the transfer engine's.
-        host_staging_bytes: host memory of each worker whose KV cache lies in device memory, for
-            blocks on their way; 0 takes room for four prompts of ``max_model_len``. The
-            connector's too.
         host: address to listen on and to advertise to peers.
         port: port to listen on; 0 takes a free one, which is then published.
         streams_per_peer: data streams that one read may use at once.
@@ -82,40 +77,39 @@ class TransferSettings:
     tls_key: str = ""
     tls_server_name: str = ""
     http_url: str = ""
-    digests: bool = False
-    host_staging_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or len(self.host) > 255 or not is_host(self.host):
-            raise _wrong("host", self.host, "a host name or an IP address")
+            raise wrong_setting("host", self.host, "a host name or an IP address")
         if is_every_address(self.host):
             # Peers would be told it, and find themselves there.
-            raise _wrong(
+            raise wrong_setting(
                 "host", self.host, "an address that leads other machines here, not one for all"
             )
-        _check_whole("port", self.port, 0, 65535)
+        check_whole("port", self.port, 0, 65535)
         object.__setattr__(self, "transports", _checked_transports(self.transports))
-        _check_whole("streams_per_peer", self.streams_per_peer, 1, 64)
-        _check_whole("max_reads_per_peer", self.max_reads_per_peer, 1, 256)
-        _check_whole("slice_bytes", self.slice_bytes, 4096, MAX_SLICE_BYTES)
-        _check_whole("max_inflight_bytes", self.max_inflight_bytes, 4096, 1 << 50)
+        check_whole("streams_per_peer", self.streams_per_peer, 1, 64)
+        check_whole("max_reads_per_peer", self.max_reads_per_peer, 1, 256)
+        check_whole("slice_bytes", self.slice_bytes, 4096, MAX_SLICE_BYTES)
+        check_whole("max_inflight_bytes", self.max_inflight_bytes, 4096, 1 << 50)
         if not isinstance(self.rdma_device, str):
-            raise _wrong("rdma_device", self.rdma_device, "names of devices with commas between")
-        _check_whole("host_staging_bytes", self.host_staging_bytes, 0, 1 << 50)
-        _check_whole("rdma_gid_index", self.rdma_gid_index, -1, 65535)
-        _check_whole("max_connections", self.max_connections, 1, 65535)
-        _check_whole("socket_buffer_bytes", self.socket_buffer_bytes, 0, 1 << 30)
+            raise wrong_setting(
+                "rdma_device", self.rdma_device, "names of devices with commas between"
+            )
+        check_whole("rdma_gid_index", self.rdma_gid_index, -1, 65535)
+        check_whole("max_connections", self.max_connections, 1, 65535)
+        check_whole("socket_buffer_bytes", self.socket_buffer_bytes, 0, 1 << 30)
         # The kernel's name for it has at most 15 bytes (TCP_CA_NAME_MAX).
         if not isinstance(self.tcp_congestion, str) or not _CONGESTION.fullmatch(
             self.tcp_congestion
         ):
-            raise _wrong("tcp_congestion", self.tcp_congestion, "a name like cubic, or empty")
-        if type(self.digests) is not bool:
-            raise _wrong("digests", self.digests, "true or false")
+            raise wrong_setting(
+                "tcp_congestion", self.tcp_congestion, "a name like cubic, or empty"
+            )
         for name in ("ticket_ttl_s", "connect_timeout_s", "read_deadline_s", "stall_timeout_s"):
             _check_seconds(name, getattr(self, name))
         if not isinstance(self.http_url, str) or (self.http_url and not is_http_url(self.http_url)):
-            raise _wrong("http_url", self.http_url, "like http://10.0.0.1:8100, or empty")
+            raise wrong_setting("http_url", self.http_url, "like http://10.0.0.1:8100, or empty")
         self._check_tls()
 
     def _check_tls(self) -> None:
@@ -123,14 +117,16 @@ class TransferSettings:
         for name in (*files, "tls_server_name"):
             value = getattr(self, name)
             if not isinstance(value, str) or len(value) > 4096:
-                raise _wrong(name, value, "text")
+                raise wrong_setting(name, value, "text")
         missing = [name for name in files if not getattr(self, name)]
         if missing and len(missing) < len(files):
-            raise _wrong(missing[0], "", "set too: tls_ca, tls_cert and tls_key go together")
+            raise wrong_setting(missing[0], "", "set too: tls_ca, tls_cert and tls_key go together")
         if self.tls_server_name and missing:
-            raise _wrong("tls_server_name", self.tls_server_name, "empty without tls_ca")
+            raise wrong_setting("tls_server_name", self.tls_server_name, "empty without tls_ca")
         if self.tls_server_name and not is_host(self.tls_server_name):
-            raise _wrong("tls_server_name", self.tls_server_name, "a host name or an IP address")
+            raise wrong_setting(
+                "tls_server_name", self.tls_server_name, "a host name or an IP address"
+            )
 
 
 def _checked_transports(value: object) -> str | tuple[str, ...]:
@@ -143,14 +139,15 @@ def _checked_transports(value: object) -> str | tuple[str, ...]:
         or len(set(value)) != len(value)
     ):
         known = ", ".join(SCHEMES_BEST_FIRST)
-        raise _wrong("transports", value, f'"{AUTO}" or a list of different ones of {known}')
+        raise wrong_setting("transports", value, f'"{AUTO}" or a list of different ones of {known}')
     return tuple(value)
 
 
-def _check_whole(name: str, value: object, low: int, high: int) -> None:
+def check_whole(name: str, value: object, low: int, high: int) -> None:
+    """Raises ``ConfigurationError`` unless a setting is a whole number from ``low`` to ``high``."""
     # By type: True is an int, and 2.5 lies between 2 and 3.
     if type(value) is not int or not low <= value <= high:
-        raise _wrong(name, value, f"a whole number from {low} to {high}")
+        raise wrong_setting(name, value, f"a whole number from {low} to {high}")
 
 
 def _check_seconds(name: str, value: object) -> None:
@@ -159,8 +156,9 @@ def _check_seconds(name: str, value: object) -> None:
         or not isinstance(value, int | float)
         or not MIN_SECONDS <= value <= MAX_SECONDS
     ):
-        raise _wrong(name, value, f"from {MIN_SECONDS} to {MAX_SECONDS} seconds")
+        raise wrong_setting(name, value, f"from {MIN_SECONDS} to {MAX_SECONDS} seconds")
 
 
-def _wrong(name: str, value: object, right: str) -> ConfigurationError:
+def wrong_setting(name: str, value: object, right: str) -> ConfigurationError:
+    """Names a setting, what it is and what would be right."""
     return ConfigurationError(f"{name} is {value!r:.80}, must be {right}", phase=Phase.REGISTER)

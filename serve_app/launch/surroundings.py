@@ -18,10 +18,10 @@ from serve_app.launch.demo_model import ModelError, resolve_model
 from serve_app.launch.etcd_binary import find_etcd
 from serve_app.launch.model_kind import config_folder, model_fault
 from transfer.addressing import host_and_port, is_every_address
+from transfer.connector.block_settings import read_transfer
 from transfer.discovery import etcd_settings
 from transfer.discovery.settings import Endpoint, parse_endpoints
 from transfer.errors import ConfigurationError
-from transfer.settings import TransferSettings
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
@@ -261,7 +261,7 @@ def _check_port(address: HttpAddress) -> Finding:
 
 
 def _check_transfer(settings: Settings) -> Iterator[Finding]:
-    transfer = TransferSettings(**{"host": "auto", **settings.transfer})
+    transfer, _ = read_transfer({"host": "auto", **settings.transfer})
     # `auto` is the address of whichever node a replica lands on: any address of this one will do.
     problem = bind_problem("" if transfer.host == "auto" else transfer.host, transfer.port)
     if problem is not None:

@@ -119,7 +119,7 @@ def pair(
                 [
                     *("--dtype", "float32", "--max-model-len", "1024"),
                     *("--block-size", str(BLOCK), "--kv-transfer-config", json.dumps(config)),
-                    *("--worker-extension-cls", "transfer.connector.working.control.WorkerControl"),
+                    *("--worker-extension-cls", "transfer.connector.control.WorkerControl"),
                     *arguments,
                 ],
                 folder / f"{role}-{time.monotonic_ns()}.log",

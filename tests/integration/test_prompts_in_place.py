@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -15,11 +15,11 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from tests.support.scripted.scheduler_requests import make_ticket, tokens
 from tests.support.scripted.tickets import changed_params
 from tests.support.transfers.engines import LAYOUT_HASH, Directory, make_engine
+from tests.support.transfers.held_event import HeldInPlace
 from tests.support.transfers.kv_pools import make_pool
 from tests.support.transfers.staged_memory import BLOCK, MODEL
-from transfer.connector.metadata import Holding, NewOffer, NewRead
-from transfer.connector.stats import Outcome
-from transfer.connector.working.in_place import InPlace
+from transfer.connector.metadata import HeldTicket, NewOffer, NewRead
+from transfer.connector.outcomes import OfferOutcome, ReadOutcome
 from transfer.connector.working.offers import EndedOffer, PromptOffers
 from transfer.connector.working.reads import EndedRead, PromptReads
 from transfer.errors import ProtocolError
@@ -30,30 +30,6 @@ Ended = TypeVar("Ended", EndedRead, EndedOffer)
 
 NUM_BLOCKS = 16
 COUNT = 5
-
-
-@dataclass
-class HeldFence:
-    """The model is through with its work when the test says so."""
-
-    passed: threading.Event = field(default_factory=threading.Event)
-    waited: threading.Event = field(default_factory=threading.Event)
-
-    def synchronize(self) -> None:
-        self.waited.set()
-        if not self.passed.wait(20):
-            raise TimeoutError("the test never let the model go on")
-
-
-class HeldInPlace(InPlace):
-    """All its fences are ``held``."""
-
-    def __init__(self, on_end: Callable[[], None], name: str) -> None:
-        super().__init__(torch.device("cpu"), name, on_end)
-        self.held = HeldFence()
-
-    def fence(self) -> HeldFence:  # type: ignore[override]  # a stand-in for a device's event
-        return self.held
 
 
 class Worker:
@@ -68,17 +44,17 @@ class Worker:
         )
         storage = self.pool.layers[0].untyped_storage()
         self.engine.register(storage.data_ptr(), storage.nbytes())
-        self.way = HeldInPlace(self.engine.wake, name)
-        self.offers = PromptOffers(self.pool.layout, self.engine, None, self.way)
+        self.path = HeldInPlace(self.pool.layout, self.engine.wake, name)
+        self.offers = PromptOffers(self.pool.layout, self.engine, self.path)
         self.reads = PromptReads(
-            PeerId(name, 0), self.pool.layout, layout_hash, self.engine, 20.0, self.way
+            PeerId(name, 0), self.pool.layout, layout_hash, self.engine, 20.0, self.path
         )
         self.engine.start()
 
     def close(self) -> None:
-        self.way.held.passed.set()
+        self.path.held.passed.set()
         self.engine.close()
-        self.way.close()
+        self.path.close()
 
 
 @pytest.fixture
@@ -108,7 +84,7 @@ READ = NewRead(
     request_id="decode-1",
     ticket=TICKET,
     local_block_ids=TARGETS,
-    targets=TARGETS,
+    places=TARGETS,
     first_token=0,
     num_tokens=TICKET.num_tokens,
 )
@@ -141,7 +117,7 @@ def test_a_ticket_with_any_values_ends_in_some_way(workers: tuple[Worker, Worker
     """Nothing that a ticket may hold raises in the model's thread, and no read stays for ever."""
     owner, reader = workers
     for worker in workers:
-        worker.way.held.passed.set()
+        worker.path.held.passed.set()
     owner.offers.start(OFFER)
 
     @settings(deadline=None)
@@ -151,13 +127,18 @@ def test_a_ticket_with_any_values_ends_in_some_way(workers: tuple[Worker, Worker
             ticket = Ticket.from_params(params)
         except ProtocolError:
             return
-        holding = Holding("decode-1", ticket)
-        reader.reads.renew([holding])
+        held = HeldTicket("decode-1", ticket)
+        reader.reads.renew([held])
         reader.reads.start(replace(READ, ticket=ticket))
         (ended,) = ended_reads(reader)
-        assert ended.outcome in (Outcome.OK, Outcome.REFUSED, Outcome.FAILED, Outcome.UNPROVEN)
+        assert ended.outcome in (
+            ReadOutcome.OK,
+            ReadOutcome.REFUSED,
+            ReadOutcome.FAILED,
+            ReadOutcome.UNPROVEN,
+        )
         assert not len(reader.reads)
-        reader.reads.forfeit(holding)
+        reader.reads.forfeit(held)
 
     one()
     owner.offers.take_ended()
@@ -165,7 +146,7 @@ def test_a_ticket_with_any_values_ends_in_some_way(workers: tuple[Worker, Worker
     owner.offers.start(again)
     reader.reads.start(replace(READ, ticket=again.ticket))
     (ended,) = ended_reads(reader)
-    assert ended.outcome is Outcome.OK
+    assert ended.outcome is ReadOutcome.OK
     assert arrived(owner, reader)
 
 
@@ -173,17 +154,17 @@ def test_a_ticket_with_any_values_ends_in_some_way(workers: tuple[Worker, Worker
 def test_a_ticket_of_another_layout_is_given_back_at_once(begun: bool) -> None:
     directory = Directory()
     owner, reader = Worker(directory, "owner"), Worker(directory, "reader", "9" * 64)
-    owner.way.held.passed.set()
+    owner.path.held.passed.set()
     try:
         owner.offers.start(OFFER)
         if begun:
             reader.reads.start(READ)
             (ended,) = ended_reads(reader)
-            assert ended.outcome is Outcome.REFUSED
+            assert ended.outcome is ReadOutcome.REFUSED
         else:
-            reader.reads.forfeit(Holding("decode-1", TICKET))
+            reader.reads.forfeit(HeldTicket("decode-1", TICKET))
 
-        assert ended_offers(owner) == [EndedOffer("prefill-1", Outcome.RELEASED)]
+        assert ended_offers(owner) == [EndedOffer("prefill-1", OfferOutcome.RELEASED)]
     finally:
         reader.close()
         owner.close()
@@ -193,20 +174,20 @@ def test_nothing_is_read_before_the_owners_model_has_written_it(
     workers: tuple[Worker, Worker],
 ) -> None:
     owner, reader = workers
-    reader.way.held.passed.set()
+    reader.path.held.passed.set()
     owner.offers.start(OFFER)
     reader.reads.start(READ)
-    assert owner.way.held.waited.wait(5)
+    assert owner.path.held.waited.wait(5)
     threading.Event().wait(0.1)
     assert reader.reads.take_ended() == []
     assert not arrived(owner, reader)
 
-    owner.way.held.passed.set()
+    owner.path.held.passed.set()
 
     (ended,) = ended_reads(reader)
-    assert ended.outcome is Outcome.OK
+    assert ended.outcome is ReadOutcome.OK
     assert arrived(owner, reader)
-    assert ended_offers(owner) == [EndedOffer("prefill-1", Outcome.RELEASED)]
+    assert ended_offers(owner) == [EndedOffer("prefill-1", OfferOutcome.RELEASED)]
 
 
 def test_nothing_is_written_before_the_readers_model_is_through(
@@ -214,59 +195,59 @@ def test_nothing_is_written_before_the_readers_model_is_through(
 ) -> None:
     owner, reader = workers
     before = reader.pool.read(TARGETS, TICKET.num_tokens).clone()
-    owner.way.held.passed.set()
+    owner.path.held.passed.set()
     owner.offers.start(OFFER)
     reader.reads.start(READ)
-    assert reader.way.held.waited.wait(5)
+    assert reader.path.held.waited.wait(5)
     threading.Event().wait(0.1)
     assert reader.reads.take_ended() == []
     assert torch.equal(reader.pool.read(TARGETS, TICKET.num_tokens), before)
 
-    reader.way.held.passed.set()
+    reader.path.held.passed.set()
 
     (ended,) = ended_reads(reader)
-    assert ended.outcome is Outcome.OK
+    assert ended.outcome is ReadOutcome.OK
     assert arrived(owner, reader)
 
 
 def test_an_offer_can_be_given_up_while_it_waits(workers: tuple[Worker, Worker]) -> None:
     owner, reader = workers
-    reader.way.held.passed.set()
+    reader.path.held.passed.set()
     owner.offers.start(OFFER)
-    assert owner.way.held.waited.wait(5)
+    assert owner.path.held.waited.wait(5)
     assert owner.offers.abort([TICKET.handoff_id]) == 1
     # Its blocks are not free before the model has written them.
     assert owner.offers.take_ended() == []
     reader.reads.start(READ)
     (ended,) = ended_reads(reader)
-    assert ended.outcome is Outcome.REFUSED
+    assert ended.outcome is ReadOutcome.REFUSED
 
-    owner.way.held.passed.set()
+    owner.path.held.passed.set()
 
-    assert ended_offers(owner) == [EndedOffer("prefill-1", Outcome.ABORTED)]
+    assert ended_offers(owner) == [EndedOffer("prefill-1", OfferOutcome.ABORTED)]
 
 
 def test_an_owner_that_proves_nothing_is_counted_as_such(workers: tuple[Worker, Worker]) -> None:
     owner, reader = workers
     for worker in workers:
-        worker.way.held.passed.set()
+        worker.path.held.passed.set()
     before = reader.pool.read(TARGETS, TICKET.num_tokens).clone()
     owner.offers.start(OFFER)
     reader.reads.start(replace(READ, ticket=replace(TICKET, secret="0" * 32)))
     (ended,) = ended_reads(reader)
-    assert ended.outcome is Outcome.UNPROVEN
+    assert ended.outcome is ReadOutcome.UNPROVEN
     assert torch.equal(reader.pool.read(TARGETS, TICKET.num_tokens), before)
 
 
 def test_a_read_that_waits_can_be_cancelled(workers: tuple[Worker, Worker]) -> None:
     owner, reader = workers
-    owner.way.held.passed.set()
+    owner.path.held.passed.set()
     owner.offers.start(OFFER)
     reader.reads.start(READ)
-    assert reader.way.held.waited.wait(5)
+    assert reader.path.held.waited.wait(5)
     reader.reads.cancel("decode-1")
     (ended,) = ended_reads(reader)
-    assert ended.outcome is Outcome.CANCELLED
-    reader.way.held.passed.set()
+    assert ended.outcome is ReadOutcome.CANCELLED
+    reader.path.held.passed.set()
     threading.Event().wait(0.05)
     assert not arrived(owner, reader)

@@ -13,11 +13,12 @@ import torch
 from tests.support.scripted.scheduler_requests import make_ticket, tokens
 from tests.support.transfers.engines import LAYOUT_HASH, Directory, make_engine, wait_until
 from tests.support.transfers.staged_memory import BLOCK, MODEL, StagedMemory
-from transfer.connector.metadata import Holding, NewOffer, NewRead
-from transfer.connector.stats import Outcome
+from transfer.connector.metadata import HeldTicket, NewOffer, NewRead
+from transfer.connector.outcomes import OfferOutcome, ReadOutcome
+from transfer.connector.working.block_path import PromptBlocks
 from transfer.connector.working.offers import EndedOffer, PromptOffers
 from transfer.connector.working.reads import EndedRead, PromptReads
-from transfer.connector.working.staging import STEP_BLOCKS, Staging
+from transfer.connector.working.staged import STEP_BLOCKS, Staged
 from transfer.ticket import Ticket
 from transfer.types import PeerId
 
@@ -33,17 +34,17 @@ class Worker(StagedMemory):
         for tensor in self.blocks.tensors:
             self.engine.register(tensor.data_ptr(), tensor.nbytes)
         self.engine.register(*self.digests.memory)
-        self.staging = Staging(self.blocks, self.layout, self.digests, name, self.engine.wake)
-        self.offers = PromptOffers(self.layout, self.engine, self.digests, self.staging)
+        self.path = Staged(self.blocks, self.layout, self.digests, name, self.engine.wake)
+        self.offers = PromptOffers(self.layout, self.engine, self.path)
         self.reads = PromptReads(
-            PeerId(name, 0), self.layout, LAYOUT_HASH, self.engine, 20.0, self.staging
+            PeerId(name, 0), self.layout, LAYOUT_HASH, self.engine, 20.0, self.path
         )
         self.engine.start()
 
     def close(self) -> None:
         self.blocks.go.set()
         self.engine.close()
-        self.staging.close()
+        self.path.close()
 
     def ended_offers(self, timeout_s: float = 5.0) -> list[EndedOffer]:
         """As soon as there are some, polled as an idle engine does it."""
@@ -98,7 +99,7 @@ def read_of(ticket: Ticket, skip: int = 0) -> NewRead:
         request_id="decode-1",
         ticket=ticket,
         local_block_ids=tuple(range(count, 0, -1)),
-        targets=tuple(range(NUM_SLOTS - count, NUM_SLOTS)),
+        places=tuple(range(NUM_SLOTS - count, NUM_SLOTS)),
         first_token=skip * BLOCK,
         num_tokens=ticket.num_tokens - skip * BLOCK,
     )
@@ -115,7 +116,9 @@ def write(owner: Worker, offer: NewOffer) -> None:
 
 
 @pytest.mark.parametrize(("blocks", "skip"), [(1, 0), (2, 1), (5, 0), (5, 2), (2 * STEP_BLOCKS, 0)])
-def test_a_prompt_crosses(workers: tuple[Worker, Worker], blocks: int, skip: int) -> None:
+def test_a_prompt_crosses(
+    workers: tuple[Worker, Worker], blocks: int, skip: int, caplog: pytest.LogCaptureFixture
+) -> None:
     owner, reader = workers
     ticket = ticket_of(blocks)
     offer, read = offer_of(ticket), read_of(ticket, skip)
@@ -125,9 +128,10 @@ def test_a_prompt_crosses(workers: tuple[Worker, Worker], blocks: int, skip: int
     reader.reads.start(read)
 
     (ended,) = reader.ended_reads()
-    assert (ended.outcome, ended.has_digests) == (Outcome.OK, True)
+    assert ended.outcome is ReadOutcome.OK
+    assert "used unchecked" not in caplog.text
     assert arrived(owner, reader, offer, read)
-    assert owner.ended_offers() == [EndedOffer("prefill-1", Outcome.RELEASED)]
+    assert owner.ended_offers() == [EndedOffer("prefill-1", OfferOutcome.RELEASED)]
 
 
 @pytest.mark.parametrize("blocks", [1, STEP_BLOCKS])
@@ -145,7 +149,7 @@ def test_a_reader_waits_till_the_copy_is_over(workers: tuple[Worker, Worker], bl
     owner.blocks.go.set()
 
     (ended,) = reader.ended_reads()
-    assert ended.outcome is Outcome.OK
+    assert ended.outcome is ReadOutcome.OK
     assert arrived(owner, reader, offer, read)
 
 
@@ -164,15 +168,15 @@ def test_later_offers_that_are_ready_sooner_refuse_no_earlier_reader(
     owner.blocks.go.set()
 
     (ended,) = reader.ended_reads()
-    assert ended.outcome is Outcome.OK
+    assert ended.outcome is ReadOutcome.OK
 
 
-def give_up(owner: Worker, reader: Worker, ticket: Ticket, how: str) -> Outcome:
+def give_up(owner: Worker, reader: Worker, ticket: Ticket, how: str) -> OfferOutcome:
     if how == "abort":
         assert owner.offers.abort([ticket.handoff_id]) == 1
-        return Outcome.ABORTED
-    reader.reads.forfeit(Holding("decode-1", ticket))
-    return Outcome.RELEASED
+        return OfferOutcome.ABORTED
+    reader.reads.forfeit(HeldTicket("decode-1", ticket))
+    return OfferOutcome.RELEASED
 
 
 @pytest.mark.parametrize("how", ["abort", "forfeit"])
@@ -203,9 +207,9 @@ def test_an_abort_before_the_offer_ends_it(workers: tuple[Worker, Worker]) -> No
     owner.offers.start(offer_of(ticket))
     reader.reads.start(read_of(ticket))
 
-    assert owner.ended_offers() == [EndedOffer("prefill-1", Outcome.ABORTED)]
+    assert owner.ended_offers() == [EndedOffer("prefill-1", OfferOutcome.ABORTED)]
     (ended,) = reader.ended_reads()
-    assert ended.outcome is Outcome.REFUSED
+    assert ended.outcome is ReadOutcome.REFUSED
 
 
 def test_a_copy_that_fails_ends_the_offer(
@@ -216,11 +220,11 @@ def test_a_copy_that_fails_ends_the_offer(
     owner.blocks.error = RuntimeError("the device is lost")
     with caplog.at_level(logging.ERROR):
         owner.offers.start(offer_of(ticket))
-        assert owner.ended_offers() == [EndedOffer("prefill-1", Outcome.ABORTED)]
+        assert owner.ended_offers() == [EndedOffer("prefill-1", OfferOutcome.ABORTED)]
     reader.reads.start(read_of(ticket))
 
     (ended,) = reader.ended_reads()
-    assert ended.outcome is Outcome.REFUSED
+    assert ended.outcome is ReadOutcome.REFUSED
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert said.startswith("blocks of request prefill-1 did not get ready")
     assert said.endswith("the device is lost")
@@ -237,9 +241,9 @@ def test_a_copy_that_fails_on_arrival_fails_the_read(
 
     (ended,) = reader.ended_reads()
 
-    assert ended.outcome is Outcome.FAILED
+    assert ended.outcome is ReadOutcome.FAILED
     assert "request decode-1 failed, recomputing: the device is lost" in caplog.text
-    assert owner.ended_offers() == [EndedOffer("prefill-1", Outcome.RELEASED)]
+    assert owner.ended_offers() == [EndedOffer("prefill-1", OfferOutcome.RELEASED)]
 
 
 def test_blocks_that_arrive_changed_never_reach_the_kv_cache(
@@ -250,13 +254,14 @@ def test_blocks_that_arrive_changed_never_reach_the_kv_cache(
     before = reader.pool.copy()
     owner.offers.start(offer_of(ticket))
     assert wait_until(lambda: bool(owner.blocks.tensors[1][ticket.block_ids[2]].any()))
-    assert owner.staging.save([0], [0], BLOCK, then=lambda: None).exception(5) is None
+    one = PromptBlocks([0], [0], range(BLOCK))
+    assert owner.path.save(one, then=lambda: None).exception(5) is None
     owner.blocks.tensors[1][ticket.block_ids[2], 0, 4, 5] ^= 64
 
     reader.reads.start(read_of(ticket))
 
     (ended,) = reader.ended_reads()
-    assert ended.outcome is Outcome.CORRUPTED
+    assert ended.outcome is ReadOutcome.CORRUPTED
     for tensor, then in zip(reader.pool.layers, before, strict=True):
         assert torch.equal(tensor, then)
 

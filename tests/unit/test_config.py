@@ -197,6 +197,8 @@ WRONG_TRANSFER: list[tuple[str, Any]] = [
     ("port", "7000"),
     ("port", True),
     ("port", 7000.0),
+    ("digests", 1),
+    ("host_staging_bytes", 0.5),
     ("streams_per_peer", 0),
     ("streams_per_peer", 2.5),
     ("slice_bytes", 4095),

@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from serve_app.app import llm_config
 from serve_app.config import Settings, SideSettings, parse_settings
+from transfer.connector.block_settings import BlockSettings
 from transfer.discovery import EtcdSettings, check_discovery
 from transfer.errors import ConfigurationError
 from transfer.settings import TransferSettings
@@ -61,7 +62,11 @@ def _existing() -> dict[str, Any]:
         section = _section(info)
         found.update({name: _default(info)} if section is None else _keys(section, name))
     found.update(_keys(SideSettings, "side"))
-    for cls, prefix in ((TransferSettings, "transfer"), (EtcdSettings, "discovery")):
+    for cls, prefix in (
+        (TransferSettings, "transfer"),
+        (BlockSettings, "transfer"),
+        (EtcdSettings, "discovery"),
+    ):
         for item in dataclasses.fields(cls):
             required = item.default is dataclasses.MISSING
             found[f"{prefix}.{item.name}"] = REQUIRED if required else item.default

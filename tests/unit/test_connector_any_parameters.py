@@ -23,7 +23,7 @@ from tests.support.scripted.scheduler_requests import (
 )
 from tests.support.scripted.tickets import JSON, changed_params
 from transfer.connector.metadata import WorkerReport
-from transfer.connector.stats import Outcome
+from transfer.connector.outcomes import ReadOutcome
 from transfer.ticket import Ticket
 
 PROMPT = tokens(40)
@@ -81,9 +81,9 @@ def test_a_ticket_with_any_values_is_read_whole_or_computed(
     metadata = scheduler.take_metadata(idle=False)
     assert (count, waits) in ((0, False), (len(PROMPT), True))
     assert [read.num_tokens for read in metadata.reads] == [count] * waits
-    assert not waits or len(metadata.reads[0].targets) == blocks_for(len(PROMPT))
+    assert not waits or len(metadata.reads[0].places) == blocks_for(len(PROMPT))
     if waits:
-        scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": Outcome.FAILED}))
+        scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": ReadOutcome.FAILED}))
     request.status = RequestStatus.FINISHED_LENGTH_CAPPED
     scheduler.request_finished(request, list(range(blocks_for(len(PROMPT)))))
     # Nothing is left of it: another prompt gets all there is.

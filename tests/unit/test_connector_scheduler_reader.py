@@ -30,12 +30,12 @@ from tests.support.scripted.scheduler_requests import (
     schedule,
     tokens,
 )
-from transfer.connector.metadata import Holding, Verdict, WorkerReport
+from transfer.connector.metadata import HeldTicket, Verdict, WorkerReport
+from transfer.connector.outcomes import ReadOutcome
 from transfer.connector.scheduling.ticket_writer import TicketWriter
-from transfer.connector.stats import Outcome
 from transfer.ticket import Medium, prompt_hash
 
-REFUSED = Verdict(Outcome.REFUSED, recomputed_tokens=39)
+REFUSED = Verdict(ReadOutcome.REFUSED, recomputed_tokens=39)
 
 # ---- what is read ------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ def test_last_token_alone_is_computed_and_the_ticket_forfeited(length: int, loca
 
     assert scheduler.has_pending
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
-        NOTHING, forfeits=[Holding("request-1", ticket)]
+        NOTHING, forfeits=[HeldTicket("request-1", ticket)]
     )
     # Forfeited once: the end of the request says nothing more.
     request.status = RequestStatus.FINISHED_STOPPED
@@ -143,7 +143,7 @@ def test_request_that_must_not_read_caches_forfeits_and_recomputes() -> None:
 
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
         NOTHING,
-        forfeits=[Holding("request-1", ticket)],
+        forfeits=[HeldTicket("request-1", ticket)],
         verdicts=[Verdict(None, recomputed_tokens=39)],
     )
 
@@ -159,7 +159,7 @@ def test_tokens_that_vllm_does_not_take_count_as_recomputed() -> None:
     scheduler.after_alloc(request, make_blocks(3), 0)
 
     metadata = scheduler.take_metadata(idle=False)
-    assert metadata.forfeits == [Holding("request-1", ticket)]
+    assert metadata.forfeits == [HeldTicket("request-1", ticket)]
     assert metadata.verdicts == [Verdict(None, recomputed_tokens=2 * BLOCK - 1)]
     assert not metadata.reads
 
@@ -196,11 +196,11 @@ def test_after_the_load_the_request_is_like_any_other() -> None:
     schedule(scheduler, request)
     scheduler.take_metadata(idle=False)
 
-    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": Outcome.OK}))
+    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": ReadOutcome.OK}))
 
     assert scheduler.has_pending
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
-        NOTHING, verdicts=[Verdict(Outcome.OK, tokens=40)]
+        NOTHING, verdicts=[Verdict(ReadOutcome.OK, tokens=40)]
     )
     # vLLM asks again when it resumes the request, and after a load that failed.
     assert schedule(scheduler, request) == (0, False)
@@ -212,17 +212,29 @@ def test_after_the_load_the_request_is_like_any_other() -> None:
 @pytest.mark.parametrize(
     ("ranks", "verdict"),
     [
-        ([[Outcome.OK, Outcome.OK]], Verdict(Outcome.OK, tokens=40)),
-        ([[Outcome.OK], [Outcome.OK]], Verdict(Outcome.OK, tokens=40)),
-        ([[Outcome.OK], [Outcome.FAILED]], Verdict(Outcome.FAILED, recomputed_tokens=39)),
-        ([[Outcome.UNPROVEN, Outcome.FAILED]], Verdict(Outcome.UNPROVEN, recomputed_tokens=39)),
-        ([[Outcome.CORRUPTED], [Outcome.OK]], Verdict(Outcome.CORRUPTED, recomputed_tokens=39)),
-        ([[Outcome.FAILED, Outcome.REFUSED]], Verdict(Outcome.FAILED, recomputed_tokens=39)),
-        ([[Outcome.CANCELLED], [Outcome.OK]], Verdict(Outcome.CANCELLED)),
+        ([[ReadOutcome.OK, ReadOutcome.OK]], Verdict(ReadOutcome.OK, tokens=40)),
+        ([[ReadOutcome.OK], [ReadOutcome.OK]], Verdict(ReadOutcome.OK, tokens=40)),
+        (
+            [[ReadOutcome.OK], [ReadOutcome.FAILED]],
+            Verdict(ReadOutcome.FAILED, recomputed_tokens=39),
+        ),
+        (
+            [[ReadOutcome.UNPROVEN, ReadOutcome.FAILED]],
+            Verdict(ReadOutcome.UNPROVEN, recomputed_tokens=39),
+        ),
+        (
+            [[ReadOutcome.CORRUPTED], [ReadOutcome.OK]],
+            Verdict(ReadOutcome.CORRUPTED, recomputed_tokens=39),
+        ),
+        (
+            [[ReadOutcome.FAILED, ReadOutcome.REFUSED]],
+            Verdict(ReadOutcome.FAILED, recomputed_tokens=39),
+        ),
+        ([[ReadOutcome.CANCELLED], [ReadOutcome.OK]], Verdict(ReadOutcome.CANCELLED)),
     ],
 )
 def test_a_prompt_came_only_if_all_ranks_have_it(
-    ranks: list[list[Outcome]], verdict: Verdict
+    ranks: list[list[ReadOutcome]], verdict: Verdict
 ) -> None:
     scheduler = make_scheduler("consumer")
     request = decode_request(tokens(40), make_ticket(tokens(40)))
@@ -286,8 +298,8 @@ def test_ticket_of_another_prompt_is_refused_and_forfeited(prompt: dict[str, Any
     assert schedule(scheduler, request) == (0, False)
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
         NOTHING,
-        forfeits=[Holding("request-1", ticket)],
-        verdicts=[Verdict(Outcome.REFUSED, recomputed_tokens=request.num_prompt_tokens - 1)],
+        forfeits=[HeldTicket("request-1", ticket)],
+        verdicts=[Verdict(ReadOutcome.REFUSED, recomputed_tokens=request.num_prompt_tokens - 1)],
     )
 
 
@@ -322,7 +334,7 @@ def test_ticket_that_covers_another_length_is_refused(num_tokens: int) -> None:
 
     assert schedule(scheduler, request) == (0, False)
     (verdict,) = scheduler.take_metadata(idle=False).verdicts
-    assert verdict.outcome is Outcome.REFUSED
+    assert verdict.outcome is ReadOutcome.REFUSED
 
 
 @pytest.mark.parametrize(("block_size", "local"), [(8, 0), (32, 0), (1024, 2 * BLOCK)])
@@ -353,7 +365,7 @@ def test_ticket_in_blocks_that_do_not_divide_ours_is_refused_and_forfeited(
 
     assert schedule(scheduler, request, local) == (0, False)
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
-        NOTHING, forfeits=[Holding("request-1", ticket)], verdicts=[REFUSED]
+        NOTHING, forfeits=[HeldTicket("request-1", ticket)], verdicts=[REFUSED]
     )
 
 
@@ -381,7 +393,7 @@ def test_request_that_the_engine_turned_away_forfeits_its_ticket(prompt: list[in
 
     assert scheduler.has_pending
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
-        NOTHING, forfeits=[Holding("request-1", ticket)]
+        NOTHING, forfeits=[HeldTicket("request-1", ticket)]
     )
 
 
@@ -406,7 +418,7 @@ def test_abort_before_scheduling_forfeits() -> None:
 
     assert scheduler.has_pending
     assert scheduler.take_metadata(idle=False) == dataclasses.replace(
-        NOTHING, forfeits=[Holding("request-1", ticket)]
+        NOTHING, forfeits=[HeldTicket("request-1", ticket)]
     )
 
 
@@ -425,8 +437,8 @@ def test_abort_while_loading_cancels() -> None:
         NOTHING, cancels=["request-1"]
     )
     # The worker still reports the end of the read; by then the request is forgotten.
-    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": Outcome.CANCELLED}))
-    assert scheduler.take_metadata(idle=False).verdicts == [Verdict(Outcome.CANCELLED)]
+    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": ReadOutcome.CANCELLED}))
+    assert scheduler.take_metadata(idle=False).verdicts == [Verdict(ReadOutcome.CANCELLED)]
     assert scheduler.take_metadata(idle=False) == NOTHING
 
 
@@ -447,7 +459,7 @@ def test_tickets_are_renewed_four_times_in_their_life_until_loaded() -> None:
         if step == 31:
             scheduler.on_loaded({"loading"}, None)
         clock.now_s += 0.5
-        names = [holding.request_id for holding in scheduler.take_metadata(idle=False).renewals]
+        names = [held.request_id for held in scheduler.take_metadata(idle=False).renewals]
         if names:
             renewed.append(((step + 1) * 0.5, names))
 
@@ -463,7 +475,7 @@ def test_rare_steps_renew_in_every_step() -> None:
 
     for _ in range(3):
         clock.now_s += TTL_S / 2
-        assert scheduler.take_metadata(idle=False).renewals == [Holding("request-1", ticket)]
+        assert scheduler.take_metadata(idle=False).renewals == [HeldTicket("request-1", ticket)]
 
 
 def test_a_time_of_day_that_is_set_back_holds_up_no_renewal(
@@ -496,7 +508,7 @@ def test_a_time_of_day_that_is_set_back_holds_up_no_renewal(
         for _ in range(3):
             monotonic.now_s += TTL_S / 4
             renewals = scheduler.take_metadata(idle=False).renewals
-            assert renewals == [Holding("request-1", ticket)]
+            assert renewals == [HeldTicket("request-1", ticket)]
 
 
 def test_all_readers_of_one_ticket_read_it() -> None:

@@ -20,9 +20,9 @@ from tests.support.scripted.scheduler_requests import (
     schedule,
     tokens,
 )
-from transfer.connector.metadata import Holding, WorkerReport
+from transfer.connector.metadata import HeldTicket, WorkerReport
+from transfer.connector.outcomes import ReadOutcome
 from transfer.connector.scheduling.scheduler import BatonScheduler
-from transfer.connector.stats import Outcome
 from transfer.ticket import Ticket
 
 SLOTS = 4
@@ -179,7 +179,7 @@ def test_reads_go_into_slots() -> None:
 
     _, read = scheduler.take_metadata(idle=False).reads
     assert read.local_block_ids == (101, 102)
-    assert read.targets == (1, 2)
+    assert read.places == (1, 2)
 
 
 def test_a_read_waits_for_slots_and_its_ticket_is_renewed_meanwhile() -> None:
@@ -191,15 +191,15 @@ def test_a_read_waits_for_slots_and_its_ticket_is_renewed_meanwhile() -> None:
     assert len(scheduler.take_metadata(idle=False).reads) == 1
     clock.now_s += TTL_S / 2
     renewed = scheduler.take_metadata(idle=True).renewals
-    assert [holding.request_id for holding in renewed] == ["first", "second"]
+    assert [held.request_id for held in renewed] == ["first", "second"]
 
-    scheduler.on_loaded({"first"}, WorkerReport({"first": Outcome.OK}))
+    scheduler.on_loaded({"first"}, WorkerReport({"first": ReadOutcome.OK}))
 
     assert schedule(scheduler, second) == (2 * BLOCK, True)
 
 
-@pytest.mark.parametrize("outcome", [Outcome.OK, Outcome.FAILED, Outcome.CORRUPTED])
-def test_slots_come_back_once_all_ranks_are_through(outcome: Outcome) -> None:
+@pytest.mark.parametrize("outcome", [ReadOutcome.OK, ReadOutcome.FAILED, ReadOutcome.CORRUPTED])
+def test_slots_come_back_once_all_ranks_are_through(outcome: ReadOutcome) -> None:
     scheduler = make_scheduler("consumer", num_slots=SLOTS)
     schedule(scheduler, decode(scheduler, "request-1", 4))
     other = decode(scheduler, "other", 4)
@@ -218,7 +218,7 @@ def test_slots_of_a_cancelled_read_stay_till_the_ranks_are_through() -> None:
     assert finish(scheduler, request, RequestStatus.FINISHED_ABORTED) is None
     assert scheduler.matched_tokens(other, 0) == WAIT
 
-    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": Outcome.CANCELLED}))
+    scheduler.on_loaded({"request-1"}, WorkerReport({"request-1": ReadOutcome.CANCELLED}))
 
     assert schedule(scheduler, other) == (4 * BLOCK, True)
 
@@ -233,7 +233,7 @@ def test_who_waits_for_slots_and_is_aborted_forfeits_and_lets_the_next_one_in() 
     assert finish(scheduler, waiting, RequestStatus.FINISHED_ABORTED, []) is None
 
     forfeits = scheduler.take_metadata(idle=False).forfeits
-    assert forfeits == [Holding("waiting", make_ticket(tokens(3 * BLOCK)))]
+    assert forfeits == [HeldTicket("waiting", make_ticket(tokens(3 * BLOCK)))]
     assert schedule(scheduler, last) == (2 * BLOCK, True)
 
 
@@ -289,7 +289,7 @@ def test_reads_have_slots_of_their_own() -> None:
     (read,) = scheduler.take_metadata(idle=False).reads
     ticket = finish(scheduler, offered)
     assert ticket is not None
-    assert set(ticket.block_ids) | set(read.targets) == set(range(2 * SLOTS))
+    assert set(ticket.block_ids) | set(read.places) == set(range(2 * SLOTS))
 
 
 @pytest.mark.parametrize("status", [RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_ABORTED])

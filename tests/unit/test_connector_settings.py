@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from transfer.connector.block_settings import BlockSettings
 from transfer.connector.settings import ConnectorSettings
 from transfer.errors import ConfigurationError
 from transfer.settings import TransferSettings
@@ -25,11 +26,21 @@ def test_settings_are_read() -> None:
     assert settings.die_with_parent is True
 
 
+def test_what_concerns_blocks_is_set_beside_what_concerns_transfers() -> None:
+    given = {"streams_per_peer": 4, "digests": True, "host_staging_bytes": 1 << 20}
+
+    settings = ConnectorSettings.from_extra_config({**GOOD, "transfer": given})
+
+    assert settings.transfer == TransferSettings(streams_per_peer=4)
+    assert settings.blocks == BlockSettings(digests=True, host_staging_bytes=1 << 20)
+
+
 @pytest.mark.parametrize("transfer", [{}, {"transfer": None}, {"transfer": {}}])
 def test_all_but_discovery_may_be_left_out(transfer: dict[str, Any]) -> None:
     settings = ConnectorSettings.from_extra_config({"discovery": GOOD["discovery"], **transfer})
 
     assert settings.transfer == TransferSettings()
+    assert settings.blocks == BlockSettings()
     assert settings.die_with_parent is False
 
 
@@ -44,6 +55,7 @@ def test_all_but_discovery_may_be_left_out(transfer: dict[str, Any]) -> None:
         ({"transfer": {"prot": 1}}, "kv_connector_extra_config.transfer.prot is unknown"),
         ({"host_staging": "seldom"}, "kv_connector_extra_config.host_staging must be one of"),
         ({"transfer": {"host_staging_bytes": -1}}, "host_staging_bytes is -1, must be a whole"),
+        ({"transfer": {"digests": "yes"}}, "digests is 'yes', must be true or false"),
         ({"transfer": {"host": "0.0.0.0"}}, "host is '0.0.0.0', must be an address that leads"),
         ({"transfer": {"port": "7000"}}, "port is '7000', must be a whole number"),
         ({"transfer": {"ticket_ttl_s": None}}, "ticket_ttl_s is None, must be from"),

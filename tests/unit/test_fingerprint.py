@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 from vllm.config.speculative import MTPModelTypes, SpeculativeMethod
 
-from transfer.connector.scheduling.fingerprint import FACTORS, differing, hash_of, layout_hash
+from transfer.connector.kv.fingerprint import FACTORS, differing, hash_of, layout_hash
 from transfer.speculation import WITHOUT_KV, drafting_layers, shares_answers
 
 

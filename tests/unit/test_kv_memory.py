@@ -10,11 +10,11 @@ import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.support.transfers.kv_pools import Model, Pool, make_pool
-from transfer.connector.kv.ranges import KVRange
+from transfer.connector.block_settings import read_transfer
 from transfer.connector.memory.kv_memory import KVMemory
+from transfer.connector.memory.kv_ranges import KVRange
 from transfer.connector.settings import ConnectorSettings
 from transfer.errors import ConfigurationError
-from transfer.settings import TransferSettings
 
 MODEL = Model("tokens", layers=2, heads=3, head_size=16, dtype=torch.int16)
 NUM_BLOCKS, BLOCK, PROMPT_BLOCKS = 50, 16, 7
@@ -38,7 +38,8 @@ def make_memory(
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         kv_transfer_config=SimpleNamespace(is_kv_producer=True, is_kv_consumer=both),
     )
-    settings = ConnectorSettings(host_staging=staging, transfer=TransferSettings(**transfer))
+    engine, blocks = read_transfer(transfer)
+    settings = ConnectorSettings(host_staging=staging, transfer=engine, blocks=blocks)
     caches = {f"layer {number}": tensor for number, tensor in enumerate(pool.layers)}
     # Layers may share a tensor.
     caches["last"] = pool.layers[-1]
@@ -75,7 +76,7 @@ def test_readers_are_shown_slots_of_the_same_form(pool: Pool) -> None:
     assert memory.layout.digest_base == memory.digests.memory[0]
     slot_bytes = 4 * PROMPT_BLOCKS * pool.layout.block_bytes // MODEL.layers
     assert not memory.in_place
-    assert {(piece.address, piece.length) for piece in memory.ranges} == {
+    assert {(kv_range.address, kv_range.length) for kv_range in memory.ranges} == {
         *((base, slot_bytes) for base in memory.layout.bases),
         memory.digests.memory,
     }

@@ -7,19 +7,18 @@ from typing import Any
 
 import pytest
 
-from transfer.connector.kv.ranges import KVRange, ranges_in_place
+from transfer.connector.block_settings import read_transfer
+from transfer.connector.memory.kv_ranges import KVRange, ranges_in_place
 from transfer.connector.settings import ConnectorSettings
 from transfer.errors import ConfigurationError, Phase, TransportUnavailable
-from transfer.settings import TransferSettings
 from transfer.types import DmaBuf
 
 STORAGES = [(4096, 100), (8192, 200)]
 
 
 def settings(staging: str = "auto", **transfer: Any) -> ConnectorSettings:
-    return ConnectorSettings(
-        host_staging=staging, transfer=TransferSettings(**{"transports": ["rdma"], **transfer})
-    )
+    engine, blocks = read_transfer({"transports": ["rdma"], **transfer})
+    return ConnectorSettings(host_staging=staging, transfer=engine, blocks=blocks)
 
 
 class Exports:
@@ -56,10 +55,10 @@ def test_cuda_memory_is_reached_by_its_dma_bufs() -> None:
     exports = Exports()
     found = ranges_in_place(STORAGES, "cuda", settings(), exports)
     assert found is not None
-    assert [(piece.address, piece.length) for piece in found] == STORAGES
-    assert [piece.dmabuf for piece in found] == [DmaBuf(fd) for fd in exports.fds]
-    for piece in found:
-        piece.close()
+    assert [(kv_range.address, kv_range.length) for kv_range in found] == STORAGES
+    assert [kv_range.dmabuf for kv_range in found] == [DmaBuf(fd) for fd in exports.fds]
+    for kv_range in found:
+        kv_range.close()
     assert not any(map(is_open, exports.fds))
 
 

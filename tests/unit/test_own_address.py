@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from transfer.connector.settings import ConnectorSettings
-from transfer.connector.working.worker import _with_own_address
+from transfer.connector.working.start import _with_own_address
 from transfer.errors import ConfigurationError
 from transfer.settings import TransferSettings
 

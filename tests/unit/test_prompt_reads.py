@@ -11,7 +11,8 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.support.scripted.tickets import make_ticket
 from tests.support.transfers.kv_pools import Model, make_pool
-from transfer.connector.metadata import Holding
+from transfer.connector.metadata import HeldTicket
+from transfer.connector.working.direct import Direct
 from transfer.connector.working.reads import PromptReads
 from transfer.engine.engine import TransferEngine
 from transfer.transports.tcp.wire.fields import Fields, encode_claim
@@ -41,7 +42,12 @@ def reads(engine: ListeningEngine) -> PromptReads:
     model = Model("tokens", layers=1, heads=1, head_size=2, dtype=torch.int16)
     pool = make_pool(model, KVCacheLayout.LBHNC, num_blocks=1, kernel_tokens=4)
     return PromptReads(
-        PeerId("decode", 0), pool.layout, "e" * 64, cast(TransferEngine, engine), 1.0, None
+        PeerId("decode", 0),
+        pool.layout,
+        "e" * 64,
+        cast(TransferEngine, engine),
+        1.0,
+        Direct(torch.device("cpu"), pool.layout, None),
     )
 
 
@@ -51,8 +57,8 @@ def reads(engine: ListeningEngine) -> PromptReads:
 def test_any_request_id_can_be_told_to_an_owner(
     engine: ListeningEngine, reads: PromptReads, request_id: str
 ) -> None:
-    reads.forfeit(Holding(request_id, make_ticket()))
-    reads.renew([Holding(request_id, make_ticket())])
+    reads.forfeit(HeldTicket(request_id, make_ticket()))
+    reads.renew([HeldTicket(request_id, make_ticket())])
 
     released, renewed = engine.told
     assert released == renewed
@@ -64,7 +70,7 @@ def test_requests_that_differ_at_their_end_are_two_readers(
     engine: ListeningEngine, reads: PromptReads
 ) -> None:
     for end in ("1", "2", "1"):
-        reads.forfeit(Holding(LONG + end, make_ticket()))
+        reads.forfeit(HeldTicket(LONG + end, make_ticket()))
 
     first, other, again = (credentials.reader for credentials in engine.told)
     assert first == again != other

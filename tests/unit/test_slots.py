@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from transfer.connector.memory.slots import SlotPool, num_slots
+from transfer.connector.memory.slots import SlotPool, count_slots
+from transfer.connector.scheduling.block_places import NoSlots
 from transfer.connector.scheduling.slot_queue import SlotQueue
 from transfer.errors import ConfigurationError
 
@@ -111,11 +112,24 @@ def test_who_holds_slots_keeps_them() -> None:
     assert queue.has_room("preempted", 3)
     queue.take("preempted", 3)
 
-    assert queue.held("preempted") == (0, 1, 2)
+    assert queue.places_of("preempted", [7, 8, 9]) == (0, 1, 2)
+    assert queue.places_of("preempted", [7, 8]) == (0, 1)
     queue.give_back("preempted")
     queue.give_back("preempted")
-    assert queue.held("preempted") == ()
+    assert queue.places_of("preempted", [7, 8, 9]) == ()
     assert queue.has_room("other", 2)
+
+
+def test_without_slots_there_is_room_where_the_blocks_are() -> None:
+    places = NoSlots()
+    for request_id in ("one", "other"):
+        assert places.has_room(request_id, 1 << 40)
+        places.take(request_id, 1 << 40)
+
+    assert places.places_of("one", [7, 2, 9]) == (7, 2, 9)
+    places.give_back("one")
+    places.give_back("one")
+    assert places.places_of("one", [7]) == (7,)
 
 
 def test_slots_that_nobody_asked_for_are_refused() -> None:
@@ -142,13 +156,13 @@ SIZES: dict[str, Any] = {"block_bytes": 100, "num_blocks": 1000, "prompt_blocks"
     ],
 )
 def test_number_of_slots(changes: dict[str, int], slots: int) -> None:
-    assert num_slots(**{"host_bytes": 0, **SIZES, **changes}) == slots
+    assert count_slots(**{"host_bytes": 0, **SIZES, **changes}) == slots
 
 
 @pytest.mark.parametrize(("roles", "would_do"), [(1, "1000 would do"), (2, "2000 would do")])
 def test_too_few_bytes_are_refused_by_name(roles: int, would_do: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        num_slots(host_bytes=999, **{**SIZES, "roles": roles})
+        count_slots(host_bytes=999, **{**SIZES, "roles": roles})
     assert caught.value.message.startswith("transfer.host_staging_bytes is 999, too few")
     assert would_do in caught.value.message
 
@@ -163,7 +177,7 @@ def test_too_few_bytes_are_refused_by_name(roles: int, would_do: str) -> None:
 def test_every_role_has_room_for_a_prompt(**sizes: int) -> None:
     least = sizes["roles"] * sizes["prompt_blocks"]
     try:
-        slots = num_slots(**sizes)
+        slots = count_slots(**sizes)
     except ConfigurationError:
         assert 0 < sizes["host_bytes"] < least * sizes["block_bytes"]
         return

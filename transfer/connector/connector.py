@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -20,6 +20,7 @@ from transfer.connector.scheduling.scheduler import BatonScheduler
 from transfer.connector.scheduling.ticket_writer import TicketWriter
 from transfer.connector.settings import ConnectorSettings
 from transfer.connector.stats import TransferPromMetrics, TransferStats
+from transfer.connector.working.start import start_worker
 from transfer.connector.working.worker import BatonWorker
 from transfer.errors import ConfigurationError, Phase
 from transfer.lifeline import die_with_parent
@@ -48,8 +49,6 @@ class BatonConnector(KVConnectorBase_V1):
         ConfigurationError: settings, or a model that cannot be handed over; says which.
     """
 
-    worker_class: ClassVar[type[BatonWorker]] = BatonWorker
-
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
@@ -57,19 +56,21 @@ class BatonConnector(KVConnectorBase_V1):
         log_with_vllm()
         refuse_unsupported(vllm_config, kv_cache_config)
         transfer = self._kv_transfer_config
-        settings = ConnectorSettings.from_extra_config(
+        self._settings = ConnectorSettings.from_extra_config(
             transfer.kv_connector_extra_config, str(transfer.kv_role or "")
         )
-        if settings.die_with_parent:
+        if self._settings.die_with_parent:
             die_with_parent()
         self._scheduler: BatonScheduler | None = None
         self._worker: BatonWorker | None = None
+        """None in the scheduler's process, and until the KV caches are registered."""
+        self._num_blocks = kv_cache_config.num_blocks
         if role is KVConnectorRole.SCHEDULER:
             tickets = TicketWriter(
                 engine_id=str(transfer.engine_id),
                 tp_size=vllm_config.parallel_config.tensor_parallel_size,
                 block_size=vllm_config.cache_config.block_size,
-                ttl_s=settings.transfer.ticket_ttl_s,
+                ttl_s=self._settings.transfer.ticket_ttl_s,
                 adapter_fingerprint=AdapterFingerprints(vllm_config.lora_config),
             )
             self._scheduler = BatonScheduler(
@@ -77,8 +78,6 @@ class BatonConnector(KVConnectorBase_V1):
                 producer=transfer.is_kv_producer,
                 consumer=transfer.is_kv_consumer,
             )
-        else:
-            self._worker = self.worker_class(vllm_config, kv_cache_config, settings)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
@@ -152,7 +151,7 @@ class BatonConnector(KVConnectorBase_V1):
     # ---- worker side -------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._worker_side.register(kv_caches)
+        self._worker = start_worker(self._vllm_config, self._num_blocks, self._settings, kv_caches)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._worker_side.handshake
@@ -235,5 +234,8 @@ class BatonConnector(KVConnectorBase_V1):
     @property
     def _worker_side(self) -> BatonWorker:
         if self._worker is None:
-            raise RuntimeError("a worker call reached the scheduler's connector")
+            raise RuntimeError(
+                "a worker call reached the scheduler's connector, or came before the KV caches "
+                "were registered"
+            )
         return self._worker

@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from transfer.connector.stats import Outcome, worse
+from transfer.connector.outcomes import ReadOutcome, worse
 from transfer.ticket import Ticket
 
 
@@ -33,7 +33,7 @@ class NewRead:
     """Fetch a prompt's tokens from ``first_token`` on into ``local_block_ids``.
 
     Attributes:
-        targets: where the bytes go at first, one for each local block: slots, or those blocks.
+        places: where the bytes go at first, one for each local block: slots, or those blocks.
         first_token: the first one of a block of ours.
         num_tokens: how many, to the end of what the ticket covers.
     """
@@ -41,13 +41,13 @@ class NewRead:
     request_id: str
     ticket: Ticket
     local_block_ids: tuple[int, ...]
-    targets: tuple[int, ...]
+    places: tuple[int, ...]
     first_token: int
     num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class HeldTicket:
     """A ticket that a request holds but does not read now."""
 
     request_id: str
@@ -63,7 +63,7 @@ class Verdict:
         recomputed_tokens: prompt tokens that decode computes although they came with a ticket.
     """
 
-    outcome: Outcome | None
+    outcome: ReadOutcome | None
     tokens: int = 0
     recomputed_tokens: int = 0
 
@@ -81,8 +81,8 @@ class BatonMetadata(KVConnectorMetadata):
     offers: list[NewOffer] = field(default_factory=list)
     reads: list[NewRead] = field(default_factory=list)
     cancels: list[str] = field(default_factory=list)
-    forfeits: list[Holding] = field(default_factory=list)
-    renewals: list[Holding] = field(default_factory=list)
+    forfeits: list[HeldTicket] = field(default_factory=list)
+    renewals: list[HeldTicket] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
 
 
@@ -93,7 +93,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     vLLM adds the ranks' reports up before the scheduler side sees them.
     """
 
-    reads: dict[str, Outcome] = field(default_factory=dict)
+    reads: dict[str, ReadOutcome] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Both reports in one; of two outcomes of a read the worse."""
@@ -110,7 +110,7 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):
     """What the scheduler needs to know of its workers to write tickets.
 
     Attributes:
-        num_slots: places for blocks in host memory; 0 if blocks go straight to and from the KV
+        num_slots: staging slots in host memory; 0 if blocks go straight to and from the KV
             cache.
     """
 

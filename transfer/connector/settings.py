@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from vllm.distributed.parallel_state import (
@@ -12,6 +12,7 @@ from vllm.distributed.parallel_state import (
     model_parallel_is_initialized,
 )
 
+from transfer.connector.block_settings import TRANSFER_KEYS, BlockSettings, read_transfer
 from transfer.errors import ConfigurationError, Phase
 from transfer.mooncake import ROLE_VARIABLE, MooncakeSettings, own_end, worker_settings
 from transfer.mooncake_file import (
@@ -33,8 +34,9 @@ class ConnectorSettings:
     Attributes:
         discovery: for :func:`transfer.discovery.make_discovery`.
         transfer: for the transfer engine.
+        blocks: what else is set under ``transfer``.
         host_staging: ``auto``: KV blocks in device memory go through slots in host memory, see
-            ``transfer.host_staging_bytes``, unless RDMA devices reach them where they are;
+            ``blocks.host_staging_bytes``, unless RDMA devices reach them where they are;
             ``always``: all do, those in host memory too; ``never``: the engine does not start if
             they would.
         die_with_parent: whether the engine's processes end with the one that started them.
@@ -42,6 +44,7 @@ class ConnectorSettings:
 
     discovery: Mapping[str, Any] = field(default_factory=dict)
     transfer: TransferSettings = field(default_factory=TransferSettings)
+    blocks: BlockSettings = field(default_factory=BlockSettings)
     host_staging: str = "auto"
     die_with_parent: bool = False
 
@@ -79,25 +82,26 @@ class ConnectorSettings:
                 "kv_connector_extra_config has both discovery and transfer.mooncake_config; "
                 "give one of them"
             )
-        known = {item.name for item in fields(TransferSettings)}
         for name in transfer:
-            if name not in known:
+            if name not in TRANSFER_KEYS:
                 raise _bad(
                     f"kv_connector_extra_config.transfer.{name} is unknown; "
-                    f"known: {', '.join(sorted(known))}"
+                    f"known: {', '.join(TRANSFER_KEYS)}"
                 )
         if not discovery:
-            told = _from_mooncake(path, kv_role)
-            if told is None:
+            mooncake = _from_mooncake(path, kv_role)
+            if mooncake is None:
                 raise _bad(
                     "kv_connector_extra_config.discovery is missing; it should say how peers are "
                     'found, for example {"kind": "etcd", "endpoints": ["127.0.0.1:2379"]}; or let '
                     f"{PATH_VARIABLE} name a mooncake.json"
                 )
-            discovery, transfer = told.discovery, {**told.transfer, **transfer}
+            discovery, transfer = mooncake.discovery, {**mooncake.transfer, **transfer}
+        engine, blocks = read_transfer(transfer)
         return cls(
             discovery=dict(discovery),
-            transfer=TransferSettings(**transfer),
+            transfer=engine,
+            blocks=blocks,
             host_staging=extra.get("host_staging", "auto"),
             die_with_parent=extra.get("die_with_parent", False),
         )

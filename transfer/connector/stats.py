@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from enum import StrEnum
 from typing import Any, ClassVar
 
 from vllm.config import VllmConfig
@@ -13,35 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 from vllm.v1.metrics.utils import create_metric_per_engine
 
-
-class Outcome(StrEnum):
-    """How a hand-off ended, as its owner or its reader saw it."""
-
-    OK = "ok"
-    RELEASED = "released"
-    ABORTED = "aborted"
-    EXPIRED = "expired"
-    FORFEITED = "forfeited"
-    REFUSED = "refused"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    CORRUPTED = "corrupted"
-    UNPROVEN = "unproven"
-
-
-_WORST_LAST = (
-    Outcome.OK,
-    Outcome.CANCELLED,
-    Outcome.REFUSED,
-    Outcome.FAILED,
-    Outcome.UNPROVEN,
-    Outcome.CORRUPTED,
-)
-
-
-def worse(one: Outcome, other: Outcome | None) -> Outcome:
-    """Of a read's outcomes on two ranks, the one that counts for the request."""
-    return one if other is None else max(one, other, key=_WORST_LAST.index)
+from transfer.connector.outcomes import OfferOutcome, ReadOutcome
 
 
 class TransferStats(KVConnectorStats):
@@ -75,12 +46,12 @@ class TransferStats(KVConnectorStats):
             "pinned_blocks": None,
         }
 
-    def count_owner(self, outcome: Outcome) -> None:
+    def count_offer(self, outcome: OfferOutcome) -> None:
         """One of our offers ended."""
         owner = self.data["owner"]
         owner[outcome.value] = owner.get(outcome.value, 0) + 1
 
-    def count_read(self, outcome: Outcome, *, tokens: int) -> None:
+    def count_read(self, outcome: ReadOutcome, *, tokens: int) -> None:
         """One of our reads ended; ``tokens`` were fetched."""
         reader = self.data["reader"]
         reader[outcome.value] = reader.get(outcome.value, 0) + 1
@@ -144,8 +115,8 @@ class TransferStats(KVConnectorStats):
         handoffs = self.data["handoff_seconds"]
         megabytes = self.data["bytes"] / 1e6
         return {
-            "Hand-offs read": self.data["reader"].get(Outcome.OK.value, 0),
-            "Hand-offs served": self.data["owner"].get(Outcome.RELEASED.value, 0),
+            "Hand-offs read": self.data["reader"].get(ReadOutcome.OK.value, 0),
+            "Hand-offs served": self.data["owner"].get(OfferOutcome.RELEASED.value, 0),
             "MB moved": round(megabytes, 3),
             "MB/s": round(megabytes / sum(reads), 1) if reads else 0.0,
             "Avg hand-off (ms)": round(1e3 * sum(handoffs) / len(handoffs), 2) if handoffs else 0.0,

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
 
 from transfer.connector.connector import BatonConnector
-from transfer.connector.stats import Outcome
-from transfer.connector.working.reads import EndedRead
-from transfer.connector.working.worker import BatonWorker
+from transfer.connector.memory.kv_memory import KVMemory
+from transfer.connector.working.block_path import BlockPath, PromptBlocks
+from transfer.connector.working.direct import Direct
+from transfer.connector.working.start import start_worker
 
 FOLDER = "BATON_TEST_CORRUPT"
 """Environment variable that names a folder. A file in it, named like a rank, damages the next
 read that arrives there by one bit, and is deleted by that."""
 
 
-class CorruptingWorker(BatonWorker):
+class DamagedOnArrival(Direct):
     """Damages what arrived before it is checked."""
 
-    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        super().register(kv_caches)
-        self._tensors = list(kv_caches.values())
-
-    def _arrived(self, ended: EndedRead) -> Outcome:
-        armed = Path(os.environ[FOLDER]) / str(self.rank)
-        if ended.outcome is Outcome.OK and armed.exists():
+    def finish_read(self, blocks: PromptBlocks, *, check: bool) -> None:
+        layout = self._layout
+        armed = Path(os.environ[FOLDER]) / str(layout.rank)
+        if armed.exists():
             armed.unlink()
-            block = ended.read.local_block_ids[0]
-            cell = self._tensors[-1][block, 0].view(torch.uint8)
-            cell[3, 5] ^= 64
-        return super()._arrived(ended)
+            kernel = blocks.block_ids[0] * layout.kernels_per_block
+            address = layout.bases[-1] + kernel * layout.kernel_stride
+            # Its first head, fourth token, sixth byte.
+            ctypes.c_uint8.from_address(address + 3 * layout.token_stride + 5).value ^= 64
+        super().finish_read(blocks, check=check)
+
+
+def damaging_path(memory: KVMemory, name: str, on_end: Callable[[], None]) -> BlockPath:
+    return DamagedOnArrival(memory.device, memory.layout, memory.digests)
 
 
 class CorruptingConnector(BatonConnector):
-    worker_class: ClassVar[Any] = CorruptingWorker
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._worker = start_worker(
+            self._vllm_config, self._num_blocks, self._settings, kv_caches, damaging_path
+        )

@@ -5,11 +5,11 @@ only some heads, or cuts its blocks differently, can check what it got. It does 
 in memory the bytes lie. The digests of all blocks are one table in host memory that readers read
 along with the blocks; nothing else has to carry them.
 
-The digest is a sum over the unit's 64-bit lanes ``x``, modulo 2**64::
+The digest is a sum over the unit's 64-bit words ``x``, modulo 2**64::
 
-    sum of  x * w  +  (x >> 32) * v        w, v: fixed odd numbers, other ones for every lane
+    sum of  x * w  +  (x >> 32) * v        w, v: fixed odd numbers, other ones for every word
 
-An odd factor loses no bit, so a change of one lane always shows, and any other one escapes with a
+An odd factor loses no bit, so a change of one word always shows, and any other one escapes with a
 chance of about one in 2**32. That is for accidents, not against an attacker.
 """
 
@@ -28,7 +28,7 @@ from transfer.errors import ConfigurationError, Phase
 UNIT_TOKENS = 16
 """Tokens of a unit, unless kernel blocks are smaller or no multiple of it."""
 
-_LANE_BYTES = 8
+_WORD_BYTES = 8
 _SEED = 20
 
 
@@ -50,7 +50,7 @@ class BlockDigests:
 
     def __init__(self, tensors: Sequence[torch.Tensor], layout: KVLayout) -> None:
         self._units = layout.digest_units
-        views = [_lanes(tensor, layout) for tensor in tensors]
+        views = [_words(tensor, layout) for tensor in tensors]
         self._layers = [(strips, _factors(strips, number)) for number, strips in enumerate(views)]
         self.table = torch.zeros(
             (tensors[0].shape[0] * layout.digest_units, tensors[0].shape[1]),
@@ -79,8 +79,8 @@ class BlockDigests:
         blocks, block_of_row = torch.unique(rows // self._units, return_inverse=True)
         total = torch.zeros((blocks.numel(), self.table.shape[1], self._units), dtype=torch.int64)
         for strips, factors in self._layers:
-            for lanes, (low, high) in zip(strips, factors, strict=True):
-                part = lanes.index_select(0, blocks)
+            for words, (low, high) in zip(strips, factors, strict=True):
+                part = words.index_select(0, blocks)
                 total += (part * low).sum(2).sum((3, 4))
                 part >>= 32
                 part *= high
@@ -88,8 +88,8 @@ class BlockDigests:
         return total[block_of_row, :, rows % self._units]
 
 
-def _lanes(tensor: torch.Tensor, layout: KVLayout) -> list[torch.Tensor]:
-    """Views ``[kernel blocks, KV heads, strips, units, runs, lanes]``, one for each width of strip.
+def _words(tensor: torch.Tensor, layout: KVLayout) -> list[torch.Tensor]:
+    """Views ``[kernel blocks, KV heads, strips, units, runs, words]``, one for each width of strip.
 
     They show the tensor's memory as integers of 64 bits.
     """
@@ -109,27 +109,27 @@ def _lanes(tensor: torch.Tensor, layout: KVLayout) -> list[torch.Tensor]:
             unit * per_token,
             layout.token_stride,
         )
-        if any(number % _LANE_BYTES for number in (start, run_bytes, *steps)):
+        if any(number % _WORD_BYTES for number in (start, run_bytes, *steps)):
             raise ConfigurationError(
-                f"transfer.digests needs KV tensors that are aligned to {_LANE_BYTES} bytes; "
+                f"transfer.digests needs KV tensors that are aligned to {_WORD_BYTES} bytes; "
                 f"{unit} tokens of this model's are not",
                 phase=Phase.REGISTER,
             )
-        shape = (blocks, heads, count, units, runs, run_bytes // _LANE_BYTES)
-        in_lanes = (*(step // _LANE_BYTES for step in steps), 1)
+        shape = (blocks, heads, count, units, runs, run_bytes // _WORD_BYTES)
+        in_words = (*(step // _WORD_BYTES for step in steps), 1)
         view = torch.empty(0, dtype=torch.int64)
-        view.set_(tensor.untyped_storage(), start // _LANE_BYTES, shape, in_lanes)
+        view.set_(tensor.untyped_storage(), start // _WORD_BYTES, shape, in_words)
         views.append(view)
         start += count * width * layout.kernel_tokens
     return views
 
 
 def _factors(strips: Sequence[torch.Tensor], layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Odd numbers for the lanes of one unit and KV head: equal wherever this runs."""
+    """Odd numbers for the words of one unit and KV head: equal wherever this runs."""
     generator = np.random.Generator(np.random.PCG64([_SEED, layer]))
     factors = []
-    for lanes in strips:
-        count, units, runs, each = lanes.shape[2:]
+    for words in strips:
+        count, units, runs, each = words.shape[2:]
         shape = (2, count, 1, runs, each)
         numbers = generator.integers(-(1 << 63), 1 << 63, size=shape, dtype=np.int64) | 1
         # Repeated for every unit, because broadcasting over short runs is slow.

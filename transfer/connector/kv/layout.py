@@ -2,7 +2,7 @@
 
 vLLM 0.29 gives every layer a view of logical shape ``[B, H, N, C]``: blocks, KV heads, tokens in a
 block, and content (key and value side by side). The physical order of the axes differs between
-attention backends, so nothing here assumes one: the strides tell where each block's pieces lie.
+attention backends, so nothing here assumes one: the strides tell where each block's bytes lie.
 
     one layer, LBHNC (block interior contiguous)      LHBNC (a head's blocks together)
 

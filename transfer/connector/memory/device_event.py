@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-class Fence:
+class DeviceEvent:
     """What was queued on the calling thread's stream when this was made.
 
     Made on the model thread; a device without streams has nothing to wait for.

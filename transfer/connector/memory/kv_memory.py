@@ -1,4 +1,4 @@
-"""The memory of one worker that transports see: the KV cache itself, or slots in host memory."""
+"""The memory of one worker that transports see: its KV cache, or staging slots in host memory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from transfer.connector.kv.digests import BlockDigests, unit_tokens
 from transfer.connector.kv.layout import KVLayout, describe
 from transfer.connector.kv.packing import Packing
-from transfer.connector.kv.ranges import KVRange, ranges_in_place
 from transfer.connector.kv.tensors import axis_order, distinct, packing_of, storages, view_of
 from transfer.connector.memory.host_blocks import HostBlocks
-from transfer.connector.memory.slots import num_slots
+from transfer.connector.memory.kv_ranges import KVRange, ranges_in_place
+from transfer.connector.memory.slots import count_slots
 from transfer.connector.settings import ConnectorSettings
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class KVMemory:
 
     Attributes:
         layout: of that memory.
-        ranges: every piece of it, that of the digests included.
+        ranges: all of it, that of the digests included.
         device: of the KV cache.
         in_place: the memory is the KV cache, and what the model queues on its device has to be
             waited for.
@@ -64,7 +64,7 @@ class KVMemory:
         self.in_place = ranges is not None and _has_streams(self.device, settings)
         self.host_blocks: HostBlocks | None = None
         if ranges is None:
-            slots = self._count_slots(layout, settings.transfer.host_staging_bytes)
+            slots = self._count_slots(layout, settings.blocks.host_staging_bytes)
             self.host_blocks = HostBlocks(tensors, num_blocks, slots)
             tensors = list(self.host_blocks.tensors)
             ranges = [KVRange(*storage) for storage in storages(tensors)]
@@ -76,7 +76,7 @@ class KVMemory:
             )
         self.ranges = ranges
         self.digests: BlockDigests | None = None
-        if settings.transfer.digests:
+        if settings.blocks.digests:
             layout = replace(layout, digest_tokens=unit_tokens(layout.kernel_tokens))
             self.digests = BlockDigests(tensors, layout)
             layout = replace(layout, digest_base=self.digests.memory[0])
@@ -112,7 +112,7 @@ class KVMemory:
 
     def _count_slots(self, layout: KVLayout, host_bytes: int) -> int:
         transfer = self._vllm_config.kv_transfer_config
-        return num_slots(
+        return count_slots(
             host_bytes=host_bytes,
             block_bytes=layout.block_bytes,
             num_blocks=layout.num_blocks,

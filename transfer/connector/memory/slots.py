@@ -1,4 +1,8 @@
-"""Places in the host memory that blocks of device memory go through. Pure."""
+"""Staging slots: places in host memory that blocks of device memory go through. Pure.
+
+Each has room for one block. They have nothing to do with vLLM's ``slot_mapping``, whose slots are
+of one token each.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,7 @@ class SlotPool:
             heapq.heappush(self._free, slot)
 
 
-def num_slots(
+def count_slots(
     *, host_bytes: int, block_bytes: int, num_blocks: int, prompt_blocks: int, roles: int
 ) -> int:
     """Slots that a worker has.

@@ -46,7 +46,7 @@ class _Adapter:
     files: _Files = ()
     fingerprint: str | None = None
     changed: bool = False
-    told: str = ""
+    warned_of: str = ""
 
 
 class AdapterFingerprints:
@@ -188,11 +188,11 @@ def _add(digest: Any, path: Path) -> None:
         return
     digest.update(path.suffix.encode())
     with path.open("rb") as file:
-        while piece := file.read(_READ_BYTES):
-            digest.update(piece)
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
 
 
 def _not_handed_over(request: LoRARequest, known: _Adapter, why: str) -> None:
-    if known.told != why:
+    if known.warned_of != why:
         logger.warning("prompts with adapter %s are not handed over: %s", request.lora_name, why)
-    known.told = why
+    known.warned_of = why

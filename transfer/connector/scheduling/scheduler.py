@@ -17,16 +17,17 @@ from vllm.v1.request import RequestStatus
 from transfer.connector.memory.slots import SlotPool
 from transfer.connector.metadata import (
     BatonMetadata,
-    Holding,
+    HeldTicket,
     NewOffer,
     NewRead,
     Verdict,
     WorkerHandshake,
     WorkerReport,
 )
+from transfer.connector.outcomes import ReadOutcome, worse
+from transfer.connector.scheduling.block_places import BlockPlaces, NoSlots
 from transfer.connector.scheduling.slot_queue import SlotQueue
 from transfer.connector.scheduling.ticket_writer import TicketWriter, transfer_params
-from transfer.connector.stats import Outcome, worse
 from transfer.errors import ProtocolError
 from transfer.ticket import Ticket
 
@@ -73,14 +74,14 @@ class BatonScheduler:
         self._consumer = consumer
         self._clock = clock
         self._handshake: WorkerHandshake | None = None
-        # For prompts to be offered and to be read, where blocks go through slots. Apart, because
-        # two engines that read from each other would wait for each other otherwise.
-        self._offer_slots: SlotQueue | None = None
-        self._read_slots: SlotQueue | None = None
+        # Of prompts to be offered and to be read. Apart, because two engines that read from each
+        # other would wait for each other otherwise.
+        self._offer_places: BlockPlaces = NoSlots()
+        self._read_places: BlockPlaces = NoSlots()
         self._inbound: dict[str, _Inbound] = {}
         # Reads on their way: tokens, and the worst outcome of the ranks that are through.
         self._reading: dict[str, int] = {}
-        self._outcomes: dict[str, Outcome] = {}
+        self._outcomes: dict[str, ReadOutcome] = {}
         self._pending = BatonMetadata()
         self._last_renewal_s = 0.0
 
@@ -91,36 +92,35 @@ class BatonScheduler:
             return
         size = handshake.num_slots // (self._producer + self._consumer)
         if self._producer:
-            self._offer_slots = SlotQueue(SlotPool(range(size)))
+            self._offer_places = SlotQueue(SlotPool(range(size)))
         if self._consumer:
             first = size if self._producer else 0
-            self._read_slots = SlotQueue(SlotPool(range(first, first + size)))
+            self._read_places = SlotQueue(SlotPool(range(first, first + size)))
 
     # ---- both sides --------------------------------------------------------------------------
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many prompt tokens beyond ``num_computed_tokens`` the owner has for us.
 
-        None if there are no slots for the prompt now: vLLM then asks again in a later step.
+        None if there are no places for the prompt now: vLLM then asks again in a later step.
         """
-        if self._offer_slots is not None and self._is_wanted(request):
+        if self._is_wanted(request):
             blocks = self._blocks_of(request.num_prompt_tokens)
-            if not self._offer_slots.has_room(request.request_id, blocks):
+            if not self._offer_places.has_room(request.request_id, blocks):
                 return None, False
         count = self._readable_tokens(request, num_computed_tokens)
-        if not count or self._read_slots is None:
-            return count, count > 0
-        blocks = self._blocks_of(num_computed_tokens + count) - (
-            num_computed_tokens // self._block_size
-        )
-        if not self._read_slots.has_room(request.request_id, blocks):
+        if not count:
+            return 0, False
+        first = num_computed_tokens // self._block_size
+        blocks = self._blocks_of(num_computed_tokens + count) - first
+        if not self._read_places.has_room(request.request_id, blocks):
             return None, False
         return count, True
 
     def after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
-        """Blocks are there: slots are taken, and what the owner has is read."""
-        if self._offer_slots is not None and self._is_wanted(request):
-            self._offer_slots.take(request.request_id, self._blocks_of(request.num_prompt_tokens))
+        """Blocks are there: places are taken, and what the owner has is read."""
+        if self._is_wanted(request):
+            self._offer_places.take(request.request_id, self._blocks_of(request.num_prompt_tokens))
         self._read_or_forfeit(request, blocks, num_external)
 
     # ---- decode side -------------------------------------------------------------------------
@@ -139,11 +139,11 @@ class BatonScheduler:
             return
         if request.abort_immediately:
             # The engine's way to say that it will not run the request that brought it.
-            self._pending.forfeits.append(Holding(request.request_id, ticket))
+            self._pending.forfeits.append(HeldTicket(request.request_id, ticket))
         elif self._fits(request, ticket):
             self._inbound[request.request_id] = _Inbound(ticket)
         else:
-            self._pending.forfeits.append(Holding(request.request_id, ticket))
+            self._pending.forfeits.append(HeldTicket(request.request_id, ticket))
             self._refuse(request)
 
     def _readable_tokens(self, request: Request, num_computed_tokens: int) -> int:
@@ -164,9 +164,8 @@ class BatonScheduler:
         ticket = inbound.ticket
         if num_external == 0:
             del self._inbound[request.request_id]
-            if self._read_slots is not None:
-                self._read_slots.give_back(request.request_id)
-            self._pending.forfeits.append(Holding(request.request_id, ticket))
+            self._read_places.give_back(request.request_id)
+            self._pending.forfeits.append(HeldTicket(request.request_id, ticket))
             missing = ticket.num_tokens - inbound.local_tokens
             if missing > 1:
                 self._pending.verdicts.append(Verdict(None, recomputed_tokens=missing - 1))
@@ -174,10 +173,8 @@ class BatonScheduler:
         first_token = ticket.num_tokens - num_external
         first, stop = first_token // self._block_size, self._blocks_of(ticket.num_tokens)
         (all_ids,) = blocks.get_block_ids()
-        local_ids = targets = tuple(all_ids[first:stop])
-        if self._read_slots is not None:
-            self._read_slots.take(request.request_id, len(local_ids))
-            targets = self._read_slots.held(request.request_id)
+        local_ids = tuple(all_ids[first:stop])
+        self._read_places.take(request.request_id, len(local_ids))
         inbound.loading = True
         self._reading[request.request_id] = num_external
         self._pending.reads.append(
@@ -185,7 +182,7 @@ class BatonScheduler:
                 request_id=request.request_id,
                 ticket=ticket,
                 local_block_ids=local_ids,
-                targets=targets,
+                places=self._read_places.places_of(request.request_id, local_ids),
                 first_token=first_token,
                 num_tokens=num_external,
             )
@@ -201,13 +198,12 @@ class BatonScheduler:
             self._outcomes[request_id] = worse(outcome, self._outcomes.get(request_id))
         for request_id in request_ids:
             self._inbound.pop(request_id, None)
-            if self._read_slots is not None:
-                self._read_slots.give_back(request_id)
+            self._read_places.give_back(request_id)
             tokens = self._reading.pop(request_id, 0)
-            outcome = self._outcomes.pop(request_id, Outcome.FAILED)
-            if outcome is Outcome.OK:
+            outcome = self._outcomes.pop(request_id, ReadOutcome.FAILED)
+            if outcome is ReadOutcome.OK:
                 verdict = Verdict(outcome, tokens=tokens)
-            elif outcome is Outcome.CANCELLED:
+            elif outcome is ReadOutcome.CANCELLED:
                 verdict = Verdict(outcome)
             else:
                 verdict = Verdict(outcome, recomputed_tokens=max(0, tokens - 1))
@@ -226,15 +222,13 @@ class BatonScheduler:
         ticket = None if self._drop_inbound(request) else self._offered(request, block_ids)
         if ticket is not None:
             return True, ticket.to_params()
-        if self._offer_slots is not None:
-            self._offer_slots.give_back(request.request_id)
+        self._offer_places.give_back(request.request_id)
         return False, None
 
     def on_sent(self, request_ids: set[str]) -> None:
         """The hand-offs of these prompts are over on all ranks."""
-        if self._offer_slots is not None:
-            for request_id in request_ids:
-                self._offer_slots.give_back(request_id)
+        for request_id in request_ids:
+            self._offer_places.give_back(request_id)
 
     def take_metadata(self, *, idle: bool) -> BatonMetadata:
         """This step's instructions; the list starts anew.
@@ -282,7 +276,7 @@ class BatonScheduler:
 
     def _refuse(self, request: Request) -> None:
         recomputed = max(0, request.num_prompt_tokens - 1)
-        self._pending.verdicts.append(Verdict(Outcome.REFUSED, recomputed_tokens=recomputed))
+        self._pending.verdicts.append(Verdict(ReadOutcome.REFUSED, recomputed_tokens=recomputed))
 
     def _divides(self, block_size: int) -> bool:
         """Whether blocks of that size can become ours."""
@@ -300,9 +294,8 @@ class BatonScheduler:
             # The workers still report the end of the read.
             self._pending.cancels.append(request.request_id)
             return True
-        if self._read_slots is not None:
-            self._read_slots.give_back(request.request_id)
-        self._pending.forfeits.append(Holding(request.request_id, inbound.ticket))
+        self._read_places.give_back(request.request_id)
+        self._pending.forfeits.append(HeldTicket(request.request_id, inbound.ticket))
         return True
 
     def _is_wanted(self, request: Request) -> bool:
@@ -320,12 +313,10 @@ class BatonScheduler:
             return None
         num_tokens = min(request.num_prompt_tokens, request.num_computed_tokens)
         own = tuple(block_ids[: self._blocks_of(num_tokens)])
-        shown = own
-        if self._offer_slots is not None:
-            shown = self._offer_slots.held(request.request_id)[: len(own)]
-            if len(shown) < len(own):
-                return None
-        ticket = self._tickets.write(request, num_tokens, shown, self._handshake)
+        places = self._offer_places.places_of(request.request_id, own)
+        if len(places) < len(own):
+            return None
+        ticket = self._tickets.write(request, num_tokens, places, self._handshake)
         if ticket is None:
             return None
         self._pending.offers.append(NewOffer(request.request_id, ticket, self._ttl_s, own))
@@ -337,5 +328,5 @@ class BatonScheduler:
             return
         self._last_renewal_s = now
         self._pending.renewals += [
-            Holding(request_id, inbound.ticket) for request_id, inbound in self._inbound.items()
+            HeldTicket(request_id, inbound.ticket) for request_id, inbound in self._inbound.items()
         ]

@@ -1,11 +1,14 @@
-"""Which request has which slots, and who is next to get some. Pure."""
+"""Which request has which slots in host memory, and who is next to get some. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transfer.connector.memory.slots import SlotPool
+from transfer.connector.scheduling.block_places import BlockPlaces
 
 
-class SlotQueue:
+class SlotQueue(BlockPlaces):
     """Slots for requests, first come first served, so that long prompts get their turn too.
 
     Args:
@@ -18,12 +21,6 @@ class SlotQueue:
         self._waiting: dict[str, None] = {}
 
     def has_room(self, request_id: str, count: int) -> bool:
-        """Whether :meth:`take` would do. Whoever hears no waits until asking again, before those
-        who come later, or until :meth:`give_back`.
-
-        Args:
-            count: at most as many as the pool has.
-        """
         if request_id in self._held:
             return True
         first = next(iter(self._waiting), request_id)
@@ -33,11 +30,6 @@ class SlotQueue:
         return False
 
     def take(self, request_id: str, count: int) -> None:
-        """Takes slots for a request, unless it has some.
-
-        Raises:
-            RuntimeError: there are too few.
-        """
         if request_id in self._held:
             return
         slots = self._pool.take(count)
@@ -46,11 +38,9 @@ class SlotQueue:
         self._waiting.pop(request_id, None)
         self._held[request_id] = tuple(slots)
 
-    def held(self, request_id: str) -> tuple[int, ...]:
-        """The request's slots; none if it has none."""
-        return self._held.get(request_id, ())
+    def places_of(self, request_id: str, block_ids: Sequence[int]) -> tuple[int, ...]:
+        return self._held.get(request_id, ())[: len(block_ids)]
 
     def give_back(self, request_id: str) -> None:
-        """The request needs no slots, or none any more. Idempotent."""
         self._waiting.pop(request_id, None)
         self._pool.give_back(self._held.pop(request_id, ()))

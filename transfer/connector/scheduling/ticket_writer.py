@@ -60,7 +60,7 @@ class TicketWriter:
         self._adapter_fingerprint = adapter_fingerprint
         self._clock = clock
         self._fence = 0
-        self._used: dict[str, None] = {}
+        self._used_ids: dict[str, None] = {}
 
     def write(
         self,
@@ -83,7 +83,7 @@ class TicketWriter:
             readers = 1
         self._fence += 1
         return Ticket(
-            handoff_id=self._fresh(params.get("handoff_id")),
+            handoff_id=self._unused_id(params.get("handoff_id")),
             engine_id=self._engine_id,
             incarnation=handshake.incarnation,
             fence=self._fence,
@@ -123,13 +123,13 @@ class TicketWriter:
             cache_salt=request.cache_salt or "",
         )
 
-    def _fresh(self, wanted: Any) -> str:
+    def _unused_id(self, wanted: Any) -> str:
         """An id that this engine has not used."""
-        if not is_handoff_id(wanted) or wanted in self._used:
+        if not is_handoff_id(wanted) or wanted in self._used_ids:
             wanted = uuid.uuid4().hex
-        self._used[wanted] = None
-        if len(self._used) > _REMEMBERED_IDS:
-            del self._used[next(iter(self._used))]
+        self._used_ids[wanted] = None
+        if len(self._used_ids) > _REMEMBERED_IDS:
+            del self._used_ids[next(iter(self._used_ids))]
         return str(wanted)
 
 

@@ -1,4 +1,4 @@
-"""The way of blocks that stay where they are: transports reach the KV cache itself, on its device.
+"""The way of blocks that transports reach where the model computes them, on its device.
 
 Transports know nothing of the device's streams. So an owner offers a prompt when the model has
 written it, and a reader asks for bytes when the model is through with what was there before.
@@ -6,49 +6,53 @@ written it, and a reader asks for bytes when the model is through with what was 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 import torch
 
+from transfer.connector.kv.digests import BlockDigests
+from transfer.connector.kv.layout import KVLayout
 from transfer.connector.memory.copy_thread import CopyThread
-from transfer.connector.memory.device_event import Fence
+from transfer.connector.memory.device_event import DeviceEvent
+from transfer.connector.working.block_path import PromptBlocks
+from transfer.connector.working.direct import Direct
 
 
-class InPlace:
-    """Waits for the model, on a thread of its own. No method blocks but :meth:`close`.
+class InPlace(Direct):
+    """As :class:`Direct`, but waits for the model; an owner does so on a thread of its own.
 
     Args:
         device: of the KV cache.
+        layout: of the KV cache.
+        digests: of the KV cache, which is in host memory then; None for none.
         name: of this worker.
         on_end: called when a wait has ended, mostly on that thread.
     """
 
-    def __init__(self, device: torch.device, name: str, on_end: Callable[[], None]) -> None:
-        self._device = device
+    def __init__(
+        self,
+        device: torch.device,
+        layout: KVLayout,
+        digests: BlockDigests | None,
+        name: str,
+        on_end: Callable[[], None],
+    ) -> None:
+        super().__init__(device, layout, digests)
         self._waits = CopyThread(f"baton-wait-{name}", device, on_end)
 
-    def fence(self) -> Fence:
-        """To be waited for before blocks are written to. On the model thread."""
-        return Fence(self._device)
+    def save(self, blocks: PromptBlocks, then: Callable[[], object]) -> Future[None]:
+        self._write_digests(blocks)
+        return self._waits.submit(_waiting(self.mark(), then))
 
-    def save(
-        self,
-        block_ids: Sequence[int],
-        slots: Sequence[int],
-        num_tokens: int,
-        then: Callable[[], object],
-    ) -> Future[None]:
-        """As :meth:`Staging.save`, with nothing to copy: calls ``then`` after what the model has
-        queued. On the model thread."""
-        return self._waits.submit(_waiting(self.fence(), then))
+    def before_read(self, mark: DeviceEvent) -> None:
+        mark.synchronize()
 
     def close(self) -> None:
-        """Ends the thread; waits that are not over end with an exception."""
         self._waits.close()
 
 
-def _waiting(fence: Fence, then: Callable[[], object]) -> Iterator[None]:
-    fence.synchronize()
+def _waiting(mark: DeviceEvent, then: Callable[[], object]) -> Iterator[None]:
+    mark.synchronize()
     then()
     yield from ()

@@ -8,13 +8,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
-from transfer.connector.kv.digests import BlockDigests
 from transfer.connector.kv.layout import KVLayout
-from transfer.connector.kv.pairing import Stretch, block_spans_of, digest_units
+from transfer.connector.kv.pairing import block_spans_of
 from transfer.connector.metadata import NewOffer
-from transfer.connector.stats import Outcome
-from transfer.connector.working.in_place import InPlace
-from transfer.connector.working.staging import Staging
+from transfer.connector.outcomes import OfferOutcome
+from transfer.connector.working.block_path import BlockPath, PromptBlocks
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handoff import EndedHandoff, HandoffState, Offer
 
@@ -24,9 +22,9 @@ _REMEMBERED_ABORTS = 4096
 """Those that came before the offer, or after its end."""
 
 _OUTCOMES = {
-    HandoffState.RELEASED: Outcome.RELEASED,
-    HandoffState.ABORTED: Outcome.ABORTED,
-    HandoffState.EXPIRED: Outcome.EXPIRED,
+    HandoffState.RELEASED: OfferOutcome.RELEASED,
+    HandoffState.ABORTED: OfferOutcome.ABORTED,
+    HandoffState.EXPIRED: OfferOutcome.EXPIRED,
 }
 
 
@@ -35,7 +33,7 @@ class EndedOffer:
     """A prompt whose blocks may be freed, as far as this rank is concerned."""
 
     request_id: str
-    outcome: Outcome
+    outcome: OfferOutcome
 
 
 class PromptOffers:
@@ -44,24 +42,15 @@ class PromptOffers:
     Args:
         layout: of the memory that readers read.
         engine: running.
-        digests: of that memory, to be computed of what is offered; None for none.
-        staging: the way to that memory; None where it is the KV cache, which holds what the model
-            computed when a step is over.
+        path: the way to that memory.
     """
 
-    def __init__(
-        self,
-        layout: KVLayout,
-        engine: TransferEngine,
-        digests: BlockDigests | None,
-        staging: Staging | InPlace | None,
-    ) -> None:
+    def __init__(self, layout: KVLayout, engine: TransferEngine, path: BlockPath) -> None:
         self._layout = layout
         self._engine = engine
-        self._digests = digests
-        self._staging = staging
+        self._path = path
         self._pinned: dict[str, NewOffer] = {}
-        # Copies that are not over, and hand-offs that ended before theirs was.
+        # Those of the path that are not over, and hand-offs that ended before theirs was.
         self._saves: dict[str, Future[None]] = {}
         self._ended_early: list[EndedHandoff] = []
         self._aborted: dict[str, None] = {}
@@ -75,11 +64,8 @@ class PromptOffers:
         return sum(len(offer.ticket.block_ids) for offer in self._pinned.values())
 
     def start(self, offer: NewOffer) -> None:
-        """Lets readers with the ticket read its blocks, from now on or once they are copied."""
+        """Lets readers with the ticket read its blocks, as soon as they are ready."""
         ticket = offer.ticket
-        if self._digests is not None and not isinstance(self._staging, Staging):
-            stretch = Stretch(0, ticket.num_tokens, ticket.block_ids)
-            self._digests.write(digest_units(self._layout, stretch))
         self._pinned[ticket.handoff_id] = offer
         self._engine.offer(
             Offer(
@@ -90,16 +76,13 @@ class PromptOffers:
                 readers=ticket.readers,
                 ttl_s=offer.ttl_s,
                 num_blocks=len(ticket.block_ids),
-                ready=self._staging is None,
+                ready=False,
             )
         )
-        if self._staging is not None:
-            self._saves[ticket.handoff_id] = self._staging.save(
-                offer.block_ids,
-                ticket.block_ids,
-                ticket.num_tokens,
-                then=partial(self._engine.make_ready, ticket.handoff_id),
-            )
+        self._saves[ticket.handoff_id] = self._path.save(
+            PromptBlocks(offer.block_ids, ticket.block_ids, range(ticket.num_tokens)),
+            then=partial(self._engine.make_ready, ticket.handoff_id),
+        )
         if ticket.handoff_id in self._aborted:
             self.abort([ticket.handoff_id])
 
@@ -123,7 +106,7 @@ class PromptOffers:
     def take_ended(self) -> list[EndedOffer]:
         """Offers that ended since the last call, each exactly once."""
         self._look_after_saves()
-        over = []
+        free = []
         ended_now = self._ended_early + self._engine.take_ended()
         self._ended_early = []
         for ended in ended_now:
@@ -135,8 +118,8 @@ class PromptOffers:
                 continue
             if ended.state is not HandoffState.RELEASED:
                 logger.info("hand-off %s %s: %s", ended.handoff_id, ended.state.value, ended.reason)
-            over.append(EndedOffer(offer.request_id, _OUTCOMES[ended.state]))
-        return over
+            free.append(EndedOffer(offer.request_id, _OUTCOMES[ended.state]))
+        return free
 
     def _look_after_saves(self) -> None:
         for handoff_id, save in list(self._saves.items()):

@@ -13,16 +13,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from transfer.connector.kv.fingerprint import differing
 from transfer.connector.kv.heads import HeadRange, Part, parts_of, parts_to_tell
 from transfer.connector.kv.layout import KVLayout
 from transfer.connector.kv.packing import TOKENS
 from transfer.connector.kv.pairing import Stretch, plan_read
-from transfer.connector.memory.device_event import Fence
-from transfer.connector.metadata import Holding, NewRead
-from transfer.connector.scheduling.fingerprint import differing
-from transfer.connector.stats import Outcome
-from transfer.connector.working.in_place import InPlace
-from transfer.connector.working.staging import Staging
+from transfer.connector.memory.device_event import DeviceEvent
+from transfer.connector.metadata import HeldTicket, NewRead
+from transfer.connector.outcomes import ReadOutcome
+from transfer.connector.working.block_path import BlockPath, PromptBlocks
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.errors import DigestMismatch, HandoffRefused, LayoutMismatch, OwnerUnproven, Phase
@@ -37,40 +36,38 @@ class EndedRead:
     """A prompt's read that is over on this rank.
 
     Attributes:
-        outcome: ``OK`` when every owner rank confirmed; then the bytes are there, and if they came
-            by way of slots, checked.
+        outcome: ``OK`` when every owner rank confirmed, and the KV cache has the bytes, checked
+            if there are digests on both sides.
         bytes_moved: over all parts.
         read_s: seconds that the bytes took, of the slowest part.
         total_s: seconds until the last confirmation, of the slowest part.
-        has_digests: the owner's digests came along from every part.
     """
 
     read: NewRead
-    outcome: Outcome
+    outcome: ReadOutcome
     bytes_moved: int = 0
     read_s: float = 0.0
     total_s: float = 0.0
-    has_digests: bool = False
 
 
 @dataclass(slots=True)
 class _Planner:
     """Pairs the owner's blocks with ours once the owner's layout is known.
 
-    Bytes are asked for after that: not before the fence, if there is one.
+    Bytes are asked for after that.
     """
 
+    path: BlockPath
+    mark: DeviceEvent
     local: KVLayout
     into: Stretch
     block_ids: Sequence[int]
     owner_rank: int
     heads: HeadRange
-    fence: Fence | None = None
     has_digests: bool = False
 
     def __call__(self, info: PeerInfo) -> ReadPlan:
-        if self.fence is not None:
-            self.fence.synchronize()
+        self.path.before_read(self.mark)
         remote = KVLayout.decode(info.layout)
         if remote.rank != self.owner_rank:
             raise LayoutMismatch(
@@ -82,7 +79,7 @@ class _Planner:
 
 
 @dataclass(slots=True)
-class _Piece:
+class _PartRead:
     """One part of a prompt on its way, or an owner rank that only has to be told."""
 
     part: Part
@@ -93,10 +90,12 @@ class _Piece:
 @dataclass(slots=True)
 class _Load:
     read: NewRead
-    pieces: list[_Piece] = field(default_factory=list)
+    blocks: PromptBlocks
+    mark: DeviceEvent
+    part_reads: list[_PartRead] = field(default_factory=list)
     cancelled: bool = False
-    fence: Fence | None = None
-    copy: Future[None] | None = None
+    after_read: Future[None] | None = None
+    """Of the path; None until all parts are there."""
 
     @property
     def arrived(self) -> bool:
@@ -106,11 +105,11 @@ class _Load:
     @property
     def has_digests(self) -> bool:
         """Whether the owner's came along from every part."""
-        return all(piece.planner.has_digests for piece in self.pieces if piece.handle is not None)
+        return all(one.planner.has_digests for one in self.part_reads if one.handle is not None)
 
     @property
     def handles(self) -> list[TransferHandle]:
-        return [piece.handle for piece in self.pieces if piece.handle is not None]
+        return [one.handle for one in self.part_reads if one.handle is not None]
 
 
 class PromptReads:
@@ -122,8 +121,7 @@ class PromptReads:
         layout_hash: what tickets must show.
         engine: running.
         deadline_s: for a whole read.
-        staging: the way from that memory; None where it is the KV cache, which nobody uses but in
-            a step.
+        path: the way from that memory.
     """
 
     def __init__(
@@ -133,49 +131,49 @@ class PromptReads:
         layout_hash: str,
         engine: TransferEngine,
         deadline_s: float,
-        staging: Staging | InPlace | None,
+        path: BlockPath,
     ) -> None:
         self._peer = peer
         self._layout = layout
         self._layout_hash = layout_hash
         self._engine = engine
         self._deadline_s = deadline_s
-        self._in_place = staging if isinstance(staging, InPlace) else None
-        self._staging = staging if isinstance(staging, Staging) else None
+        self._path = path
         self._lock = threading.Lock()
         self._loads: dict[str, _Load] = {}
+        self._warned_of_no_digests = False
 
     def __len__(self) -> int:
         return len(self._loads)
 
     def start(self, read: NewRead) -> None:
         """Begins a prompt's read from all owner ranks; what is wrong is told by take_ended."""
-        load = self._loads[read.request_id] = _Load(read)
+        tokens = range(read.first_token, read.first_token + read.num_tokens)
+        blocks = PromptBlocks(read.local_block_ids, read.places, tokens)
+        load = self._loads[read.request_id] = _Load(read, blocks, self._path.mark())
         try:
             parts = self._parts(read.ticket)
         except LayoutMismatch as error:
             logger.warning("ticket of request %s refused: %s", read.request_id, error.message)
             parts = self._parts_to_tell(read.ticket)
-        into = Stretch(
-            read.first_token,
-            read.first_token + read.num_tokens,
-            read.targets,
-            read.first_token // self._layout.block_size,
-        )
-        fence = None if self._in_place is None else self._in_place.fence()
+        into = blocks.stretch(self._layout.block_size)
         for part in parts:
             planner = _Planner(
-                self._layout, into, read.ticket.block_ids, part.owner_rank, part.heads, fence
+                path=self._path,
+                mark=load.mark,
+                local=self._layout,
+                into=into,
+                block_ids=read.ticket.block_ids,
+                owner_rank=part.owner_rank,
+                heads=part.heads,
             )
             handle = None
             if len(part.heads):
                 owner, credentials = self._addressee(read.request_id, read.ticket, part)
                 handle = self._engine.submit_read(owner, credentials, planner, self._deadline_s)
-            load.pieces.append(_Piece(part, planner, handle))
-        if self._staging is not None:
-            load.fence = self._staging.fence()
-            for handle in load.handles:
-                handle.when_final(lambda _: self._copy_out(load))
+            load.part_reads.append(_PartRead(part, planner, handle))
+        for handle in load.handles:
+            handle.when_final(lambda _: self._begin_after_read(load))
 
     def cancel(self, request_id: str) -> None:
         """Stops a read whose request is gone."""
@@ -184,18 +182,18 @@ class PromptReads:
             load.cancelled = True
             _stop(load)
 
-    def forfeit(self, holding: Holding) -> None:
+    def forfeit(self, held: HeldTicket) -> None:
         """Tells the owner ranks that this rank answers for that nothing will be read."""
-        for part in self._known_parts(holding.ticket):
-            owner, credentials = self._addressee(holding.request_id, holding.ticket, part)
+        for part in self._known_parts(held.ticket):
+            owner, credentials = self._addressee(held.request_id, held.ticket, part)
             self._engine.submit_release(owner, credentials, used=False)
 
-    def renew(self, holdings: Sequence[Holding]) -> None:
+    def renew(self, held_tickets: Sequence[HeldTicket]) -> None:
         """Tells the same owner ranks that their hand-offs are still wanted."""
         by_owner: dict[PeerId, list[Credentials]] = {}
-        for holding in holdings:
-            for part in self._known_parts(holding.ticket):
-                owner, credentials = self._addressee(holding.request_id, holding.ticket, part)
+        for held in held_tickets:
+            for part in self._known_parts(held.ticket):
+                owner, credentials = self._addressee(held.request_id, held.ticket, part)
                 by_owner.setdefault(owner, []).append(credentials)
         for owner, renewed in by_owner.items():
             self._engine.submit_renew(owner, renewed)
@@ -210,45 +208,39 @@ class PromptReads:
             states = [handle.state for handle in load.handles]
             if any(state.is_final and state is not TransferState.DONE for state in states):
                 _stop(load)
-            if all(state.is_final for state in states) and self._is_copied(load):
+            if not all(state.is_final for state in states):
+                continue
+            # Perhaps before the thread that made the last one final gets to it.
+            self._begin_after_read(load)
+            if load.after_read is None or load.after_read.done():
                 over.append(load)
         return [self._end(self._loads.pop(load.read.request_id)) for load in over]
 
-    def _copy_out(self, load: _Load) -> None:
-        """Begins to copy slots into the KV cache, if all parts are there. Any thread."""
+    def _begin_after_read(self, load: _Load) -> None:
+        """Begins the path's step after the read, once, if all parts are there. Any thread."""
         with self._lock:
-            if self._staging is None or load.fence is None:
-                return
-            if load.copy is not None or not load.arrived:
-                return
-            read = load.read
-            load.copy = self._staging.load(
-                read.local_block_ids,
-                read.targets,
-                range(read.first_token, read.first_token + read.num_tokens),
-                load.fence,
-                check=load.has_digests,
-            )
-
-    def _is_copied(self, load: _Load) -> bool:
-        """Whether nothing is left to copy of a load whose handles are final."""
-        if self._staging is None or not load.handles or not load.arrived:
-            return True
-        return load.copy is not None and load.copy.done()
+            if load.handles and load.arrived and load.after_read is None:
+                load.after_read = self._path.after_read(
+                    load.blocks, load.mark, check=load.has_digests
+                )
 
     def _end(self, load: _Load) -> EndedRead:
         read, handles = load.read, load.handles
-        outcome = _outcome(load)
-        for piece in load.pieces:
-            if piece.handle is None or not _is_counted_off(piece.handle):
-                owner, credentials = self._addressee(read.request_id, read.ticket, piece.part)
+        error = self._error_of(load)
+        outcome = _outcome(load, error)
+        for one in load.part_reads:
+            if one.handle is None or not _owner_is_done(one.handle):
+                owner, credentials = self._addressee(read.request_id, read.ticket, one.part)
                 self._engine.submit_release(owner, credentials, used=False)
-        if outcome is not Outcome.OK:
-            error = _cause(load)
-            if outcome is not Outcome.CORRUPTED and error is not None and not load.cancelled:
-                logger.warning(
-                    "read for request %s failed, recomputing: %s", read.request_id, error
-                )
+        if outcome is ReadOutcome.CORRUPTED:
+            logger.error(
+                "blocks of request %s arrived changed from engine %s, recomputing",
+                read.request_id,
+                read.ticket.engine_id,
+            )
+        elif error is not None and not load.cancelled:
+            logger.warning("read for request %s failed, recomputing: %s", read.request_id, error)
+        if outcome is not ReadOutcome.OK:
             return EndedRead(read, outcome)
         timings = [handle.timings for handle in handles]
         return EndedRead(
@@ -257,8 +249,30 @@ class PromptReads:
             bytes_moved=sum(handle.bytes_moved for handle in handles),
             read_s=max(timing.read_s for timing in timings),
             total_s=max(timing.total_s for timing in timings),
-            has_digests=load.has_digests,
         )
+
+    def _error_of(self, load: _Load) -> BaseException | None:
+        """Why a load that is over is of no use, if that came of itself."""
+        if load.after_read is None:
+            return _cause(load.handles)
+        if (error := load.after_read.exception()) is not None:
+            return error
+        if self._layout.digest_base and not load.has_digests:
+            self._warn_once_of_no_digests(load.read.ticket.engine_id)
+        try:
+            self._path.finish_read(load.blocks, check=load.has_digests)
+        except DigestMismatch as mismatch:
+            return mismatch
+        return None
+
+    def _warn_once_of_no_digests(self, engine_id: str) -> None:
+        if not self._warned_of_no_digests:
+            logger.warning(
+                "engine %s offers blocks without digests; transfer.digests must be set on "
+                "both sides. Its blocks are used unchecked",
+                engine_id,
+            )
+        self._warned_of_no_digests = True
 
     def _parts(self, ticket: Ticket) -> tuple[Part, ...]:
         layout = self._layout
@@ -310,27 +324,28 @@ def _stop(load: _Load) -> None:
         handle.cancel()
 
 
-def _cause(load: _Load) -> BaseException | None:
+def _cause(handles: Sequence[TransferHandle]) -> BaseException | None:
     """The error that came of itself, not of stopping the others."""
-    if load.copy is not None:
-        return load.copy.exception()
-    errors = [handle.error for handle in load.handles if handle.state is TransferState.FAILED]
+    errors = [handle.error for handle in handles if handle.state is TransferState.FAILED]
     return next((error for error in errors if error is not None), None)
 
 
-def _outcome(load: _Load) -> Outcome:
+def _outcome(load: _Load, error: BaseException | None) -> ReadOutcome:
     if not load.handles:
-        return Outcome.REFUSED
-    error = _cause(load)
+        return ReadOutcome.REFUSED
     if error is None:
-        return Outcome.OK if load.arrived else Outcome.CANCELLED
+        return ReadOutcome.OK if load.arrived else ReadOutcome.CANCELLED
     if isinstance(error, DigestMismatch):
-        return Outcome.CORRUPTED
+        return ReadOutcome.CORRUPTED
     if isinstance(error, OwnerUnproven):
-        return Outcome.UNPROVEN
-    return Outcome.REFUSED if isinstance(error, HandoffRefused | LayoutMismatch) else Outcome.FAILED
+        return ReadOutcome.UNPROVEN
+    return (
+        ReadOutcome.REFUSED
+        if isinstance(error, HandoffRefused | LayoutMismatch)
+        else ReadOutcome.FAILED
+    )
 
 
-def _is_counted_off(handle: TransferHandle) -> bool:
+def _owner_is_done(handle: TransferHandle) -> bool:
     """Whether the owner rank has released us, or would not listen to us."""
     return handle.state is TransferState.DONE or isinstance(handle.error, HandoffRefused)

@@ -67,7 +67,7 @@ def _why_not(device_type: str, settings: ConnectorSettings) -> str:
         return f"only CUDA memory can be, not that of {device_type}"
     if settings.transfer.transports != ("rdma",):
         return f"that takes transports: [rdma], they are {settings.transfer.transports}"
-    if settings.transfer.digests:
+    if settings.blocks.digests:
         return "digests are made of blocks in host memory"
     return ""
 

@@ -14,9 +14,10 @@ import torch
 from tests.support.transfers.staged_memory import BLOCK, MODEL, StagedMemory
 from transfer.connector.kv.digests import BlockDigests
 from transfer.connector.memory.copy_thread import CopyThread
-from transfer.connector.memory.device_event import Fence
+from transfer.connector.memory.device_event import DeviceEvent
 from transfer.connector.memory.host_blocks import HostBlocks
-from transfer.connector.working.staging import STEP_BLOCKS, Staging
+from transfer.connector.working.block_path import PromptBlocks
+from transfer.connector.working.staged import STEP_BLOCKS, Staged
 from transfer.errors import DigestMismatch
 
 BLOCKS, HEADS, TOKENS, CONTENT = 12, 3, 4, 6
@@ -88,21 +89,20 @@ class Side(StagedMemory):
     def __init__(self) -> None:
         super().__init__(num_blocks=3 * STEP_BLOCKS, num_slots=2 * STEP_BLOCKS)
         self.ended = threading.Semaphore(0)
-        self.staging = Staging(
+        self.path = Staged(
             self.blocks, self.layout, self.digests, "test", on_end=self.ended.release
         )
 
     def save(self, block_ids: list[int], slots: list[int]) -> tuple[Future[None], list[str]]:
         """Begins; the second is not empty once readers were let in."""
         let_in: list[str] = []
-        copy = self.staging.save(
-            block_ids, slots, BLOCK * len(slots), then=lambda: let_in.append("readers")
-        )
-        return copy, let_in
+        blocks = PromptBlocks(block_ids, slots, range(BLOCK * len(slots)))
+        return self.path.save(blocks, then=lambda: let_in.append("readers")), let_in
 
     def load(self, block_ids: list[int], slots: list[int], *, check: bool = True) -> Future[None]:
         tokens = range(2 * BLOCK, 2 * BLOCK + BLOCK * len(slots) - 3)
-        return self.staging.load(block_ids, slots, tokens, self.staging.fence(), check)
+        blocks = PromptBlocks(block_ids, slots, tokens)
+        return self.path.after_read(blocks, self.path.mark(), check=check)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def side() -> Iterator[Side]:
     made = Side()
     yield made
     made.blocks.go.set()
-    made.staging.close()
+    made.path.close()
     assert not [thread for thread in threading.enumerate() if "baton-copy" in thread.name]
 
 
@@ -148,8 +148,9 @@ def test_digests_are_there_before_anybody_is_let_in(side: Side) -> None:
     seen = []
     expected = BlockDigests(side.pool.layers, dataclasses.replace(side.layout, num_blocks=96))
     expected.write(torch.arange(96).numpy())
-    copy = side.staging.save(
-        [50, 7], [3, 9], 32, then=lambda: seen.append(side.digests.table[[3, 9]].clone())
+    copy = side.path.save(
+        PromptBlocks([50, 7], [3, 9], range(32)),
+        then=lambda: seen.append(side.digests.table[[3, 9]].clone()),
     )
     copy.result(10)
     assert torch.equal(seen[0], expected.table[[50, 7]])
@@ -205,7 +206,7 @@ def test_copies_that_are_not_over_end_with_the_thread(side: Side) -> None:
     assert side.blocks.began.wait(10)
     threading.Timer(0.05, side.blocks.go.set).start()
 
-    side.staging.close()
+    side.path.close()
 
     assert long.exception(0) is not None
     assert short.exception(0) is not None
@@ -218,14 +219,15 @@ def test_memory_that_vllm_made_for_inference_is_copied() -> None:
         tensor = _kv((0, 2, 1, 3), 1, 0).clone()
         side = Side()
         blocks = HostBlocks([tensor], BLOCKS, SLOTS)
-    staging = Staging(blocks, side.layout, None, "test", on_end=lambda: None)
+    path = Staged(blocks, side.layout, None, "test", on_end=lambda: None)
     before = tensor[4].clone()
 
-    staging.save([4], [2], 16, then=lambda: None).result(10)
-    staging.load([9], [2], range(16), staging.fence(), check=False).result(10)
-    staging.close()
+    path.save(PromptBlocks([4], [2], range(16)), then=lambda: None).result(10)
+    there = PromptBlocks([9], [2], range(16))
+    path.after_read(there, path.mark(), check=False).result(10)
+    path.close()
     side.save([1], [1])[0].result(10)
-    side.staging.close()
+    side.path.close()
 
     assert torch.equal(tensor[9], before)
 
@@ -260,10 +262,10 @@ def test_copies_have_a_stream_of_their_own_that_waits_for_the_models(
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda _: here.stream)
     device = torch.device("cuda", 0)
     copies = CopyThread("test", device, on_end=lambda: None)
-    fence = Fence(device)
+    event = DeviceEvent(device)
 
     def steps() -> Iterator[None]:
-        fence.wait()
+        event.wait()
         yield
 
     for _ in range(2):
