@@ -23,8 +23,7 @@ from transfer.engine.handoff import HandoffState
 from transfer.engine.handoffs import HandoffTable
 from transfer.errors import HandoffNotReady, HandoffRefused, RegistrationError
 from transfer.spans import block_spans
-from transfer.transports.base import Caller
-from transfer.types import PeerId, SpanArray
+from transfer.types import PeerId, ReaderProcess, SpanArray
 
 
 class Revoked:
@@ -295,7 +294,7 @@ def test_a_reader_that_dies_ends_what_it_was_reading(table: HandoffTable) -> Non
     table.end_read(begin(table, claim("read")))
     table.end_read(begin(table, claim("done")))
     table.release(claim("done"), used=True)
-    table.end_read(begin(table, claim("other"), caller=Caller(PeerId("decode", 1), "d1")))
+    table.end_read(begin(table, claim("other"), reader=ReaderProcess(PeerId("decode", 1), "d1")))
     table.reader_left(READER.peer, alive=READER.incarnation)
     assert ends(table) == []
     table.reader_left(READER.peer, alive="d2")

@@ -34,10 +34,18 @@ from transfer.errors import (
 )
 from transfer.settings import TransferSettings
 from transfer.spans import check_spans
-from transfer.transports.base import Caller, Listener
+from transfer.transports.base import Listener
 from transfer.transports.rdma.transport import RdmaTransport
 from transfer.transports.registry import Transports
-from transfer.types import Credentials, DmaBuf, PeerId, PeerInfo, Planner, WorkerRecord
+from transfer.types import (
+    Credentials,
+    DmaBuf,
+    PeerId,
+    PeerInfo,
+    Planner,
+    ReaderProcess,
+    WorkerRecord,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -398,7 +406,7 @@ class TransferEngine:
         if reader is None:
             links = PeerLinks(
                 owner,
-                Caller(self._info.peer, self._info.incarnation),
+                ReaderProcess(self._info.peer, self._info.incarnation),
                 self._info.layout_hash,
                 self._discovery,
                 self._transports,

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from fractions import Fraction
 
-from transfer.transports.base import Caller
-from transfer.types import SpanArray
+from transfer.types import ReaderProcess, SpanArray
 
 
 class HandoffState(StrEnum):
@@ -125,7 +124,7 @@ class Handoff:
     # Reader names: how each was counted off, and which process reads for those that were not.
     released: dict[str, Release] = field(default_factory=dict)
     counted_off: Fraction | int = 0
-    reading: dict[str, Caller] = field(default_factory=dict)
+    reading: dict[str, ReaderProcess] = field(default_factory=dict)
     # One-sided reads that began: their ids, and the reader's name.
     one_sided: dict[str, str] = field(default_factory=dict)
     permits: set[Permit] = field(default_factory=set)

@@ -24,8 +24,7 @@ from transfer.engine.handoff import (
 )
 from transfer.errors import HandoffNotReady, HandoffRefused, Phase, RegistrationError
 from transfer.spans import check_spans, coverage, empty_spans, lies_within
-from transfer.transports.base import Caller
-from transfer.types import Claim, PeerId, SpanArray
+from transfer.types import Claim, PeerId, ReaderProcess, SpanArray
 
 REMEMBERED_ENDS = 4096
 """Ended hand-offs that are kept to tell a late reader why, and to answer a repeated release."""
@@ -118,7 +117,7 @@ class HandoffTable:
 
     def begin_read(
         self,
-        caller: Caller,
+        reader: ReaderProcess,
         claim: Claim,
         spans: SpanArray,
         revoke: Callable[[], None],
@@ -130,13 +129,13 @@ class HandoffTable:
         """
         self._check_before_read(claim, spans)
         with self._lock:
-            handoff = self._begun(caller, claim, spans)
+            handoff = self._begun(reader, claim, spans)
             permit = Permit(handoff, revoke)
             handoff.permits.add(permit)
             return permit
 
     def begin_one_sided_read(
-        self, caller: Caller, claim: Claim, spans: SpanArray, read_id: str
+        self, reader: ReaderProcess, claim: Claim, spans: SpanArray, read_id: str
     ) -> None:
         """Admit one read; see :class:`~transfer.transports.base.OwnerService`.
 
@@ -145,7 +144,7 @@ class HandoffTable:
         """
         self._check_before_read(claim, spans)
         with self._lock:
-            handoff = self._begun(caller, claim, spans)
+            handoff = self._begun(reader, claim, spans)
             reads = handoff.one_sided
             if not read_id or reads.get(read_id, claim.reader) != claim.reader:
                 raise _refused("read id empty or another reader's", claim.handoff_id)
@@ -250,8 +249,8 @@ class HandoffTable:
         with self._lock:
             for handoff in list(self._live.values()):
                 died = any(
-                    caller.peer == peer and not (alive and caller.incarnation == alive)
-                    for caller in handoff.reading.values()
+                    reader.peer == peer and not (alive and reader.incarnation == alive)
+                    for reader in handoff.reading.values()
                 )
                 if died:
                     reason = f"reader {peer} died"
@@ -310,7 +309,7 @@ class HandoffTable:
             raise _refused(error.message, claim.handoff_id) from error
         self._expire_if_due(claim.handoff_id)
 
-    def _begun(self, caller: Caller, claim: Claim, spans: SpanArray) -> Handoff:
+    def _begun(self, reader: ReaderProcess, claim: Claim, spans: SpanArray) -> Handoff:
         """The hand-off, in which a read of ``spans`` is admitted. Holds the lock."""
         handoff = self._admitted(claim, Phase.READ)
         if claim.reader in handoff.released:
@@ -322,7 +321,7 @@ class HandoffTable:
                 "its bytes are not there yet", phase=Phase.READ, handoff_id=claim.handoff_id
             )
         self._check_name(handoff, claim, Phase.READ)
-        handoff.reading[claim.reader] = caller
+        handoff.reading[claim.reader] = reader
         handoff.state = HandoffState.READING
         self._extend(handoff)
         return handoff

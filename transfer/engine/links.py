@@ -20,9 +20,9 @@ from transfer.errors import (
     TransferCancelled,
 )
 from transfer.settings import TransferSettings
-from transfer.transports.base import Caller, ControlChannel
+from transfer.transports.base import ControlChannel
 from transfer.transports.registry import Transports
-from transfer.types import Credentials, PeerId, PeerInfo
+from transfer.types import Credentials, PeerId, PeerInfo, ReaderProcess
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +75,14 @@ class PeerLinks:
     def __init__(
         self,
         owner: PeerId,
-        caller: Caller,
+        reader: ReaderProcess,
         layout_hash: str,
         discovery: Discovery,
         transports: Transports,
         settings: TransferSettings,
     ) -> None:
         self._owner = owner
-        self._caller = caller
+        self._reader = reader
         self._layout_hash = layout_hash
         self._discovery = discovery
         self._transports = transports
@@ -212,7 +212,7 @@ class PeerLinks:
         record = self._discovery.wait_for(self._owner, max(0.0, min(_DISCOVERY_WAIT_S, left_s)))
         control = self._transports.control.open_control(
             self._transports.control_address(record.addresses),
-            self._caller,
+            self._reader,
             credentials,
             deadline - time.monotonic(),
         )
@@ -220,7 +220,7 @@ class PeerLinks:
         try:
             self._check_info(control.info, credentials.incarnation)
             found = self._transports.data_routes(record.addresses, control.info.addresses)
-            routes = DataRoutes(found, self._caller, control, self._announce)
+            routes = DataRoutes(found, self._reader, control, self._announce)
             link = self._adopt(Link(control, routes))
             return link
         finally:

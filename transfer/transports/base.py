@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from transfer.errors import Phase, TransferError, TransportUnavailable
-from transfer.types import Claim, Credentials, DmaBuf, PeerId, PeerInfo, ReadPlan, SpanArray
+from transfer.types import Claim, Credentials, DmaBuf, PeerInfo, ReaderProcess, ReadPlan, SpanArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +33,6 @@ class Capabilities:
     same_host: bool
     one_sided: bool
     encrypted: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who opens a connection, as it says itself in the handshake."""
-
-    peer: PeerId
-    incarnation: str
 
 
 class ReadPermit(Protocol):
@@ -68,7 +60,7 @@ class OwnerService(Protocol):
 
     def begin_read(
         self,
-        caller: Caller,
+        reader: ReaderProcess,
         claim: Claim,
         spans: SpanArray,
         revoke: Callable[[], None],
@@ -86,7 +78,7 @@ class OwnerService(Protocol):
         ...
 
     def begin_one_sided_read(
-        self, caller: Caller, claim: Claim, spans: SpanArray, read_id: str
+        self, reader: ReaderProcess, claim: Claim, spans: SpanArray, read_id: str
     ) -> None:
         """Check and admit one read of ``spans`` in which the owner takes no part.
 
@@ -314,13 +306,13 @@ class Attachment(ABC):
 class Listener(ABC):
     """Serves an owner's memory to its readers on threads of its own."""
 
-    def attach(self, caller: Caller) -> Attachment:
+    def attach(self, reader: ReaderProcess) -> Attachment:
         """A reader wants to set something up over its control connection.
 
         Raises:
             TransportUnavailable: this transport has nothing to set up.
         """
-        raise TransportUnavailable("nothing to set up", phase=Phase.CONNECT, peer=str(caller.peer))
+        raise TransportUnavailable("nothing to set up", phase=Phase.CONNECT, peer=str(reader.peer))
 
     @property
     @abstractmethod
@@ -369,7 +361,9 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def open_data(self, address: str, caller: Caller, control: ControlChannel) -> DataChannel:
+    def open_data(
+        self, address: str, reader: ReaderProcess, control: ControlChannel
+    ) -> DataChannel:
         """A channel for reads. May, but need not, connect already.
 
         Raises:
@@ -394,7 +388,7 @@ class ControlTransport(Transport):
 
     @abstractmethod
     def open_control(
-        self, address: str, caller: Caller, credentials: Credentials, timeout_s: float
+        self, address: str, reader: ReaderProcess, credentials: Credentials, timeout_s: float
     ) -> ControlChannel:
         """Connect and shake hands: each end proves that it knows the secret of one hand-off.
 

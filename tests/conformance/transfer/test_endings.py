@@ -35,9 +35,8 @@ from transfer.errors import (
     Phase,
     TransferCancelled,
 )
-from transfer.transports.base import Caller
 from transfer.transports.tcp.transport import TcpTransport
-from transfer.types import Claim, PeerId, PeerInfo, ReadPlan
+from transfer.types import Claim, PeerId, PeerInfo, ReaderProcess, ReadPlan
 
 STALL_AT_BYTES = 3 << 20
 
@@ -139,7 +138,7 @@ def test_an_offer_expires_without_anybody_asking(pair: Pair) -> None:
 def test_a_reader_aborts(pair: Pair) -> None:
     proof = pair.offer(readers=2)
     control = TcpTransport(pair.settings).open_control(
-        pair.owner.addresses[0], Caller(PeerId("proxy", 0), "p-1"), proof, 2.0 * SLOWNESS
+        pair.owner.addresses[0], ReaderProcess(PeerId("proxy", 0), "p-1"), proof, 2.0 * SLOWNESS
     )
     try:
         control.abort(proof, "client gone", 2.0 * SLOWNESS)

@@ -21,12 +21,11 @@ from tests.support.transfers.engines import (
 )
 from transfer.engine.handle import TransferHandle
 from transfer.errors import HandoffRefused, OwnerUnproven, ProtocolError
-from transfer.transports.base import Caller
 from transfer.transports.tcp.transport import TcpTransport
 from transfer.transports.tcp.wire import protocol as wire
 from transfer.transports.tcp.wire.proofs import PROOF_BYTES
 from transfer.transports.tcp.wire.protocol import MessageType
-from transfer.types import Credentials, PeerId, PeerInfo
+from transfer.types import Credentials, PeerId, PeerInfo, ReaderProcess
 
 
 def read_through(
@@ -66,7 +65,7 @@ def test_the_secret_never_crosses(pair: Pair) -> None:
         pair.reader.submit_renew(pair.owner_id, [proofs["renewed"]])
         pair.reader.submit_release(pair.owner_id, proofs["forfeited"], used=False)
         control = TcpTransport(pair.settings).open_control(
-            relay.address, Caller(PeerId("proxy", 0), "p"), proofs["aborted"], 5.0
+            relay.address, ReaderProcess(PeerId("proxy", 0), "p"), proofs["aborted"], 5.0
         )
         control.abort(proofs["aborted"], "given up", 5.0)
         control.close()

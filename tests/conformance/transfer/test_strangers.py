@@ -89,8 +89,8 @@ def test_a_connection_that_nothing_was_asked_on_is_no_stranger_s(case: TransferC
     with engine_pair(settings=settings) as pair:
         transport, proof = TcpTransport(settings), pair.offer()
         address = pair.owner.addresses[0]
-        control = transport.open_control(address, raw_connections.CALLER, proof, 5.0)
-        data = transport.open_data(address, raw_connections.CALLER, control)
+        control = transport.open_control(address, raw_connections.STRANGER, proof, 5.0)
+        data = transport.open_data(address, raw_connections.STRANGER, control)
         local = Buffer(64, fill=0)
         plan = ReadPlan(local.spans(range(64)), pair.remote.spans(range(64)))
         data.open_read(proof, plan, 5.0).close()

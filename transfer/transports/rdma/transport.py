@@ -17,7 +17,6 @@ from transfer.errors import (
 from transfer.settings import TransferSettings
 from transfer.spans import coverage
 from transfer.transports.base import (
-    Caller,
     Capabilities,
     ControlChannel,
     DataChannel,
@@ -33,7 +32,7 @@ from transfer.transports.rdma.owner import RdmaListener
 from transfer.transports.rdma.queue_pair import Lane
 from transfer.transports.rdma.session import RdmaReadSession
 from transfer.transports.rdma.verbs import VerbsError, unavailable
-from transfer.types import Credentials, DmaBuf, ReadPlan, SpanArray
+from transfer.types import Credentials, DmaBuf, ReaderProcess, ReadPlan, SpanArray
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ class RdmaTransport(Transport):
             if not opened:
                 self._close()
 
-    def open_data(self, address: str, caller: Caller, control: ControlChannel) -> RdmaData:
+    def open_data(self, address: str, reader: ReaderProcess, control: ControlChannel) -> RdmaData:
         with self._lock:
             rails = self._rails
         if not rails:

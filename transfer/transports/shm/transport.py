@@ -38,7 +38,6 @@ from transfer.spans import (
     without_first,
 )
 from transfer.transports.base import (
-    Caller,
     Capabilities,
     ControlChannel,
     DataChannel,
@@ -50,7 +49,7 @@ from transfer.transports.base import (
 )
 from transfer.transports.shm import process_memory
 from transfer.transports.shm.address import SEAL_BYTES, Host, ShmAddress
-from transfer.types import Credentials, ReadPlan, SpanArray
+from transfer.types import Credentials, ReaderProcess, ReadPlan, SpanArray
 
 # A call cannot be stopped: this bounds how long a cancelled read goes on, to a few milliseconds.
 _MAX_SLICE_BYTES = 4 << 20
@@ -82,7 +81,7 @@ class ShmTransport(Transport):
     def listen(self, service: OwnerService) -> Listener:
         return ShmListener(Host.of_this_process())
 
-    def open_data(self, address: str, caller: Caller, control: ControlChannel) -> ShmData:
+    def open_data(self, address: str, reader: ReaderProcess, control: ControlChannel) -> ShmData:
         owner, here = ShmAddress.parse(address), Host.of_this_process()
         if owner.host.boot_id != here.boot_id:
             raise _unavailable("the owner runs on another host", control)

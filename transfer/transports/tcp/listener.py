@@ -179,6 +179,6 @@ class TcpListener(Listener):
     def _greet_and_converse(self, stream: TcpStream) -> None:
         messages = MessageReader(stream, self._settings.stall_timeout_s)
         until = time.monotonic() + self._stranger_s
-        guest = greet_reader(stream, messages, self._service, self._places, until)
+        reader = greet_reader(stream, messages, self._service, self._places, until)
         stream.limit_sends(self._settings.stall_timeout_s)
-        Conversation(stream, messages, guest, self._service, self._settings, self._others).run()
+        Conversation(stream, messages, reader, self._service, self._settings, self._others).run()

@@ -17,7 +17,6 @@ from transfer.errors import FatalError, HandoffNotReady, PeerUnreachable, Phase,
 from transfer.settings import TransferSettings
 from transfer.spans import slice_plan, total_bytes
 from transfer.transports.base import (
-    Caller,
     Capabilities,
     ControlChannel,
     ControlTransport,
@@ -38,7 +37,7 @@ from transfer.transports.tcp.streams.tls import TlsContexts
 from transfer.transports.tcp.wire import protocol as wire
 from transfer.transports.tcp.wire.proofs import PROOF_BYTES
 from transfer.transports.tcp.wire.protocol import MessageType
-from transfer.types import Credentials, PeerInfo, ReadPlan
+from transfer.types import Credentials, PeerInfo, ReaderProcess, ReadPlan
 
 _PIPELINED_REQUESTS = 2
 _MAX_REQUEST_ROWS = 2048
@@ -71,14 +70,14 @@ class TcpTransport(ControlTransport):
         return TcpListener(service, self._settings, self._options, self._tls, others or {})
 
     def open_control(
-        self, address: str, caller: Caller, credentials: Credentials, timeout_s: float
+        self, address: str, reader: ReaderProcess, credentials: Credentials, timeout_s: float
     ) -> TcpControl:
-        return TcpControl(self._dialer.connect(address, caller, credentials, timeout_s))
+        return TcpControl(self._dialer.connect(address, reader, credentials, timeout_s))
 
-    def open_data(self, address: str, caller: Caller, control: ControlChannel) -> TcpData:
+    def open_data(self, address: str, reader: ReaderProcess, control: ControlChannel) -> TcpData:
         # Control is not needed before the end of the first read.
         control.settle(self._settings.connect_timeout_s)
-        return TcpData(address, caller, control.info, self._settings, self._dialer)
+        return TcpData(address, reader, control.info, self._settings, self._dialer)
 
 
 class TcpData(DataChannel):
@@ -87,13 +86,13 @@ class TcpData(DataChannel):
     def __init__(
         self,
         address: str,
-        caller: Caller,
+        reader: ReaderProcess,
         info: PeerInfo,
         settings: TransferSettings,
         dialer: Dialer,
     ) -> None:
         self._address = address
-        self._caller = caller
+        self._reader = reader
         self._info = info
         self._settings = settings
         self._dialer = dialer
@@ -155,7 +154,7 @@ class TcpData(DataChannel):
             if self._idle:
                 return self._idle.pop()
         left_s = deadline - time.monotonic()
-        connection = self._dialer.connect(self._address, self._caller, credentials, left_s)
+        connection = self._dialer.connect(self._address, self._reader, credentials, left_s)
         info = connection.info
         if (info.peer, info.incarnation) != (self._info.peer, self._info.incarnation):
             connection.stream.close()

@@ -59,7 +59,6 @@ from transfer.errors import (
 )
 from transfer.printable import printable
 from transfer.settings import MAX_SLICE_BYTES
-from transfer.transports.base import Caller
 from transfer.transports.tcp.wire.fields import (
     MAX_READ_ROWS,
     MAX_TEXT_BYTES,
@@ -72,7 +71,7 @@ from transfer.transports.tcp.wire.fields import (
     malformed,
 )
 from transfer.transports.tcp.wire.proofs import NONCE_BYTES, PROOF_BYTES, Buffer
-from transfer.types import Claim, PeerId, PeerInfo, SpanArray
+from transfer.types import Claim, PeerId, PeerInfo, ReaderProcess, SpanArray
 
 MAGIC = b"BATN"
 VERSION = 2
@@ -178,17 +177,17 @@ def split_proof(body: Buffer) -> tuple[bytes, memoryview]:
 
 
 class Hello(NamedTuple):
-    caller: Caller
+    reader: ReaderProcess
     claim: Claim
 
 
-def encode_hello(caller: Caller, nonce: bytes, claim: Claim) -> bytes:
+def encode_hello(reader: ReaderProcess, nonce: bytes, claim: Claim) -> bytes:
     return b"".join(
         (
             nonce,
-            encode_text(caller.peer.engine_id),
-            U32.pack(caller.peer.rank),
-            encode_text(caller.incarnation),
+            encode_text(reader.peer.engine_id),
+            U32.pack(reader.peer.rank),
+            encode_text(reader.incarnation),
             encode_claim(claim),
         )
     )
@@ -197,10 +196,10 @@ def encode_hello(caller: Caller, nonce: bytes, claim: Claim) -> bytes:
 def decode_hello(body: Buffer) -> Hello:
     fields = Fields(body)
     fields.skip(NONCE_BYTES)
-    caller = Caller(PeerId(fields.text(), fields.u32()), fields.text())
+    reader = ReaderProcess(PeerId(fields.text(), fields.u32()), fields.text())
     claim = fields.claim()
     fields.end()
-    return Hello(caller, claim)
+    return Hello(reader, claim)
 
 
 def encode_welcome(info: PeerInfo, nonce: bytes) -> bytes:
