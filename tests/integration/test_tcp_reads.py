@@ -22,7 +22,8 @@ from tests.support.transfers.engines import (
 from transfer.engine.handoff import Offer
 from transfer.errors import PeerUnreachable, Phase
 from transfer.settings import TransferSettings
-from transfer.transports.base import Interrupt, ReadSession
+from transfer.transports.base import ReadSession
+from transfer.transports.interrupt import Interrupt
 from transfer.transports.tcp.dialer import Dialer
 from transfer.transports.tcp.transport import TcpTransport
 from transfer.transports.tcp.wire import protocol as wire

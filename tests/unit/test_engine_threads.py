@@ -14,7 +14,7 @@ from transfer.engine.handle import TransferHandle, TransferState
 from transfer.engine.timer import DeadlineTimer
 from transfer.engine.workers import Workers
 from transfer.errors import PeerUnreachable, Phase, TransferCancelled, TransferError
-from transfer.transports.base import Interrupt
+from transfer.transports.interrupt import Interrupt
 from transfer.types import PeerId
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from transfer.errors import DeadlineExceeded, Phase, TransferCancelled, TransferError
-from transfer.transports.base import Interrupt, ReadSession
+from transfer.transports.base import ReadSession
+from transfer.transports.interrupt import Interrupt
 from transfer.types import PeerId
 
 

@@ -8,15 +8,14 @@ data implements :class:`Transport`; one that can also carry control implements
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from transfer.errors import Phase, TransferError, TransportUnavailable
+from transfer.errors import Phase, TransportUnavailable
+from transfer.transports.interrupt import Interrupt
 from transfer.types import Claim, Credentials, DmaBuf, PeerInfo, ReaderProcess, ReadPlan, SpanArray
 
 
@@ -101,52 +100,6 @@ class OwnerService(Protocol):
     def renew(self, claim: Claim) -> None: ...
 
     def abort_by_reader(self, claim: Claim, reason: str) -> None: ...
-
-
-class Interrupt:
-    """Stops one read from outside. Thread-safe; the first error wins."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._error: TransferError | None = None
-        self._callbacks: list[Callable[[], None]] = []
-
-    def __repr__(self) -> str:
-        return f"<Interrupt {'set' if self._error else 'clear'}>"
-
-    @property
-    def error(self) -> TransferError | None:
-        return self._error
-
-    def set(self, error: TransferError) -> None:
-        """Stop the read with ``error``: calls every watcher, none of which may block."""
-        with self._lock:
-            if self._error is not None:
-                return
-            self._error = error
-            for callback in self._callbacks:
-                callback()
-
-    def check(self) -> None:
-        """Raise the error if there is one."""
-        if self._error is not None:
-            raise self._error
-
-    @contextmanager
-    def watched_by(self, callback: Callable[[], None]) -> Iterator[None]:
-        """Call ``callback`` if the interrupt is set within the block.
-
-        Raises:
-            TransferError: the interrupt's error, when it is set already.
-        """
-        with self._lock:
-            self.check()
-            self._callbacks.append(callback)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._callbacks.remove(callback)
 
 
 class ReadSession(ABC):

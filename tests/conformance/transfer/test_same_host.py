@@ -30,8 +30,8 @@ from transfer.errors import (
     Phase,
     TransportUnavailable,
 )
+from transfer.transports import process_memory
 from transfer.transports.shm import address as shm_address
-from transfer.transports.shm import process_memory
 from transfer.transports.shm.address import Host, ShmAddress
 from transfer.types import ReadPlan, SpanArray
 

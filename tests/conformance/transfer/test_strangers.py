@@ -16,7 +16,7 @@ from tests.support.network.strangers import strangers
 from tests.support.servers.certificates import TlsFiles
 from tests.support.transfers.cases import TransferCase
 from tests.support.transfers.engines import Buffer, Pair, engine_pair, succeeds, wait_until
-from transfer.transports.base import Interrupt
+from transfer.transports.interrupt import Interrupt
 from transfer.transports.tcp.places import MAX_STRANGERS
 from transfer.transports.tcp.transport import TcpTransport
 from transfer.transports.tcp.wire import protocol as wire

@@ -33,11 +33,11 @@ from tests.support.transfers.engines import (
 from transfer.addressing import parse_address
 from transfer.errors import ConfigurationError, TlsRefused
 from transfer.settings import TransferSettings
-from transfer.transports.bounce import BounceBuffer
-from transfer.transports.shm import process_memory
+from transfer.transports import process_memory
+from transfer.transports.tcp.streams.bounce import BounceBuffer
 from transfer.transports.tcp.streams.socket_options import SocketOptions
 from transfer.transports.tcp.streams.tls import TlsContexts
-from transfer.transports.tcp.streams.tls_stream import TlsStream
+from transfer.transports.tcp.streams.tls_stream import InTheClear, TlsStream
 from transfer.types import SpanArray
 
 
@@ -362,7 +362,7 @@ def test_a_connection_that_breaks_as_it_is_accepted_is_closed(
         far.settimeout(2)
         # What was caught holds the frames, and so all that they had.
         with pytest.raises(OSError, match="is gone") as caught:
-            TlsStream.accepted(contexts, near, "peer", SocketOptions())
+            TlsStream.accepted(contexts, near, "peer", SocketOptions(), InTheClear(b"", b""))
         assert far.recv(1) == b""
         assert caught.value.errno == errno.EINVAL
 

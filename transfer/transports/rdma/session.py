@@ -17,7 +17,8 @@ from transfer.errors import (
     TransportUnavailable,
 )
 from transfer.spans import slice_plan, total_bytes
-from transfer.transports.base import Interrupt, ReadSession
+from transfer.transports.base import ReadSession
+from transfer.transports.interrupt import Interrupt
 from transfer.transports.rdma.completion import error_of
 from transfer.transports.rdma.keys import KeyMap, cut_at_keys
 from transfer.transports.rdma.queue_pair import BATCH_ROWS, Lane, Work

@@ -37,17 +37,17 @@ from transfer.spans import (
     total_bytes,
     without_first,
 )
+from transfer.transports import process_memory
 from transfer.transports.base import (
     Capabilities,
     ControlChannel,
     DataChannel,
-    Interrupt,
     Listener,
     OwnerService,
     ReadSession,
     Transport,
 )
-from transfer.transports.shm import process_memory
+from transfer.transports.interrupt import Interrupt
 from transfer.transports.shm.address import SEAL_BYTES, Host, ShmAddress
 from transfer.types import Credentials, ReaderProcess, ReadPlan, SpanArray
 

@@ -21,11 +21,11 @@ from transfer.transports.base import (
     ControlChannel,
     ControlTransport,
     DataChannel,
-    Interrupt,
     Listener,
     OwnerService,
     ReadSession,
 )
+from transfer.transports.interrupt import Interrupt
 from transfer.transports.tcp.connection import Connection, Question, unexpected
 from transfer.transports.tcp.control import TcpControl
 from transfer.transports.tcp.dialer import Dialer

@@ -22,7 +22,7 @@ hand-off, and nothing else is taken in before. HELLO has the reader's nonce and 
 hand-off. WELCOME has the owner's proof and nonce. PROVE is the reader's proof; it has no answer,
 and may come along with the first request.
 
-From then on the body of every message but ERROR begins with a proof (see :mod:`.tcp_proofs`): under
+From then on the body of every message but ERROR begins with a proof (see :mod:`.proofs`): under
 the secret of the hand-off that a request claims, under that of the greeting in ATTACH and RENEW,
 which claim none, and in an answer under that of its request. Each claim in a RENEW has a proof of
 its own before it. A connection's request ids grow.

@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 from transfer.spans import total_bytes
-from transfer.transports.shm import process_memory
+from transfer.transports import process_memory
 from transfer.types import SpanArray
 
 
