@@ -10,12 +10,13 @@ from typing import Self
 import numpy as np
 
 from tests.support.transfers.engines import Buffer
-from transfer.transports.rdma.device import close_rails, open_rails
 from transfer.transports.rdma.handshake import decode_answer, encode_request
 from transfer.transports.rdma.keys import KeyMap
+from transfer.transports.rdma.lane import Lane
 from transfer.transports.rdma.memory import RegisteredMemory
 from transfer.transports.rdma.owner import RdmaAttachment
-from transfer.transports.rdma.queue_pair import Lane, Work
+from transfer.transports.rdma.rails import close_rails, open_rails
+from transfer.transports.rdma.work import Work
 from transfer.types import ReadPlan
 
 NUM_BLOCKS = 16

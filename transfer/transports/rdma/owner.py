@@ -9,11 +9,12 @@ from contextlib import ExitStack
 
 from transfer.errors import Phase, TransportUnavailable
 from transfer.transports.base import Attachment, Listener
-from transfer.transports.rdma.device import Rail
 from transfer.transports.rdma.handshake import MAX_PAIRS, End, decode_request, encode_answer
+from transfer.transports.rdma.local_end import MAX_READS, LocalEnd
 from transfer.transports.rdma.memory import RegisteredMemory
-from transfer.transports.rdma.queue_pair import MAX_READS, LocalEnd
-from transfer.transports.rdma.verbs import CompletionQueue, VerbsError
+from transfer.transports.rdma.rails import Rail
+from transfer.transports.rdma.verbs.completion_queue import CompletionQueue
+from transfer.transports.rdma.verbs.error import VerbsError
 from transfer.types import ReaderProcess, SpanArray
 
 logger = logging.getLogger(__name__)

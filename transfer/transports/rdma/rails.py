@@ -7,15 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from transfer.errors import ConfigurationError, Phase, TransportUnavailable
-from transfer.transports.rdma.verbs import (
-    GID_ROCE_V1,
-    GID_ROCE_V2,
-    Gid,
-    OpenDevice,
-    Port,
-    VerbsError,
-    device_names,
-)
+from transfer.transports.rdma.verbs.device import OpenDevice, device_names
+from transfer.transports.rdma.verbs.error import VerbsError
+from transfer.transports.rdma.verbs.port import GID_ROCE_V1, GID_ROCE_V2, Gid, Port
 
 logger = logging.getLogger(__name__)
 
