@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer.discovery.base import PeerEvent, PeerEventKind
+from transfer.discovery.base import Discovery, Listener, PeerEvent, PeerEventKind
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.engine.handoff import EndedHandoff, Offer
@@ -30,16 +30,13 @@ SLOWNESS = 5 if os.environ.get("RDMA_VM") else 1
 """Time limits are so many times longer in the emulated machine of tests/rdma."""
 
 
-class Directory:
+class Directory(Discovery):
     """Discovery of a whole test: what one engine publishes, all see at once."""
-
-    superseded = False
-    overwritten = 0
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._records: dict[PeerId, WorkerRecord] = {}
-        self._listeners: list[Callable[[PeerEvent], None]] = []
+        self._listeners: list[Listener] = []
 
     def publish(self, record: WorkerRecord) -> None:
         with self._lock:
@@ -62,7 +59,21 @@ class Directory:
             raise PeerUnknown(f"not in {timeout_s} s", phase=Phase.DISCOVER, peer=str(peer))
         return record
 
-    def subscribe(self, listener: Callable[[PeerEvent], None]) -> Callable[[], None]:
+    def peers(self) -> tuple[WorkerRecord, ...]:
+        with self._lock:
+            return tuple(sorted(self._records.values(), key=lambda record: record.peer))
+
+    def ready(self, timeout_s: float) -> None:
+        pass  # it always is
+
+    @property
+    def healthy(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass  # it is everybody's
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
         with self._lock:
             self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)

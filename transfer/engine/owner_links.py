@@ -7,7 +7,7 @@ import threading
 import time
 from types import TracebackType
 
-from transfer.engine.peers import Discovery
+from transfer.discovery.base import Discovery
 from transfer.engine.routes import DataRoutes
 from transfer.errors import (
     DeadlineExceeded,
@@ -19,7 +19,6 @@ from transfer.errors import (
     ProtocolError,
     TransferCancelled,
 )
-from transfer.settings import TransferSettings
 from transfer.transports.base import ControlChannel
 from transfer.transports.registry import Transports
 from transfer.types import Credentials, PeerId, PeerInfo, ReaderProcess
@@ -53,7 +52,7 @@ class LinkUse:
 
     __slots__ = ("_link", "_links")
 
-    def __init__(self, links: PeerLinks, link: Link) -> None:
+    def __init__(self, links: OwnerLinks, link: Link) -> None:
         self._links = links
         self._link = link
 
@@ -69,24 +68,27 @@ class LinkUse:
         self._links.let_go(self._link, exc)
 
 
-class PeerLinks:
-    """The link to one owner. Thread-safe."""
+class OwnerLinks:
+    """The link to one owner, and those that still are used although it has another one by now.
+
+    Thread-safe.
+
+    Args:
+        own: who connects, as owners hear it.
+    """
 
     def __init__(
         self,
         owner: PeerId,
-        reader: ReaderProcess,
-        layout_hash: str,
+        own: PeerInfo,
         discovery: Discovery,
         transports: Transports,
-        settings: TransferSettings,
     ) -> None:
         self._owner = owner
-        self._reader = reader
-        self._layout_hash = layout_hash
+        self._reader = ReaderProcess(own.peer, own.incarnation)
+        self._layout_hash = own.layout_hash
         self._discovery = discovery
         self._transports = transports
-        self._settings = settings
         # One at a time connects; the lock is never held while a link is used.
         self._connecting = threading.Lock()
         self._lock = threading.Lock()
@@ -98,7 +100,7 @@ class PeerLinks:
     def __repr__(self) -> str:
         with self._lock:
             state = "connected" if self._current else "closed" if self._closed else "idle"
-        return f"<PeerLinks {self._owner} {state}>"
+        return f"<OwnerLinks {self._owner} {state}>"
 
     def use(self, credentials: Credentials, deadline: float) -> LinkUse:
         """A link to the owner's start that ``credentials`` are for; connects if there is none.
