@@ -77,7 +77,7 @@ def test_readers_that_wait_for_an_offer_keep_their_streams(
     with engine_pair(NUM_BLOCKS, BLOCK_BYTES, settings=tcp(streams_per_peer=2)) as pair:
         grant = pair.remote.spans(range(NUM_BLOCKS))
         pair.owner.offer(
-            Offer(PROOF.handoff_id, PROOF.fence, PROOF.secret, grant, 1, 30.0, NUM_BLOCKS, False)
+            Offer(PROOF.handoff_id, PROOF.fence, PROOF.secret, grant, 1, 30.0, ready=False)
         )
         handle = pair.read(PROOF)
         assert wait_until(lambda: caplog.text.count("refused READ") >= 20)

@@ -28,7 +28,7 @@ class NoWatcher:
 
 def offered(memory: MemoryTable) -> tuple[HandoffTable, Owner]:
     table = HandoffTable("i", time.monotonic, on_end=lambda: None)
-    table.offer(Offer("h", 1, "t", GRANT, readers=1, ttl_s=60.0, num_blocks=1))
+    table.offer(Offer("h", 1, "t", GRANT, readers=1, ttl_s=60.0))
     return table, Owner(PeerInfo(PeerId("o", 0), "i", "h", b""), table, memory)
 
 

@@ -12,7 +12,6 @@ from transfer.engine.routes import DataRoutes
 from transfer.errors import ConfigurationError, PeerUnreachable, Phase, TransportUnavailable
 from transfer.settings import TransferSettings
 from transfer.transports.base import (
-    Capabilities,
     ControlChannel,
     DataChannel,
     Listener,
@@ -43,7 +42,7 @@ class Channel(DataChannel):
 class Way(Transport):
     """A transport that does not work when it has a reason."""
 
-    capabilities = Capabilities(same_host=False, one_sided=False, encrypted=False)
+    encrypts = False
 
     def __init__(self, scheme: str, why_not: str = "") -> None:
         self.scheme = scheme

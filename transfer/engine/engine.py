@@ -13,7 +13,7 @@ from typing import Self
 
 from transfer.discovery.base import Discovery, PeerEvent, PeerEventKind
 from transfer.engine.handle import TransferHandle
-from transfer.engine.handoff import EndedHandoff, Offer, OfferSnapshot
+from transfer.engine.handoff import EndedHandoff, Offer
 from transfer.engine.handoffs import HandoffTable
 from transfer.engine.huge_pages import prefer_huge_pages
 from transfer.engine.memory import MemoryRegion, MemoryTable, check_range
@@ -266,10 +266,6 @@ class TransferEngine:
         """Own hand-offs that ended since the last call, each exactly once; their blocks may be
         freed."""
         return self._table.take_ended()
-
-    def offers(self) -> list[OfferSnapshot]:
-        """Own hand-offs that are alive, oldest first."""
-        return self._table.snapshot()
 
     # Reader
 

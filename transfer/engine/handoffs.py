@@ -18,7 +18,6 @@ from transfer.engine.handoff import (
     Handoff,
     HandoffState,
     Offer,
-    OfferSnapshot,
     Permit,
     Release,
 )
@@ -91,11 +90,11 @@ class HandoffTable:
                 Phase.REGISTER,
             )
         cover = coverage(check_spans(offer.grant))
-        now = self._clock()
+        deadline_s = self._clock() + offer.ttl_s
         with self._lock:
             if offer.handoff_id in self._live or offer.handoff_id in self._over:
                 raise _refused("offered before", offer.handoff_id, Phase.REGISTER)
-            self._live[offer.handoff_id] = Handoff(offer, cover, now, now + offer.ttl_s)
+            self._live[offer.handoff_id] = Handoff(offer, cover, deadline_s)
             self._highest_fence = max(self._highest_fence, offer.fence)
 
     def secret_of(self, claim: Claim) -> str:
@@ -277,29 +276,10 @@ class HandoffTable:
             return [
                 EndedHandoff(
                     handoff_id=handoff.offer.handoff_id,
-                    fence=handoff.offer.fence,
                     state=handoff.state,
                     reason=handoff.reason,
-                    num_blocks=handoff.offer.num_blocks,
-                    age_s=handoff.ended_at_s - handoff.offered_at_s,
                 )
                 for handoff in taken
-            ]
-
-    def snapshot(self) -> list[OfferSnapshot]:
-        """The live hand-offs, oldest first."""
-        now = self._clock()
-        with self._lock:
-            return [
-                OfferSnapshot(
-                    handoff_id=handoff.offer.handoff_id,
-                    state=handoff.state,
-                    num_blocks=handoff.offer.num_blocks,
-                    readers_left=handoff.readers_left,
-                    age_s=now - handoff.offered_at_s,
-                    expires_in_s=handoff.deadline_s - now,
-                )
-                for handoff in self._live.values()
             ]
 
     def _check_before_read(self, claim: Claim, spans: SpanArray) -> None:
@@ -394,7 +374,6 @@ class HandoffTable:
         """Move a live hand-off to an end state; gives the permits to revoke without the lock."""
         handoff.state = state
         handoff.reason = reason
-        handoff.ended_at_s = self._clock()
         for permit in handoff.permits:
             permit.valid = False
         # Thousands of ended hand-offs are remembered: not with their spans.

@@ -10,28 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
 from transfer.errors import Phase, TransportUnavailable
 from transfer.transports.interrupt import Interrupt
 from transfer.types import Claim, Credentials, DmaBuf, PeerInfo, ReaderProcess, ReadPlan, SpanArray
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What a transport can do.
-
-    Attributes:
-        same_host: only reaches peers on the same host.
-        one_sided: the owner's processor takes no part in a read and so cannot refuse one.
-        encrypted: bytes cannot be read on the way.
-    """
-
-    same_host: bool
-    one_sided: bool
-    encrypted: bool
 
 
 class ReadPermit(Protocol):
@@ -286,7 +270,8 @@ class Transport(ABC):
     """A way to move bytes, named by the scheme of its addresses. Thread-safe."""
 
     scheme: str
-    capabilities: Capabilities
+    encrypts: bool
+    """Whether nobody on the way can read the bytes."""
 
     def add_memory(  # noqa: B027  # most need not know
         self, address: int, length: int, dmabuf: DmaBuf | None

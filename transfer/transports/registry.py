@@ -39,7 +39,7 @@ class Transports:
         for scheme in allowed:
             make = _DATA_ONLY.get(scheme)
             transport = self.control if make is None else make(settings)
-            if self._forced or not settings.tls_ca or transport.capabilities.encrypted:
+            if self._forced or not settings.tls_ca or transport.encrypts:
                 self._by_scheme[scheme] = transport
             else:
                 # Who asks for TLS does not expect bytes to go in the clear beside it.

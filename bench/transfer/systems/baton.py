@@ -70,9 +70,7 @@ class Owner(OwnerEnd):
         grant = _spans(self._base, where, remote=True)
         # Every read is confirmed, which ends it for its reader: so each goes by another name.
         # By position, as other builds have other names for the secret.
-        self._engine.offer(
-            Offer(handoff_id, self._fence, secret, grant, reads, _TTL_S, where.remote.size)
-        )
+        self._engine.offer(Offer(handoff_id, self._fence, secret, grant, reads, _TTL_S))
         return asdict(Credentials(handoff_id, _INCARNATION, self._fence, secret, ""))
 
     def close(self) -> None:

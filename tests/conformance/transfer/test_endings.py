@@ -17,6 +17,7 @@ from tests.support.transfers.engines import (
     Pair,
     engine_pair,
     fails,
+    live_offers,
     make_engine,
     never_planned,
     succeeds,
@@ -89,10 +90,10 @@ def test_a_reader_that_is_quicker_than_the_offer(pair: Pair) -> None:
     assert not handle.wait(0.1)
     spans = pair.remote.spans(range(pair.remote.num_blocks))
     for late in (proof, other):
-        pair.owner.offer(Offer(late.handoff_id, late.fence, late.secret, spans, 1, 30.0, 1))
+        pair.owner.offer(Offer(late.handoff_id, late.fence, late.secret, spans, 1, 30.0))
     succeeds(handle)
     assert pair.local_is_remote()
-    assert wait_until(lambda: not pair.owner.offers())
+    assert wait_until(lambda: not live_offers(pair.owner))
     assert {one.handoff_id for one in pair.owner.take_ended()} == {
         earlier.handoff_id,
         proof.handoff_id,
@@ -131,7 +132,7 @@ def test_renewal_keeps_an_offer_alive(pair: Pair) -> None:
 
 def test_an_offer_expires_without_anybody_asking(pair: Pair) -> None:
     pair.offer(ttl_s=0.05)
-    assert wait_until(lambda: pair.owner.offers() == [])
+    assert wait_until(lambda: live_offers(pair.owner) == [])
     assert [one.state for one in pair.owner.take_ended()] == [HandoffState.EXPIRED]
 
 

@@ -15,7 +15,14 @@ from tests.support.network.raw_connections import RawReader, receive, until_clos
 from tests.support.network.strangers import strangers
 from tests.support.servers.certificates import TlsFiles
 from tests.support.transfers.cases import TransferCase
-from tests.support.transfers.engines import Buffer, Pair, engine_pair, succeeds, wait_until
+from tests.support.transfers.engines import (
+    Buffer,
+    Pair,
+    engine_pair,
+    live_offers,
+    succeeds,
+    wait_until,
+)
 from transfer.transports.interrupt import Interrupt
 from transfer.transports.tcp.places import MAX_STRANGERS
 from transfer.transports.tcp.transport import TcpTransport
@@ -134,7 +141,7 @@ def test_what_a_stranger_asks_for_is_not_even_taken_in(
         assert until_closed(sock) == b""
         # It waited for nothing that was announced.
         assert time.monotonic() - begun < plain.settings.connect_timeout_s / 2
-    assert {offer.state for offer in plain.owner.offers()} == {"offered"}
+    assert {offer.state for offer in live_offers(plain.owner)} == {"offered"}
 
 
 def test_nobody_greets_with_a_hand_off_that_does_not_exist(plain: Pair) -> None:

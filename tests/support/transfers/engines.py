@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.support.transfers.handoffs import live
 from transfer.discovery.base import Discovery, Listener, PeerEvent, PeerEventKind
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
-from transfer.engine.handoff import EndedHandoff, Offer
+from transfer.engine.handoff import EndedHandoff, Handoff, Offer
 from transfer.errors import PeerUnknown, Phase, TransferError
 from transfer.settings import TransferSettings
 from transfer.spans import block_spans
@@ -167,9 +168,7 @@ class Pair:
         """Offer everything, or ``grant``; gives what reader ``r`` needs."""
         proof = Credentials(uuid.uuid4().hex, "owner-1", 17, uuid.uuid4().hex, "r")
         spans = self.remote.spans(range(self.remote.num_blocks)) if grant is None else grant
-        self.owner.offer(
-            Offer(proof.handoff_id, proof.fence, proof.secret, spans, readers, ttl_s, 1)
-        )
+        self.owner.offer(Offer(proof.handoff_id, proof.fence, proof.secret, spans, readers, ttl_s))
         return proof
 
     def read(
@@ -219,6 +218,11 @@ def take_ended(engine: TransferEngine, timeout_s: float = 5.0 * SLOWNESS) -> lis
             return ended
         time.sleep(0.002)
     return []
+
+
+def live_offers(engine: TransferEngine) -> list[Handoff]:
+    """Its own hand-offs that are not over, oldest first."""
+    return live(engine._table)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0 * SLOWNESS) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from transfer.engine.handoff import Offer, Permit
+from transfer.engine.handoff import Handoff, Offer, Permit
 from transfer.engine.handoffs import HandoffTable
 from transfer.spans import block_spans
 from transfer.types import Claim, PeerId, ReaderProcess, SpanArray
@@ -28,7 +28,13 @@ def make_table(clock: Clock) -> HandoffTable:
 
 
 def offer(handoff_id: str = "h", *, readers: int = 1, grant: SpanArray = GRANT) -> Offer:
-    return Offer(handoff_id, 7, "secret", grant, readers, TTL_S, num_blocks=3)
+    return Offer(handoff_id, 7, "secret", grant, readers, TTL_S)
+
+
+def live(table: HandoffTable) -> list[Handoff]:
+    """Those that are not over, oldest first."""
+    with table._lock:
+        return list(table._live.values())
 
 
 def claim(

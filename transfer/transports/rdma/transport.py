@@ -10,7 +10,6 @@ from transfer.errors import Phase, TransportUnavailable
 from transfer.settings import TransferSettings
 from transfer.spans import coverage, slice_plan, total_bytes
 from transfer.transports.base import (
-    Capabilities,
     ControlChannel,
     DataChannel,
     Listener,
@@ -37,7 +36,7 @@ class RdmaTransport(Transport):
     """One-sided reads over InfiniBand or RoCE."""
 
     scheme = SCHEME
-    capabilities = Capabilities(same_host=False, one_sided=True, encrypted=False)
+    encrypts = False
 
     def __init__(self, settings: TransferSettings) -> None:
         self._settings = settings

@@ -39,7 +39,6 @@ from transfer.spans import (
 )
 from transfer.transports import process_memory
 from transfer.transports.base import (
-    Capabilities,
     ControlChannel,
     DataChannel,
     Listener,
@@ -73,7 +72,7 @@ class ShmTransport(Transport):
 
     scheme = "shm"
     # Nothing leaves the host.
-    capabilities = Capabilities(same_host=True, one_sided=True, encrypted=True)
+    encrypts = True
 
     def __init__(self, settings: TransferSettings) -> None:
         self._settings = settings

@@ -17,7 +17,6 @@ from transfer.errors import FatalError, HandoffNotReady, PeerUnreachable, Phase,
 from transfer.settings import TransferSettings
 from transfer.spans import slice_plan, total_bytes
 from transfer.transports.base import (
-    Capabilities,
     ControlChannel,
     ControlTransport,
     DataChannel,
@@ -61,8 +60,7 @@ class TcpTransport(ControlTransport):
         self._tls = TlsContexts.of(settings)
         self._options = SocketOptions.of(settings)
         self._dialer = Dialer(settings, self._options, self._tls)
-        encrypted = self._tls is not None
-        self.capabilities = Capabilities(same_host=False, one_sided=False, encrypted=encrypted)
+        self.encrypts = self._tls is not None
 
     def listen(
         self, service: OwnerService, others: Mapping[str, Listener] | None = None

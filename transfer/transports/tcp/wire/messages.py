@@ -10,7 +10,8 @@ from transfer.transports.tcp.wire import protocol as wire
 from transfer.transports.tcp.wire.protocol import Header, MessageType
 
 _HEADER_BYTES = wire.HEADER.size
-_BUFFER_BYTES = 4 << 10
+# Of a body: bigger ones cost one more system call.
+_LIKELY_BYTES = 4 << 10
 
 
 class ByteStream(Protocol):
@@ -36,15 +37,12 @@ class MessageReader:
 
     Args:
         stall_s: how long the rest of a message may take once some of it is there.
-        likely_bytes: of a body; bigger ones cost one more system call.
     """
 
-    def __init__(
-        self, stream: ByteStream, stall_s: float, likely_bytes: int = _BUFFER_BYTES
-    ) -> None:
+    def __init__(self, stream: ByteStream, stall_s: float) -> None:
         self._stream = stream
         self._stall_s = stall_s
-        self._buffer = memoryview(bytearray(_HEADER_BYTES + likely_bytes))
+        self._buffer = memoryview(bytearray(_HEADER_BYTES + _LIKELY_BYTES))
         self._begin = self._end = 0
 
     @property
