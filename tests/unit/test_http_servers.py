@@ -18,7 +18,7 @@ from serve_app.ingress.router import bypass_reason
 from serve_app.proxy.command import discovery_config, server_urls
 from serve_app.proxy.endpoint import HEAD_TIMEOUT_S
 from tests.support.scripted.records import worker_record
-from transfer.discovery import StaticDiscovery
+from transfer.discovery.static import StaticDiscovery
 from transfer.errors import ConfigurationError
 from transfer.types import WorkerRecord
 
