@@ -41,7 +41,7 @@ class EtcdUnavailable(Exception):
 
 
 class EtcdUnauthenticated(EtcdUnavailable):
-    """The token is no longer good; a fresh connection gets a fresh one."""
+    """The login is no longer good; a fresh connection logs in anew."""
 
 
 class LeaseLost(Exception):
@@ -272,7 +272,7 @@ class EtcdClient:
                 raise LeaseLost from error
             if code is codes.OUT_OF_RANGE:
                 raise HistoryCompacted from error
-            # A token of before a change of users is reported as an invalid argument.
+            # A login of before a change of users is reported as an invalid argument.
             if code is codes.UNAUTHENTICATED or (code is codes.INVALID_ARGUMENT and self._user):
                 raise EtcdUnauthenticated(self._describe(error)) from error
             if code in (codes.INVALID_ARGUMENT, codes.PERMISSION_DENIED):
@@ -327,7 +327,7 @@ class WatchStream:
                     if answer.compact_revision:
                         raise HistoryCompacted
                     if answer.canceled:
-                        # "permission denied" among others: etcd says so for an expired token, too.
+                        # "permission denied" among others: etcd says so for an expired login, too.
                         # The listing that comes before the next watch tells which it was.
                         raise EtcdUnauthenticated(
                             f"etcd cancelled the watch: {answer.cancel_reason or 'no reason given'}"

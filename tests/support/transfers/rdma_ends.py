@@ -105,7 +105,7 @@ def until_ended(lane: Lane, size: int) -> int:
 
 
 def with_keys(keys: KeyMap, number: int) -> KeyMap:
-    """The same pieces, all with key ``number``."""
+    """The same ranges, all with key ``number``."""
     return KeyMap(keys.starts, keys.ends, keys.bases, np.full_like(keys.keys, number))
 
 

@@ -47,7 +47,7 @@ def parse_devices(text: str) -> list[Wanted]:
         ConfigurationError: it is not a list of names, each with or without a port.
     """
     wanted = []
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
+    for part in filter(None, (one.strip() for one in text.split(","))):
         name, _, port = part.partition(":")
         if not name or (port and not (port.isascii() and port.isdigit() and 0 < int(port) < 256)):
             raise ConfigurationError(

@@ -28,20 +28,20 @@ class Work:
     """What one read asks for, as plain numbers: taken out of the arrays once, not per batch.
 
     Args:
-        pieces: each becomes a batch; cut where keys change.
+        slices: each becomes a batch; cut where keys change.
         local: keys for all that is written.
         remote: keys for all that is read.
     """
 
-    def __init__(self, pieces: Iterable[ReadPlan], local: KeyMap, remote: KeyMap) -> None:
-        pieces = list(pieces)
-        rows = np.cumsum([0, *(piece.local.shape[0] for piece in pieces)]).tolist()
+    def __init__(self, slices: Iterable[ReadPlan], local: KeyMap, remote: KeyMap) -> None:
+        slices = list(slices)
+        rows = np.cumsum([0, *(slice_.local.shape[0] for slice_ in slices)]).tolist()
         self.batches = [
-            Batch(start, stop, total_bytes(piece.local))
-            for start, stop, piece in zip(rows, rows[1:], pieces, strict=False)
+            Batch(start, stop, total_bytes(slice_.local))
+            for start, stop, slice_ in zip(rows, rows[1:], slices, strict=False)
         ]
-        own = concat([piece.local for piece in pieces])
-        far = concat([piece.remote for piece in pieces])
+        own = concat([slice_.local for slice_ in slices])
+        far = concat([slice_.remote for slice_ in slices])
         self.addresses: list[int] = _device_addresses(local, own)
         self.lengths: list[int] = own[:, 1].tolist()
         self.far_addresses: list[int] = _device_addresses(remote, far)

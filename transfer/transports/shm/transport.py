@@ -236,25 +236,25 @@ class ShmReadSession(ReadSession):
 
     def _drive(self, interrupt: Interrupt) -> None:
         try:
-            while (piece := self._next_slice()) is not None:
-                self._copy(piece, interrupt)
+            while (slice_ := self._next_slice()) is not None:
+                self._copy(slice_, interrupt)
         except TransferError as error:
             with self._lock:
                 if self._error is None:
                     self._error = error
 
-    def _copy(self, piece: ReadPlan, interrupt: Interrupt) -> None:
-        left = total_bytes(piece.local)
+    def _copy(self, slice_: ReadPlan, interrupt: Interrupt) -> None:
+        left = total_bytes(slice_.local)
         while left and self._error is None:
             interrupt.check()
-            remote = join_neighbours(piece.remote) if self._small_rows else piece.remote
-            count = self._channel.copy(piece.local, remote)
+            remote = join_neighbours(slice_.remote) if self._small_rows else slice_.remote
+            count = self._channel.copy(slice_.local, remote)
             with self._lock:
                 self._moved += count
             left -= count
             if left:
                 # The row at which it stopped shows in the next call why.
-                piece = without_first(piece, count)
+                slice_ = without_first(slice_, count)
 
     def _next_slice(self) -> ReadPlan | None:
         try:

@@ -179,7 +179,7 @@ class TcpReadSession(ReadSession):
         self._peer = peer
         self._credentials = credentials
         self._slices = slices
-        self._total_bytes = sum(total_bytes(piece.local) for piece in slices)
+        self._total_bytes = sum(total_bytes(one.local) for one in slices)
         self._lock = threading.Lock()
         self._moved = 0
         self._error: TransferError | None = None
@@ -266,10 +266,10 @@ class TcpReadSession(ReadSession):
         asked: deque[tuple[Question, SpanCursor]] = deque()
         not_ready: HandoffNotReady | None = None
         while True:
-            while len(asked) < _PIPELINED_REQUESTS and (piece := self._next_slice()) is not None:
-                content = wire.encode_read(claim, piece.remote)
+            while len(asked) < _PIPELINED_REQUESTS and (slice_ := self._next_slice()) is not None:
+                content = wire.encode_read(claim, slice_.remote)
                 question = connection.ask(MessageType.READ, content, secret)
-                asked.append((question, SpanCursor(piece.local)))
+                asked.append((question, SpanCursor(slice_.local)))
             if not asked:
                 break
             question, cursor = asked.popleft()

@@ -1,4 +1,4 @@
-"""A buffer between scattered memory and something that wants its bytes in one piece."""
+"""A buffer between scattered memory and something that wants its bytes side by side."""
 
 from __future__ import annotations
 

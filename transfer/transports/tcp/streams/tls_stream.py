@@ -1,6 +1,6 @@
 """One TCP socket with TLS on it.
 
-Python's ``ssl`` takes bytes in one piece only, so data goes through a bounce buffer. Timeouts are
+Python's ``ssl`` takes bytes side by side only, so data goes through a bounce buffer. Timeouts are
 those of Python's sockets: under them ``ssl`` keeps to a deadline, which it does not under those of
 the kernel.
 """
@@ -144,15 +144,15 @@ class TlsStream(TcpStream):
 
     def receive_spans(self, cursor: SpanCursor, moved: Callable[[int], None]) -> None:
         bounce = self._buffer()
-        for piece, size in cursor.pieces(_BOUNCE_BYTES):
+        for rows, size in cursor.slices(_BOUNCE_BYTES):
             self.receive_into(bounce.view[:size])
-            bounce.scatter(piece)
+            bounce.scatter(rows)
             moved(size)
 
     def send_spans(self, cursor: SpanCursor, allowed: Callable[[], bool]) -> bool:
         bounce = self._buffer()
-        for piece, _ in cursor.pieces(_BOUNCE_BYTES):
-            filled = bounce.gather(piece)
+        for rows, _ in cursor.slices(_BOUNCE_BYTES):
+            filled = bounce.gather(rows)
             if not allowed():
                 return False
             self.send(filled)
