@@ -170,7 +170,7 @@ class TransferEngine:
             if self._state is EngineState.RUNNING:
                 raise _misconfigured("the engine was started before")
             owner = Owner(self._info, self._table, self._memory)
-            listeners = self._transports.listen(owner, owner.reached_at)
+            listeners = self._transports.listen(owner, owner.advertise)
             with self._lock:
                 self._listeners = listeners
                 self._state = EngineState.RUNNING

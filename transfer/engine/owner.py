@@ -24,7 +24,7 @@ class Owner:
     def info(self) -> PeerInfo:
         return self._info
 
-    def reached_at(self, addresses: tuple[str, ...]) -> None:
+    def advertise(self, addresses: tuple[str, ...]) -> None:
         """Tell readers from now on that memory can also be read at ``addresses``."""
         self._info = replace(self._info, addresses=addresses)
 

@@ -124,21 +124,21 @@ class OwnerLinks:
         ready = self._ready(credentials.incarnation)
         return LinkUse(self, ready or self._acquire(credentials, deadline))
 
-    def require_layout(self, told: PeerInfo | None = None) -> None:
+    def require_layout(self, info: PeerInfo | None = None) -> None:
         """Checks that the owner's blocks mean what ours do, which only reads need.
 
         Args:
-            told: in the handshake; None: goes by its record, if there is one.
+            info: from the handshake; without it the owner's record counts, if there is one.
 
         Raises:
             LayoutMismatch: its layout hash differs from ours.
         """
-        said = told or self._discovery.lookup(self._owner)
-        if said is None:
+        described = info or self._discovery.lookup(self._owner)
+        if described is None:
             return
-        if said.layout_hash and said.layout_hash != self._layout_hash:
+        if described.layout_hash and described.layout_hash != self._layout_hash:
             raise LayoutMismatch(
-                f"its layout hash is {said.layout_hash[:64]}, ours {self._layout_hash}",
+                f"its layout hash is {described.layout_hash[:64]}, ours {self._layout_hash}",
                 phase=Phase.CONNECT,
                 peer=str(self._owner),
             )

@@ -81,7 +81,7 @@ def change_address(pair: Pair, monkeypatch: pytest.MonkeyPatch, **changed: objec
     listener = pair.owner._listeners[1]
     wrong = replace(ShmAddress.parse(listener.address), **changed)  # type: ignore[arg-type]
     conversation = pair.owner._listeners[0]._service  # type: ignore[attr-defined]
-    conversation.reached_at((str(wrong),))
+    conversation.advertise((str(wrong),))
 
 
 def test_same_host_is_used_by_itself(auto: Pair, caplog: pytest.LogCaptureFixture) -> None:
