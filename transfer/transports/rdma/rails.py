@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transfer.errors import ConfigurationError, Phase, TransportUnavailable
@@ -108,11 +108,7 @@ def choose_port(ports: list[Port], number: int, gid_index: int) -> tuple[Port, G
     return min(found, key=lambda pair: (rank_of(*pair), pair[0].number), default=None)
 
 
-def open_rails(
-    device_setting: str,
-    gid_index: int,
-    open_device: Callable[[str], OpenDevice] = OpenDevice,
-) -> list[Rail]:
+def open_rails(device_setting: str, gid_index: int) -> list[Rail]:
     """Open the devices that the settings name, or the best one if they name none.
 
     Raises:
@@ -122,7 +118,7 @@ def open_rails(
     wanted = parse_devices(device_setting)
     there = device_names()
     if not wanted:
-        return [_best_rail(there, gid_index, open_device)]
+        return [_best_rail(there, gid_index)]
     rails: list[Rail] = []
     whole = False
     try:
@@ -133,7 +129,7 @@ def open_rails(
                     f"{', '.join(there) or 'no RDMA device'}",
                     phase=Phase.REGISTER,
                 )
-            rail = _open(one, gid_index, open_device)
+            rail = _open(one, gid_index)
             if rail is None:
                 raise ConfigurationError(
                     f"{one.name} has no active port{_numbered(one.port or -1)} with an address"
@@ -154,12 +150,12 @@ def close_rails(rails: list[Rail]) -> None:
         _close(device)
 
 
-def _best_rail(names: list[str], gid_index: int, open_device: Callable[[str], OpenDevice]) -> Rail:
+def _best_rail(names: list[str], gid_index: int) -> Rail:
     if not names:
         raise TransportUnavailable("this machine has no RDMA device", phase=Phase.CONNECT)
     best: Rail | None = None
     for name in names:
-        rail = _open(Wanted(name, 0), gid_index, open_device)
+        rail = _open(Wanted(name, 0), gid_index)
         if rail is None:
             continue
         if best is None or rank_of(rail.port, rail.gid) < rank_of(best.port, best.gid):
@@ -174,9 +170,9 @@ def _best_rail(names: list[str], gid_index: int, open_device: Callable[[str], Op
     return best
 
 
-def _open(wanted: Wanted, gid_index: int, open_device: Callable[[str], OpenDevice]) -> Rail | None:
+def _open(wanted: Wanted, gid_index: int) -> Rail | None:
     try:
-        device = open_device(wanted.name)
+        device = OpenDevice(wanted.name)
     except VerbsError as error:
         raise TransportUnavailable(
             f"{wanted.name} cannot be opened: {error}", phase=Phase.CONNECT
