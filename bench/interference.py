@@ -86,7 +86,7 @@ def own(scheme: str, pipe: Connection) -> None:
             if not handoff_id:
                 return
             owner.take_ended()
-            owner.offer(Offer(handoff_id, fence, "secret", spans, 1, 60.0, BLOCKS))
+            owner.offer(Offer(handoff_id, fence, "secret", spans, 1, 60.0))
             pipe.send(fence)
 
 

@@ -64,7 +64,7 @@ def own(etcd: str) -> None:
     with engine(OWNER, discovery, memory) as owner:
         block_ids, secret = [9, 2, 5], secrets.token_hex(16)
         grant = block_spans(memory.ctypes.data, BLOCK_BYTES, BLOCK_BYTES, block_ids)
-        offer = Offer(uuid.uuid4().hex, 1, secret, grant, readers=1, ttl_s=30.0, num_blocks=3)
+        offer = Offer(uuid.uuid4().hex, 1, secret, grant, readers=1, ttl_s=30.0)
         owner.offer(offer)
         ticket = {
             "credentials": [offer.handoff_id, owner.incarnation, offer.fence, secret, "reader"],
@@ -82,7 +82,7 @@ def own(etcd: str) -> None:
         )
         while not (ended := owner.take_ended()):
             time.sleep(0.01)
-        print(f"owner: {ended[0].state.value}, {ended[0].num_blocks} blocks are free again")
+        print(f"owner: {ended[0].state.value}, {len(block_ids)} blocks are free again")
 
 
 def read(discovery: dict[str, Any], ticket: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ _FEW = 4
 """Rows up to which plain integers beat numpy, whose every call costs a microsecond."""
 
 
-_FEW_STRETCHES = 64
+_FEW_RANGES = 64
 """Rows of a cover among which a span is found faster than spans are sorted."""
 
 
@@ -108,7 +108,7 @@ def coverage(spans: SpanArray) -> SpanArray:
     if spans.shape[0] == 0:
         return spans
     starts, ends = _sorted_bounds(spans)
-    # A row begins a new stretch if as many rows ended before it as began before it.
+    # A row begins a new range if as many rows ended before it as began before it.
     begins = np.flatnonzero(np.concatenate(([True], starts[1:] > ends[:-1])))
     lasts = np.concatenate((begins[1:] - 1, [starts.size - 1]))
     # Column by column: searching the starts would else copy them every time.
@@ -139,7 +139,7 @@ def lies_within(spans: SpanArray, cover: SpanArray) -> bool:
         return True
     if int(spans.max()) >= _ADDRESS_LIMIT:
         return False
-    if cover.shape[0] <= _FEW_STRETCHES:
+    if cover.shape[0] <= _FEW_RANGES:
         return _as_many_end_as_begin(spans, cover)
     # Rows of a cover do not touch, so what is joined lies in one of them or in none. Sorted, they
     # are found among many rows much faster than in the order in which they came.
@@ -220,17 +220,17 @@ def join_neighbours(spans: SpanArray) -> SpanArray:
 
 
 def slice_plan(plan: ReadPlan, max_bytes: int, max_rows: int) -> Iterator[ReadPlan]:
-    """Cut a plan into pieces of at most ``max_bytes`` bytes and ``max_rows`` rows.
+    """Cut a plan into slices of at most ``max_bytes`` bytes and ``max_rows`` rows.
 
-    Pieces come in order, each as big as may be, and are made when they are asked for: of a plan
-    with many rows the first one is there at once. A row is cut where a piece ends.
+    Slices come in order, each as big as may be, and are made when they are asked for: of a plan
+    with many rows the first one is there at once. A row is cut where a slice ends.
     """
     if max_bytes < 1 or max_rows < 1:
         raise _bad(f"max_bytes {max_bytes} and max_rows {max_rows} must be at least 1")
-    return _pieces(plan, max_bytes, max_rows)
+    return _slices(plan, max_bytes, max_rows)
 
 
-def _pieces(plan: ReadPlan, max_bytes: int, max_rows: int) -> Iterator[ReadPlan]:
+def _slices(plan: ReadPlan, max_bytes: int, max_rows: int) -> Iterator[ReadPlan]:
     if 0 < plan.local.shape[0] <= max_rows and total_bytes(plan.local) <= max_bytes:
         yield plan
         return

@@ -29,6 +29,14 @@ class PeerId:
 
 
 @dataclass(frozen=True, slots=True)
+class ReaderProcess:
+    """Who opens connections to an owner, as it says in the handshake: one start of a peer."""
+
+    peer: PeerId
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerRecord:
     """What one worker publishes about itself. Written under a lease, watched by all.
 

@@ -17,7 +17,7 @@ from bench.transfer.contestants import TwoProcesses
 from bench.transfer.runner import measure
 from bench.transfer.systems.baton import DEVICE_VARIABLE, TRANSPORT_VARIABLE
 from transfer.errors import TransferError
-from transfer.transports.rdma.device import close_rails, open_rails
+from transfer.transports.rdma.rails import close_rails, open_rails
 
 
 def main() -> None:

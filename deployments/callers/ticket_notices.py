@@ -8,9 +8,8 @@ from transfer.discovery.base import Discovery
 from transfer.errors import PeerUnknown, Phase
 from transfer.settings import TransferSettings
 from transfer.ticket import Ticket
-from transfer.transports.base import Caller
 from transfer.transports.registry import Transports
-from transfer.types import Credentials, PeerId
+from transfer.types import Credentials, PeerId, ReaderProcess
 
 
 class TicketNotices:
@@ -28,7 +27,7 @@ class TicketNotices:
         self._discovery = discovery
         self._settings = settings
         self._control = Transports(settings)
-        self._name = Caller(PeerId(f"proxy-{uuid.uuid4().hex}", 0), uuid.uuid4().hex)
+        self._name = ReaderProcess(PeerId(f"proxy-{uuid.uuid4().hex}", 0), uuid.uuid4().hex)
 
     def abort(self, ticket: Ticket) -> None:
         """Ends one hand-off on all ranks of its owner. Blocks; from any thread.

@@ -12,6 +12,7 @@ from tests.support.transfers.engines import (
     Pair,
     engine_pair,
     fails,
+    live_offers,
     succeeds,
     take_ended,
     wait_until,
@@ -46,7 +47,7 @@ def pair(relays: Relays) -> Iterator[Pair]:
 def _free_after(pair: Pair, state: HandoffState) -> None:
     (ended,) = take_ended(pair.owner)
     assert ended.state is state
-    assert pair.owner.offers() == []
+    assert live_offers(pair.owner) == []
 
 
 def test_a_link_of_1_megabyte_a_second_is_a_deadline_and_not_a_hang(
@@ -87,7 +88,7 @@ def test_a_partition_before_a_read(pair: Pair, relays: Relays) -> None:
     fails(pair.read(pair.offer(ttl_s=3.0), deadline_s=DEADLINE_S), DeadlineExceeded)
     assert time.monotonic() - began_s < DEADLINE_S + 1.0
     relays.set(Link.OPEN)
-    assert wait_until(lambda: pair.owner.offers() == [], 6.0), "the offer did not expire"
+    assert wait_until(lambda: live_offers(pair.owner) == [], 6.0), "the offer did not expire"
     succeeds(pair.read(pair.offer()))
 
 

@@ -16,13 +16,12 @@ from transfer.connector.kv.layout import KVLayout
 from transfer.discovery.record import decode_record, encode_record
 from transfer.errors import Phase
 from transfer.ticket import Ticket
-from transfer.transports.base import Caller
 from transfer.transports.rdma import handshake
 from transfer.transports.rdma.keys import KeyMap
 from transfer.transports.shm.address import Host, ShmAddress
 from transfer.transports.tcp.wire import protocol as wire
 from transfer.transports.tcp.wire.proofs import NONCE_BYTES, PROOF_BYTES
-from transfer.types import Claim, PeerId, PeerInfo, WorkerRecord
+from transfer.types import Claim, PeerId, PeerInfo, ReaderProcess, WorkerRecord
 
 PEER = PeerId("an-engine", 1)
 CLAIM = Claim("a" * 32, "b" * 32, 7, "reader/0#request")
@@ -112,7 +111,7 @@ DECODERS = {
     ),
     "tcp proof": Decoder(wire.split_proof, (PROOF + b"rest", PROOF)),
     "tcp hello": Decoder(
-        wire.decode_hello, (wire.encode_hello(Caller(PEER, "b" * 32), NONCE, CLAIM),)
+        wire.decode_hello, (wire.encode_hello(ReaderProcess(PEER, "b" * 32), NONCE, CLAIM),)
     ),
     "tcp claim": Decoder(wire.claim_of, (wire.encode_abort(CLAIM, "why"),)),
     "tcp welcome": Decoder(

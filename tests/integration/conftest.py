@@ -9,7 +9,8 @@ import pytest
 
 from tests.support.servers.etcd_server import EtcdServer
 from tests.support.servers.etcd_sessions import TTL_S, Session, admin
-from transfer.discovery import Discovery, make_discovery
+from transfer.discovery import make_discovery
+from transfer.discovery.base import Discovery
 
 
 @pytest.fixture(scope="module")

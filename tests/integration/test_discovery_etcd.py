@@ -13,8 +13,10 @@ from tests.support.network.stand_in_proxy import StandInProxy
 from tests.support.scripted.records import worker_record
 from tests.support.servers.etcd_server import EtcdServer
 from tests.support.servers.etcd_sessions import TTL_S, Heard, Session, admin, eventually
-from transfer.discovery import PeerEventKind, make_discovery
-from transfer.discovery.etcd_client import EtcdClient, Listing
+from transfer.discovery import make_discovery
+from transfer.discovery.base import PeerEventKind
+from transfer.discovery.etcd_client import EtcdClient
+from transfer.discovery.listing import Listing
 from transfer.discovery.record import encode_record, record_key
 from transfer.errors import PeerUnknown, PeerUnreachable, TransferCancelled
 from transfer.types import PeerId

@@ -14,7 +14,7 @@ import pytest
 from tests.support.scripted.records import worker_record
 from tests.support.servers.etcd_server import EtcdServer
 from tests.support.servers.etcd_sessions import TTL_S, Heard, Session, admin, eventually
-from transfer.discovery import PeerEventKind
+from transfer.discovery.base import PeerEventKind
 from transfer.discovery.etcd_client import EtcdClient, WatchStream
 from transfer.errors import ConfigurationError
 

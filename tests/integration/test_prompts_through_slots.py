@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from tests.support.scripted.scheduler_requests import make_ticket, tokens
-from tests.support.transfers.engines import LAYOUT_HASH, Directory, make_engine, wait_until
+from tests.support.transfers.engines import (
+    LAYOUT_HASH,
+    Directory,
+    live_offers,
+    make_engine,
+    wait_until,
+)
 from tests.support.transfers.staged_memory import BLOCK, MODEL, StagedMemory
 from transfer.connector.metadata import HeldTicket, NewOffer, NewRead
 from transfer.connector.outcomes import OfferOutcome, ReadOutcome
@@ -189,7 +195,7 @@ def test_slots_of_an_offer_that_is_given_up_stay_till_the_copy_is_over(
     owner.offers.start(offer_of(ticket))
     assert owner.blocks.began.wait(5)
     outcome = give_up(owner, reader, ticket, how)
-    assert wait_until(lambda: not owner.engine.offers())
+    assert wait_until(lambda: not live_offers(owner.engine))
     assert owner.ended_offers(timeout_s=0.1) == []
     assert owner.offers.num_blocks == 3
 

@@ -12,12 +12,19 @@ import pytest
 from transfer.errors import ProtocolError
 from transfer.transports.tcp.streams.socket_options import SocketOptions
 from transfer.transports.tcp.streams.stream import TcpStream
+from transfer.transports.tcp.wire import messages
 from transfer.transports.tcp.wire import protocol as wire
 from transfer.transports.tcp.wire.messages import MessageReader
 from transfer.transports.tcp.wire.protocol import MessageType
 
 LIKELY_BYTES = 64
 STALL_S = 0.1
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages that do not fit one are short."""
+    monkeypatch.setattr(messages, "_LIKELY_BYTES", LIKELY_BYTES)
 
 
 @pytest.fixture
@@ -50,7 +57,7 @@ def test_several_messages_at_once(ends: tuple[socket.socket, TcpStream], body_by
             wire.message(MessageType.RENEW, number, body) for number, body in enumerate(bodies)
         )
     )
-    reader = MessageReader(stream, STALL_S, LIKELY_BYTES)
+    reader = MessageReader(stream, STALL_S)
     for number, body in enumerate(bodies):
         header, came = reader.next()
         assert (header.type, header.request_id, came) == (MessageType.RENEW, number, body)
@@ -62,7 +69,7 @@ def test_messages_that_come_in_parts(ends: tuple[socket.socket, TcpStream], at: 
     other, stream = ends
     bodies = [b"a" * LIKELY_BYTES, b"b" * 90]
     data = b"".join(wire.message(MessageType.RENEW, 7, body) for body in bodies)
-    reader = MessageReader(stream, STALL_S * 100, LIKELY_BYTES)
+    reader = MessageReader(stream, STALL_S * 100)
     later = in_two(other, data, at)
     assert [bytes(reader.next()[1]) for _ in bodies] == bodies
     later.join()
@@ -77,7 +84,7 @@ def test_a_message_that_stalls(
     other, stream = ends
     whole = wire.message(MessageType.RENEW, 1, b"x" * 40)
     other.sendall(whole * before + whole[:begun])
-    reader = MessageReader(stream, STALL_S, LIKELY_BYTES)
+    reader = MessageReader(stream, STALL_S)
     for _ in range(before):
         reader.next()
     with pytest.raises(TimeoutError):

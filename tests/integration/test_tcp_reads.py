@@ -22,12 +22,13 @@ from tests.support.transfers.engines import (
 from transfer.engine.handoff import Offer
 from transfer.errors import PeerUnreachable, Phase
 from transfer.settings import TransferSettings
-from transfer.transports.base import Caller, Interrupt, ReadSession
+from transfer.transports.base import ReadSession
+from transfer.transports.interrupt import Interrupt
 from transfer.transports.tcp.dialer import Dialer
 from transfer.transports.tcp.transport import TcpTransport
 from transfer.transports.tcp.wire import protocol as wire
 from transfer.transports.tcp.wire.protocol import MessageType
-from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
+from transfer.types import Credentials, PeerId, PeerInfo, ReaderProcess, ReadPlan
 
 BLOCK_BYTES = 64 << 10
 NUM_BLOCKS = 256
@@ -44,10 +45,10 @@ def dialled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     connect, addresses = Dialer.connect, []
 
     def noted(
-        dialer: Dialer, address: str, caller: Caller, proof: Credentials, timeout_s: float
+        dialer: Dialer, address: str, reader: ReaderProcess, proof: Credentials, timeout_s: float
     ) -> object:
         addresses.append(address)
-        return connect(dialer, address, caller, proof, timeout_s)
+        return connect(dialer, address, reader, proof, timeout_s)
 
     monkeypatch.setattr(Dialer, "connect", noted)
     return addresses
@@ -76,7 +77,7 @@ def test_readers_that_wait_for_an_offer_keep_their_streams(
     with engine_pair(NUM_BLOCKS, BLOCK_BYTES, settings=tcp(streams_per_peer=2)) as pair:
         grant = pair.remote.spans(range(NUM_BLOCKS))
         pair.owner.offer(
-            Offer(PROOF.handoff_id, PROOF.fence, PROOF.secret, grant, 1, 30.0, NUM_BLOCKS, False)
+            Offer(PROOF.handoff_id, PROOF.fence, PROOF.secret, grant, 1, 30.0, ready=False)
         )
         handle = pair.read(PROOF)
         assert wait_until(lambda: caplog.text.count("refused READ") >= 20)
@@ -105,14 +106,14 @@ def test_a_stream_asks_for_a_slice_before_the_one_before_has_come() -> None:
     info = PeerInfo(PeerId("owner", 0), "owner-1", "same", b"")
     local = Buffer(NUM_BLOCKS, BLOCK_BYTES, fill=0)
     spans = local.spans(range(NUM_BLOCKS))
-    caller = Caller(PeerId("reader", 0), "reader-1")
+    process = ReaderProcess(PeerId("reader", 0), "reader-1")
     transport = TcpTransport(tcp(streams_per_peer=1, slice_bytes=1 << 20))
     with ExitStack() as accepted, socket.create_server(("127.0.0.1", 0)) as server:
         owner = threading.Thread(target=own, args=(server,))
         owner.start()
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
-        with closing(transport.open_control(address, caller, PROOF, 5.0)) as control:
-            data = transport.open_data(address, caller, control)
+        with closing(transport.open_control(address, process, PROOF, 5.0)) as control:
+            data = transport.open_data(address, process, control)
             interrupt = Interrupt()
             with closing(data), data.open_read(PROOF, ReadPlan(spans, spans), 5.0) as session:
                 reader = threading.Thread(target=runs_until_stopped, args=(session, interrupt))

@@ -6,10 +6,10 @@ import pytest
 
 from tests.support.transfers.rdma_ends import Ends, stretched, until_ended, with_keys
 from transfer.errors import HandoffRefused, PeerUnreachable, RegistrationError
-from transfer.transports.rdma import verbs
 from transfer.transports.rdma.completion import Status, error_of
 from transfer.transports.rdma.handshake import encode_request
-from transfer.transports.rdma.queue_pair import BATCH_ROWS
+from transfer.transports.rdma.verbs import binding
+from transfer.transports.rdma.work import BATCH_ROWS
 from transfer.types import ReadPlan
 
 
@@ -27,12 +27,12 @@ def test_a_read_brings_every_byte(ends: Ends) -> None:
 
 
 def test_a_driver_without_extended_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    binding = verbs.load()
+    pyverbs = binding.load()
 
     def refuse(*_: object) -> None:
-        raise binding.error("not supported")
+        raise pyverbs.error("not supported")
 
-    monkeypatch.setattr(binding.qp, "QPEx", refuse)
+    monkeypatch.setattr(pyverbs.qp, "QPEx", refuse)
     with Ends() as ends:
         assert ends.read(ends.plan()) == Status.SUCCESS
         assert whole(ends)

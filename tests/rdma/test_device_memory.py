@@ -16,7 +16,7 @@ from tests.support.transfers.cases import TransferCase
 from tests.support.transfers.engines import Buffer, Directory, Pair, make_engine, succeeds
 from transfer.errors import RegistrationError
 from transfer.settings import TransferSettings
-from transfer.transports.rdma.verbs import OpenDevice, Registration
+from transfer.transports.rdma.verbs.device import OpenDevice, Registration
 from transfer.types import DmaBuf, ReadPlan
 
 NUM_BLOCKS = 64

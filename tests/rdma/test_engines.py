@@ -28,7 +28,8 @@ from transfer.errors import (
 from transfer.settings import TransferSettings
 from transfer.spans import block_spans
 from transfer.transports.rdma.owner import RdmaAttachment
-from transfer.transports.rdma.verbs import OpenDevice, Registration, VerbsError
+from transfer.transports.rdma.verbs.device import OpenDevice, Registration
+from transfer.transports.rdma.verbs.error import VerbsError
 from transfer.types import ReadPlan
 
 

@@ -16,9 +16,11 @@ from tests.support.transfers.rdma_ends import Ends
 from transfer.errors import TransportUnavailable
 from transfer.settings import TransferSettings
 from transfer.transports.rdma.handshake import End, encode_request
+from transfer.transports.rdma.local_end import LocalEnd
 from transfer.transports.rdma.owner import RdmaAttachment
-from transfer.transports.rdma.queue_pair import LocalEnd
-from transfer.transports.rdma.verbs import CompletionQueue, QueuePair, VerbsError
+from transfer.transports.rdma.verbs.completion_queue import CompletionQueue
+from transfer.transports.rdma.verbs.error import VerbsError
+from transfer.transports.rdma.verbs.queue_pair import QueuePair
 
 LANES = TransferSettings().streams_per_peer
 

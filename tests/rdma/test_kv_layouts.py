@@ -74,7 +74,7 @@ def test_blocks_of_one_worker_arrive_in_another(case: TransferCase, order: tuple
     proof = Credentials("f" * 32, "owner-1", 3, "secret", "decode")
     with owner, reader:
         grant = pairing.block_spans_of(prefill.layout, remote_ids)
-        owner.offer(Offer(proof.handoff_id, 3, "secret", grant, 1, 30.0, len(remote_ids)))
+        owner.offer(Offer(proof.handoff_id, 3, "secret", grant, 1, 30.0))
         succeeds(reader.submit_read(PeerId("owner", 0), proof, planner, 20))
         (ended,) = take_ended(owner)
     assert ended.state is HandoffState.RELEASED

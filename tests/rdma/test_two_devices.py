@@ -9,9 +9,9 @@ import pytest
 from tests.support.transfers.cases import need_rdma_devices
 from tests.support.transfers.engines import Buffer, Directory, Pair, make_engine, succeeds
 from transfer.settings import TransferSettings
-from transfer.transports.rdma.device import Rail, close_rails, open_rails
 from transfer.transports.rdma.owner import RdmaAttachment
-from transfer.transports.rdma.verbs import device_names
+from transfer.transports.rdma.rails import Rail, close_rails, open_rails
+from transfer.transports.rdma.verbs.device import device_names
 
 NUM_BLOCKS, BLOCK_BYTES = 128, 65_536
 

@@ -18,7 +18,8 @@ from pydantic_core import PydanticUndefined
 from serve_app.app import llm_config
 from serve_app.config import Settings, SideSettings, parse_settings
 from transfer.connector.block_settings import BlockSettings
-from transfer.discovery import EtcdSettings, check_discovery
+from transfer.discovery import check_discovery
+from transfer.discovery.settings import EtcdSettings
 from transfer.errors import ConfigurationError
 from transfer.settings import TransferSettings
 

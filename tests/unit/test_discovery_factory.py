@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from transfer.discovery import EtcdSettings, StaticDiscovery, make_discovery, parse_endpoints
-from transfer.discovery.settings import Endpoint
+from transfer.discovery import make_discovery
+from transfer.discovery.settings import Endpoint, EtcdSettings, parse_endpoints
+from transfer.discovery.static import StaticDiscovery
 from transfer.errors import ConfigurationError
 from transfer.types import PeerId
 

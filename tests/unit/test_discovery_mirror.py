@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.scripted.records import worker_record
-from transfer.discovery import PeerEvent
-from transfer.discovery.etcd_client import KeyValue, Listing
+from transfer.discovery.base import PeerEvent
+from transfer.discovery.listing import KeyValue, Listing
 from transfer.discovery.mirror import PrefixMirror
 from transfer.discovery.record import encode_record, record_key
 from transfer.discovery.view import PeerView

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from tests.support.scripted.records import worker_record
-from transfer.discovery import PeerEvent, PeerEventKind, StaticDiscovery
+from transfer.discovery.base import PeerEvent, PeerEventKind
+from transfer.discovery.static import StaticDiscovery
 from transfer.errors import ConfigurationError, PeerUnknown, Phase, TransferCancelled
 from transfer.types import PeerId
 

@@ -14,7 +14,7 @@ from transfer.engine.handle import TransferHandle, TransferState
 from transfer.engine.timer import DeadlineTimer
 from transfer.engine.workers import Workers
 from transfer.errors import PeerUnreachable, Phase, TransferCancelled, TransferError
-from transfer.transports.base import Interrupt
+from transfer.transports.interrupt import Interrupt
 from transfer.types import PeerId
 
 
@@ -186,14 +186,15 @@ def test_the_first_error_wins() -> None:
 
 def test_timings_add_up() -> None:
     handle = handle_in(TransferState.CONNECTING)
-    time.sleep(0.01)
-    handle.advance(TransferState.READING)
-    handle.advance(TransferState.CONNECTING)
-    time.sleep(0.01)
+    assert handle.timings.read_s == 0
+    for state in (TransferState.READING, TransferState.CONNECTING) * 2:
+        time.sleep(0.01)
+        handle.advance(state)
+    assert handle.timings.total_s >= 0.04
     handle.finish(None)
     timings = handle.timings
-    assert timings.connect_s >= 0.02
-    assert timings.total_s == pytest.approx(timings.queued_s + timings.connect_s + timings.read_s)
+    assert timings.read_s >= 0.02
+    assert timings.total_s >= timings.read_s + 0.02
     assert handle.timings == timings
 
 

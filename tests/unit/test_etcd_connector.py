@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from transfer.discovery import etcd_client
-from transfer.discovery.etcd_client import EtcdConnector
+from transfer.discovery import etcd_connector
+from transfer.discovery.etcd_connector import EtcdConnector
 from transfer.discovery.settings import EtcdSettings
 
 
@@ -32,7 +32,7 @@ def test_who_asks_for_a_connection_gets_one_though_it_is_closed_meanwhile(
         made.append(object())
         return made[-1]
 
-    monkeypatch.setattr(etcd_client, "EtcdClient", make)
+    monkeypatch.setattr(etcd_connector, "EtcdClient", make)
     connector = ClosedAtOnce(EtcdSettings("127.0.0.1:2379"), 1.0)
     client: Any = connector.client()
     assert [client] == made

@@ -6,7 +6,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from tests.support.transfers.handoffs import READER, TTL_S, Clock, begin, claim, make_table, offer
+from tests.support.transfers.handoffs import (
+    READER,
+    TTL_S,
+    Clock,
+    begin,
+    claim,
+    live,
+    make_table,
+    offer,
+)
 from transfer.engine.handoff import Permit
 from transfer.errors import HandoffRefused
 
@@ -48,12 +57,12 @@ class Lives(RuleBasedStateMachine):
 
     @rule(name=offered, reader=st.sampled_from("abc"), used=st.booleans())
     def release(self, name: str, reader: str, used: bool) -> None:
-        live = {one.handoff_id for one in self.table.snapshot()}
+        alive = {one.offer.handoff_id for one in live(self.table)}
         try:
             self.table.release(claim(name, reader=reader), used=used)
         except HandoffRefused:
             return
-        if name not in live:  # then this reader had released while it was
+        if name not in alive:  # then this reader had released while it was
             self.table.release(claim(name, reader=reader), used=False)
 
     @rule(name=offered)
@@ -87,7 +96,7 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def live_and_taken_are_apart(self) -> None:
-        assert not {one.handoff_id for one in self.table.snapshot()} & set(self.taken)
+        assert not {one.offer.handoff_id for one in live(self.table)} & set(self.taken)
 
 
 TestLives = Lives.TestCase

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.transfers.handoffs import GRANT, READER, Clock, begin, claim, make_table, offer
+from tests.support.transfers.handoffs import (
+    GRANT,
+    READER,
+    Clock,
+    begin,
+    claim,
+    live,
+    make_table,
+    offer,
+)
 from transfer.engine import handoffs as module
 from transfer.engine.handoff import HandoffState
 from transfer.engine.handoffs import MAX_SHARE, HandoffTable
@@ -44,7 +53,7 @@ def test_shares_are_bounded(table: HandoffTable, share: int) -> None:
         begin(table, proof)
     with pytest.raises(HandoffRefused, match=f"share of {share} is not from 1 to {MAX_SHARE}"):
         table.release(proof, used=False)
-    assert [one.readers_left for one in table.snapshot()] == [1]
+    assert [one.readers_left for one in live(table)] == [1]
 
 
 def test_as_many_ranks_as_may_share_do(table: HandoffTable) -> None:

@@ -19,7 +19,7 @@ from serve_app.proxy import command
 from serve_app.proxy.command import discovery_config, server_urls
 from serve_app.proxy.endpoint import HEAD_TIMEOUT_S, Proxy, ProxyOptions
 from tests.support.scripted.records import worker_record
-from transfer.discovery import StaticDiscovery
+from transfer.discovery.static import StaticDiscovery
 from transfer.errors import ConfigurationError
 from transfer.settings import TransferSettings
 from transfer.types import WorkerRecord

@@ -9,9 +9,10 @@ from typing import Any, cast
 
 from tests.support.transfers.engines import wait_until
 from transfer.engine.budget import ByteBudget
-from transfer.engine.links import Link, PeerLinks
 from transfer.engine.memory import MemoryTable
-from transfer.engine.reader import Notice, PeerReader
+from transfer.engine.notices import Notice
+from transfer.engine.owner_links import Link, OwnerLinks
+from transfer.engine.reader import PeerReader
 from transfer.errors import Phase, TransferCancelled
 from transfer.settings import TransferSettings
 from transfer.types import Credentials, PeerId
@@ -35,7 +36,7 @@ def over() -> TransferCancelled:
 def make_reader(links: OpenLinks) -> PeerReader:
     return PeerReader(
         PeerId("owner", 0),
-        cast(PeerLinks, links),
+        cast(OwnerLinks, links),
         cast(MemoryTable, None),
         ByteBudget(1),
         TransferSettings(),

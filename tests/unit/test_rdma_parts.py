@@ -19,15 +19,7 @@ from transfer.errors import (
     TransportUnavailable,
 )
 from transfer.spans import total_bytes
-from transfer.transports.rdma import verbs
 from transfer.transports.rdma.completion import Status, error_of
-from transfer.transports.rdma.device import (
-    Wanted,
-    choose_gid,
-    choose_port,
-    gid_index_wanted,
-    parse_devices,
-)
 from transfer.transports.rdma.handshake import (
     End,
     decode_answer,
@@ -36,8 +28,16 @@ from transfer.transports.rdma.handshake import (
     encode_request,
 )
 from transfer.transports.rdma.keys import KeyMap, cut_at_keys
-from transfer.transports.rdma.queue_pair import needs_gid
-from transfer.transports.rdma.verbs import GID_IB, GID_ROCE_V1, GID_ROCE_V2, Gid, Port
+from transfer.transports.rdma.local_end import needs_gid
+from transfer.transports.rdma.rails import (
+    Wanted,
+    choose_gid,
+    choose_port,
+    gid_index_wanted,
+    parse_devices,
+)
+from transfer.transports.rdma.verbs import binding
+from transfer.transports.rdma.verbs.port import GID_IB, GID_ROCE_V1, GID_ROCE_V2, Gid, Port
 from transfer.types import ReadPlan, SpanArray
 
 REGIONS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), max_size=6)
@@ -242,9 +242,9 @@ def test_without_pyverbs_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyverbs", None)  # what Python takes for "not there"
-    monkeypatch.setattr(verbs, "_SYSTEM_PACKAGES", str(tmp_path))
+    monkeypatch.setattr(binding, "_SYSTEM_PACKAGES", str(tmp_path))
     with pytest.raises(TransportUnavailable, match=r"python3-pyverbs, or baton-serve\[rdma\]"):
-        verbs.load.__wrapped__()
+        binding.load.__wrapped__()
 
 
 @pytest.mark.parametrize("status", [*Status, 250])

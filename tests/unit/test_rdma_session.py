@@ -10,10 +10,12 @@ import pytest
 
 from transfer.errors import PeerUnreachable, Phase
 from transfer.transports.rdma.keys import KeyMap
-from transfer.transports.rdma.queue_pair import Lane
+from transfer.transports.rdma.lane import Lane
+from transfer.transports.rdma.lane_pool import LanePool
+from transfer.transports.rdma.owner_keys import AdmittedRead, OwnerKeys
 from transfer.transports.rdma.session import RdmaReadSession
-from transfer.transports.rdma.transport import RdmaData
-from transfer.types import Credentials, ReadPlan
+from transfer.transports.rdma.work import Work
+from transfer.types import ReadPlan
 
 SPANS = np.array([[4096, 64]], dtype=np.uint64)
 KEYS = KeyMap.of([(4096, 64, 4096, (1,))], 1)
@@ -26,18 +28,16 @@ class BrokenLane:
         return []
 
 
-class Channel:
+class Pool:
     """Notes how long new lanes may take."""
 
     peer = "owner/0"
-    slice_bytes = 1 << 20
+    hangup_fd = -1
 
     def __init__(self) -> None:
-        self.memory = type("Memory", (), {"local": KEYS})
-        self.control = type("Control", (), {"hangup_fd": -1})
         self.waits_s: list[float] = []
 
-    def new_lanes(self, timeout_s: float) -> list[Any]:
+    def take_new(self, timeout_s: float) -> list[Any]:
         self.waits_s.append(timeout_s)
         return []
 
@@ -49,17 +49,14 @@ class Channel:
 
 @pytest.mark.parametrize(("left_s", "wait_s"), [(60.0, 5.0), (2.0, 2.0), (-1.0, 0.0)])
 def test_new_queue_pairs_have_no_more_time_than_the_read(left_s: float, wait_s: float) -> None:
-    channel = Channel()
+    pool = Pool()
     session = RdmaReadSession(
-        cast(RdmaData, channel),
-        Credentials("h", "i", 1, "secret", "r"),
-        "id",
-        ReadPlan(SPANS, SPANS),
-        KEYS,
+        AdmittedRead("h", "id", KEYS, keys_are_fresh=True, deadline=time.monotonic() + left_s),
+        Work([ReadPlan(SPANS, SPANS)], KEYS, KEYS),
         [cast(Lane, BrokenLane())],
-        keys_are_fresh=True,
-        deadline=time.monotonic() + left_s,
+        cast(LanePool, pool),
+        cast(OwnerKeys, None),
     )
     with session:
         session._recover(PeerUnreachable("broken", phase=Phase.READ))
-    assert channel.waits_s == [pytest.approx(wait_s, abs=0.5)]
+    assert pool.waits_s == [pytest.approx(wait_s, abs=0.5)]

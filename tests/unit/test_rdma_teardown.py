@@ -14,11 +14,12 @@ from transfer.engine.engine import EngineState
 from transfer.errors import RegistrationError, TransportUnavailable
 from transfer.transports.base import Listener
 from transfer.transports.rdma import owner as owner_module
-from transfer.transports.rdma.device import Rail, close_rails
 from transfer.transports.rdma.handshake import End, decode_answer, encode_request
 from transfer.transports.rdma.memory import RegisteredMemory
 from transfer.transports.rdma.owner import RdmaAttachment
-from transfer.transports.rdma.verbs import Port, VerbsError
+from transfer.transports.rdma.rails import Rail, close_rails
+from transfer.transports.rdma.verbs.error import VerbsError
+from transfer.transports.rdma.verbs.port import Port
 from transfer.transports.registry import Transports
 from transfer.types import DmaBuf
 

@@ -189,12 +189,12 @@ def test_sides_that_do_not_fit_are_refused() -> None:
 def test_slices_are_bounded_and_together_the_plan(
     plan: ReadPlan, max_bytes: int, max_rows: int
 ) -> None:
-    pieces = list(slice_plan(plan, max_bytes, max_rows))
-    assert [pair for piece in pieces for pair in pairs(piece)] == pairs(plan)
-    for piece in pieces:
-        assert 0 < total_bytes(piece.local) <= max_bytes
-        assert 0 < piece.local.shape[0] <= max_rows
-        assert np.array_equal(piece.local[:, 1], piece.remote[:, 1])
+    slices = list(slice_plan(plan, max_bytes, max_rows))
+    assert [pair for slice_ in slices for pair in pairs(slice_)] == pairs(plan)
+    for slice_ in slices:
+        assert 0 < total_bytes(slice_.local) <= max_bytes
+        assert 0 < slice_.local.shape[0] <= max_rows
+        assert np.array_equal(slice_.local[:, 1], slice_.remote[:, 1])
 
 
 @given(plans(), st.data())
@@ -207,7 +207,7 @@ def test_the_rest_of_a_plan_is_what_was_not_moved(plan: ReadPlan, data: st.DataO
 
 def test_slices_are_full_when_rows_allow() -> None:
     plan = ReadPlan(spans([(0, 25)]), spans([(100, 25)]))
-    assert [total_bytes(piece.local) for piece in slice_plan(plan, 10, 9)] == [10, 10, 5]
+    assert [total_bytes(slice_.local) for slice_ in slice_plan(plan, 10, 9)] == [10, 10, 5]
 
 
 @pytest.mark.parametrize(("max_bytes", "max_rows"), [(0, 1), (1, 0)])

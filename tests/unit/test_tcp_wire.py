@@ -25,12 +25,11 @@ from transfer.errors import (
     TransportUnavailable,
 )
 from transfer.spans import block_spans
-from transfer.transports.base import Caller
 from transfer.transports.tcp.wire import protocol as wire
 from transfer.transports.tcp.wire.fields import encode_claim
 from transfer.transports.tcp.wire.proofs import NONCE_BYTES, PROOF_BYTES
 from transfer.transports.tcp.wire.protocol import MessageType, Renewal
-from transfer.types import Claim, PeerId, PeerInfo
+from transfer.types import Claim, PeerId, PeerInfo, ReaderProcess
 
 TEXT = st.text(st.characters().filter(str.isprintable), max_size=40)
 CLAIMS = st.builds(
@@ -89,8 +88,8 @@ def test_headers_that_are_refused(data: bytes, why: str) -> None:
 
 @given(TEXT, st.integers(0, (1 << 32) - 1), TEXT, CLAIMS)
 def test_hello_round_trip(engine_id: str, rank: int, incarnation: str, claim: Claim) -> None:
-    caller = Caller(PeerId(engine_id, rank), incarnation)
-    assert wire.decode_hello(wire.encode_hello(caller, NONCE, claim)) == (caller, claim)
+    reader = ReaderProcess(PeerId(engine_id, rank), incarnation)
+    assert wire.decode_hello(wire.encode_hello(reader, NONCE, claim)) == (reader, claim)
 
 
 @given(TEXT, TEXT, st.binary(max_size=200), st.lists(TEXT, max_size=16).map(tuple))
@@ -161,7 +160,7 @@ def test_claims_that_would_not_stay_in_a_line_of_a_log_are_refused(field: str, t
 
 
 def test_names_that_would_not_stay_in_a_line_of_a_log_are_refused() -> None:
-    hello = wire.encode_hello(Caller(PeerId("reader", 0), "i-1"), NONCE, CLAIM)
+    hello = wire.encode_hello(ReaderProcess(PeerId("reader", 0), "i-1"), NONCE, CLAIM)
     for wrong in (hello.replace(b"reader", b"read\n."), hello.replace(b"i-1", b"i\x1b1")):
         with pytest.raises(ProtocolError, match="not printable"):
             wire.decode_hello(wrong)
@@ -212,8 +211,8 @@ def test_errors_keep_their_kind(sent: type[TransferError], received: type[Transf
 @pytest.mark.parametrize(
     "encode",
     [
-        lambda: wire.encode_hello(Caller(PeerId("x" * 600, 0), "i"), NONCE, CLAIM),
-        lambda: wire.encode_hello(Caller(PeerId("\ud800", 0), "i"), NONCE, CLAIM),
+        lambda: wire.encode_hello(ReaderProcess(PeerId("x" * 600, 0), "i"), NONCE, CLAIM),
+        lambda: wire.encode_hello(ReaderProcess(PeerId("\ud800", 0), "i"), NONCE, CLAIM),
         lambda: encode_claim(Claim("h", "i", -1, "r")),
         lambda: encode_claim(Claim("h", "i", 1 << 64, "r")),
         lambda: encode_claim(replace(CLAIM, reader="r\0")),

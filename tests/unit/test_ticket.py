@@ -358,7 +358,7 @@ def test_prompt_hash_fits_the_ticket(prompt: dict[str, Any]) -> None:
 
 def test_what_is_logged_of_a_ticket_is_not_its_secret() -> None:
     proof = Credentials("h", "i", 1, TICKET.secret, "reader")
-    offer = Offer("h", 1, TICKET.secret, empty_spans(), readers=1, ttl_s=1.0, num_blocks=0)
+    offer = Offer("h", 1, TICKET.secret, empty_spans(), readers=1, ttl_s=1.0)
     for shown in (TICKET, proof, offer):
         assert TICKET.secret not in repr(shown)
 

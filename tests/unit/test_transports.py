@@ -12,8 +12,6 @@ from transfer.engine.routes import DataRoutes
 from transfer.errors import ConfigurationError, PeerUnreachable, Phase, TransportUnavailable
 from transfer.settings import TransferSettings
 from transfer.transports.base import (
-    Caller,
-    Capabilities,
     ControlChannel,
     DataChannel,
     Listener,
@@ -22,7 +20,7 @@ from transfer.transports.base import (
     Transport,
 )
 from transfer.transports.registry import Transports
-from transfer.types import Credentials, PeerId, PeerInfo, ReadPlan
+from transfer.types import Credentials, PeerId, PeerInfo, ReaderProcess, ReadPlan
 
 TCP, SHM = "tcp://10.0.0.1:7000", "shm://there"
 
@@ -44,7 +42,7 @@ class Channel(DataChannel):
 class Way(Transport):
     """A transport that does not work when it has a reason."""
 
-    capabilities = Capabilities(same_host=False, one_sided=False, encrypted=False)
+    encrypts = False
 
     def __init__(self, scheme: str, why_not: str = "") -> None:
         self.scheme = scheme
@@ -53,7 +51,7 @@ class Way(Transport):
     def listen(self, service: OwnerService) -> Listener:
         raise unavailable(self.why_not)
 
-    def open_data(self, address: str, caller: Caller, control: ControlChannel) -> Channel:
+    def open_data(self, address: str, reader: ReaderProcess, control: ControlChannel) -> Channel:
         if self.why_not:
             raise unavailable(self.why_not)
         return Channel()
@@ -67,7 +65,7 @@ class Control:
 def routes(said: list[str], *ways: Way) -> DataRoutes:
     control: ControlChannel = Control()  # type: ignore[assignment]  # only its info is used
     return DataRoutes(
-        [(way, "") for way in ways], Caller(PeerId("d", 0), "d1"), control, said.append
+        [(way, "") for way in ways], ReaderProcess(PeerId("d", 0), "d1"), control, said.append
     )
 
 

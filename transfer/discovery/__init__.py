@@ -12,24 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, cast
 
-from transfer.discovery.base import Discovery, Listener, PeerEvent, PeerEventKind
-from transfer.discovery.settings import EtcdSettings, parse_endpoints
+from transfer.discovery.base import Discovery
+from transfer.discovery.settings import EtcdSettings
 from transfer.discovery.static import StaticDiscovery
 from transfer.errors import ConfigurationError, Phase
 from transfer.types import PeerId, WorkerRecord
-
-__all__ = [
-    "Discovery",
-    "EtcdSettings",
-    "Listener",
-    "PeerEvent",
-    "PeerEventKind",
-    "StaticDiscovery",
-    "check_discovery",
-    "etcd_settings",
-    "make_discovery",
-    "parse_endpoints",
-]
 
 _ETCD_KEYS = tuple(field.name for field in fields(EtcdSettings))
 _ETCD_TEXTS = ("cluster", "user", "password", "tls_ca", "tls_cert", "tls_key")

@@ -17,13 +17,13 @@ from transfer import faults
 from transfer.discovery.base import Discovery, Listener
 from transfer.discovery.etcd_client import (
     EtcdClient,
-    EtcdConnector,
     EtcdUnauthenticated,
     EtcdUnavailable,
     HistoryCompacted,
     WatchStream,
     load_pyetcd,
 )
+from transfer.discovery.etcd_connector import EtcdConnector
 from transfer.discovery.mirror import PrefixMirror
 from transfer.discovery.own_records import OwnRecords
 from transfer.discovery.record import workers_prefix

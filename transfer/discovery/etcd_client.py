@@ -1,15 +1,14 @@
 """One connection to one etcd member. The only place that knows the client library.
 
 Calls go to the stubs that ``pyetcd`` generated, with a deadline each, and foreign exceptions are
-translated here. A connection that failed is thrown away: :class:`EtcdConnector` then makes one
-to the next member.
+translated here. A connection that failed is thrown away:
+:class:`~transfer.discovery.etcd_connector.EtcdConnector` then makes one to the next member.
 """
 
 from __future__ import annotations
 
 import importlib
 import queue
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from transfer.discovery.listing import KeyValue, Listing
 from transfer.discovery.settings import Endpoint, EtcdSettings
 from transfer.errors import ConfigurationError, Phase
 
@@ -35,16 +35,13 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
 )
 
-MIN_BACKOFF_S = 0.1
-MAX_BACKOFF_S = 2.0
-
 
 class EtcdUnavailable(Exception):
     """This member did not do it; another one, or a later try, may."""
 
 
 class EtcdUnauthenticated(EtcdUnavailable):
-    """The token is no longer good; a fresh connection gets a fresh one."""
+    """The login is no longer good; a fresh connection logs in anew."""
 
 
 class LeaseLost(Exception):
@@ -56,34 +53,11 @@ class HistoryCompacted(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class KeyValue:
-    """One key as etcd has it.
-
-    Attributes:
-        value: ``None`` in the event that deletes it.
-        lease_id: of the lease that it goes with; 0 if there is none.
-    """
-
-    key: str
-    value: bytes | None
-    mod_revision: int
-    lease_id: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Lease:
     """What was granted; ``ttl_s`` is how long it lives without being refreshed."""
 
     lease_id: int
     ttl_s: int
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """Keys and values at one revision, or the changes that led to it."""
-
-    revision: int
-    items: tuple[KeyValue, ...]
 
 
 def load_pyetcd() -> tuple[ModuleType, ModuleType]:
@@ -298,7 +272,7 @@ class EtcdClient:
                 raise LeaseLost from error
             if code is codes.OUT_OF_RANGE:
                 raise HistoryCompacted from error
-            # A token of before a change of users is reported as an invalid argument.
+            # A login of before a change of users is reported as an invalid argument.
             if code is codes.UNAUTHENTICATED or (code is codes.INVALID_ARGUMENT and self._user):
                 raise EtcdUnauthenticated(self._describe(error)) from error
             if code in (codes.INVALID_ARGUMENT, codes.PERMISSION_DENIED):
@@ -353,7 +327,7 @@ class WatchStream:
                     if answer.compact_revision:
                         raise HistoryCompacted
                     if answer.canceled:
-                        # "permission denied" among others: etcd says so for an expired token, too.
+                        # "permission denied" among others: etcd says so for an expired login, too.
                         # The listing that comes before the next watch tells which it was.
                         raise EtcdUnauthenticated(
                             f"etcd cancelled the watch: {answer.cancel_reason or 'no reason given'}"
@@ -363,51 +337,6 @@ class WatchStream:
         finally:
             self.cancel()
         raise EtcdUnavailable("etcd ended the watch")
-
-
-class EtcdConnector:
-    """Makes connections for one thread: to the next member whenever one fails, with backoff."""
-
-    def __init__(self, settings: EtcdSettings, timeout_s: float) -> None:
-        self._settings = settings
-        self._timeout_s = timeout_s
-        self._endpoints = list(settings.parsed_endpoints)
-        random.shuffle(self._endpoints)  # spreads the workers over the members
-        self._failures = 0
-        self._client: EtcdClient | None = None
-
-    def client(self) -> EtcdClient:
-        """The connection in use, or a new one; raises as :class:`EtcdClient` does."""
-        client = self._client
-        if client is None:
-            client = self._client = EtcdClient(self._endpoints[0], self._settings, self._timeout_s)
-        return client  # which close() may have forgotten meanwhile
-
-    def succeeded(self) -> None:
-        """The last call worked: the next failure starts from the shortest wait."""
-        self._failures = 0
-
-    def failed(self, *, same_endpoint: bool = False) -> float:
-        """Drop the connection; the next is to another member.
-
-        Returns:
-            Seconds to wait first: none until every member was tried once.
-        """
-        self.close()
-        self._failures += 1
-        if not same_endpoint or self._failures > 1:
-            self._endpoints.append(self._endpoints.pop(0))
-        rounds, rest = divmod(self._failures, len(self._endpoints))
-        if rest or (same_endpoint and self._failures == 1):
-            return 0.0
-        backoff_s = min(MAX_BACKOFF_S, MIN_BACKOFF_S * 2.0 ** min(rounds - 1, 10))
-        return backoff_s * random.uniform(0.75, 1.25)
-
-    def close(self) -> None:
-        """Close the connection, from any thread."""
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
 
 
 def _end_of(prefix: str) -> bytes:

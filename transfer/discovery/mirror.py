@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 
-from transfer.discovery.etcd_client import KeyValue, Listing
+from transfer.discovery.listing import KeyValue, Listing
 from transfer.discovery.record import decode_record
 from transfer.discovery.view import PeerView
 from transfer.errors import ProtocolError

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from transfer.discovery.etcd_client import EtcdClient, KeyValue, LeaseLost
+from transfer.discovery.etcd_client import EtcdClient, LeaseLost
+from transfer.discovery.listing import KeyValue
 from transfer.discovery.record import decode_record, encode_record, record_key
 from transfer.discovery.settings import EtcdSettings
 from transfer.errors import ProtocolError

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from transfer.transports.base import Interrupt
+from transfer.transports.interrupt import Interrupt
 
 
 class ByteBudget:

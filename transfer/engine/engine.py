@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from types import TracebackType
 from typing import Self
 
-from transfer.engine.budget import ByteBudget
+from transfer.discovery.base import Discovery, PeerEvent, PeerEventKind
 from transfer.engine.handle import TransferHandle
-from transfer.engine.handoff import EndedHandoff, Offer, OfferSnapshot
+from transfer.engine.handoff import EndedHandoff, Offer
 from transfer.engine.handoffs import HandoffTable
 from transfer.engine.huge_pages import prefer_huge_pages
-from transfer.engine.links import Link, PeerLinks
 from transfer.engine.memory import MemoryRegion, MemoryTable, check_range
+from transfer.engine.notices import release_notice, renewal_notices
 from transfer.engine.owner import Owner
-from transfer.engine.peers import Discovery, PeerEvent
-from transfer.engine.reader import Notice, PeerReader
+from transfer.engine.read import ReadOrder
+from transfer.engine.readers import PeerReaders, closed_error
 from transfer.engine.timer import DeadlineTimer
 from transfer.errors import (
     ConfigurationError,
-    PeerUnreachable,
     Phase,
     RegistrationError,
     TransferCancelled,
-    TransferError,
 )
 from transfer.settings import TransferSettings
 from transfer.spans import check_spans
-from transfer.transports.base import Caller, Listener
+from transfer.transports.base import Listener
 from transfer.transports.rdma.transport import RdmaTransport
 from transfer.transports.registry import Transports
-from transfer.types import Credentials, DmaBuf, PeerId, PeerInfo, Planner, WorkerRecord
+from transfer.types import (
+    Credentials,
+    DmaBuf,
+    PeerId,
+    PeerInfo,
+    Planner,
+    WorkerRecord,
+)
 
 logger = logging.getLogger(__name__)
 
 _MAX_LAYOUT_BYTES = 1 << 20
-_RENEWALS_AT_ONCE = 256
 _LAST_NOTICES_S = 1.0
 
 
@@ -96,25 +98,22 @@ class TransferEngine:
         self._settings = settings
         self._ended = threading.Event()
         self._table = HandoffTable(incarnation, time.monotonic, self._ended.set)
-        self._budget = ByteBudget(settings.max_inflight_bytes)
         self._transports = Transports(settings)
         self._memory = MemoryTable(self._transports)
+        self._readers = PeerReaders(self._info, discovery, self._transports, self._memory, settings)
         self._timer = DeadlineTimer(f"baton-timer-{peer}")
         self._lock = threading.Lock()
         self._closing = threading.Lock()
         self._state = EngineState.NEW
         self._listeners: list[Listener] = []
-        self._readers: dict[PeerId, PeerReader] = {}
-        self._dismissed: list[PeerReader] = []
         self._unsubscribe = _nothing
 
     def __repr__(self) -> str:
         with self._lock:
             where = ", ".join(listener.address for listener in self._listeners)
-            readers = len(self._readers)
         return (
             f"<TransferEngine {self._info.peer} {self._state.value} {where or 'not listening'}, "
-            f"{self._table!r}, reads from {readers} peers>"
+            f"{self._table!r}, reads from {len(self._readers)} peers>"
         )
 
     def __enter__(self) -> Self:
@@ -171,7 +170,7 @@ class TransferEngine:
             if self._state is EngineState.RUNNING:
                 raise _misconfigured("the engine was started before")
             owner = Owner(self._info, self._table, self._memory)
-            listeners = self._transports.listen(owner, owner.reached_at)
+            listeners = self._transports.listen(owner, owner.advertise)
             with self._lock:
                 self._listeners = listeners
                 self._state = EngineState.RUNNING
@@ -268,10 +267,6 @@ class TransferEngine:
         freed."""
         return self._table.take_ended()
 
-    def offers(self) -> list[OfferSnapshot]:
-        """Own hand-offs that are alive, oldest first."""
-        return self._table.snapshot()
-
     # Reader
 
     def submit_read(
@@ -293,10 +288,9 @@ class TransferEngine:
         Raises:
             TransferCancelled: the engine does not run.
         """
+        self._check_running()
         handle = TransferHandle(owner, credentials.handoff_id, deadline_s)
-        with self._lock:
-            if not self._reader(owner).submit(handle, credentials, planner):
-                raise self._closed_error()
+        self._readers.submit(ReadOrder(handle, credentials, planner))
         self._stop_when_due(handle)
         handle.when_final(lambda _: self._ended.set())
         return handle
@@ -310,23 +304,15 @@ class TransferEngine:
         Raises:
             TransferCancelled: the engine does not run.
         """
-        self._notify(
-            owner,
-            [credentials],
-            "release",
-            lambda link, timeout_s: link.control.release(
-                credentials, used=used, read_id="", timeout_s=timeout_s
-            ),
-        )
+        self._check_running()
+        ttl_s = self._settings.ticket_ttl_s
+        self._readers.notify(owner, release_notice(credentials, used=used, ttl_s=ttl_s))
 
     def submit_renew(self, owner: PeerId, credentials: Sequence[Credentials]) -> None:
         """Tell the owner that its hand-offs are still wanted; as :meth:`submit_release`."""
-        by_start = sorted(credentials, key=lambda one: one.incarnation)
-        for _, same in itertools.groupby(by_start, key=lambda one: one.incarnation):
-            of_one_start = list(same)
-            for at in range(0, len(of_one_start), _RENEWALS_AT_ONCE):
-                batch = of_one_start[at : at + _RENEWALS_AT_ONCE]
-                self._notify(owner, batch, "renewal", functools.partial(_renew, batch))
+        self._check_running()
+        for notice in renewal_notices(credentials, self._settings.ticket_ttl_s):
+            self._readers.notify(owner, notice)
 
     def _stop_when_due(self, handle: TransferHandle) -> None:
         entry = self._timer.schedule(handle.deadline, handle.time_out)
@@ -350,7 +336,6 @@ class TransferEngine:
         with self._lock:
             was_running = self._state is EngineState.RUNNING
             self._state = EngineState.CLOSED
-            readers = [*self._readers.values(), *self._dismissed]
         if not was_running:
             return
         with ExitStack() as closing:
@@ -360,84 +345,24 @@ class TransferEngine:
             for listener in reversed(self._listeners):
                 closing.callback(listener.close)
             closing.callback(self._table.abort_all, "the engine is closed")
-            closing.callback(_join, readers)
+            closing.callback(self._readers.join, _LAST_NOTICES_S)
             closing.callback(self._discovery.withdraw, self._info.peer)
             # Before owners can hear that this reader left and fail its reads for that.
-            for reader in reversed(readers):
-                closing.callback(reader.shut, self._closed_error)
+            closing.callback(self._readers.shut)
             closing.callback(self._unsubscribe)
 
     def _forget(self) -> None:
         with self._lock:
             self._listeners = []
-            self._readers = {}
-            self._dismissed = []
-
-    def _notify(
-        self,
-        owner: PeerId,
-        credentials: Sequence[Credentials],
-        what: str,
-        send: Callable[[Link, float], None],
-    ) -> None:
-        notice = Notice(
-            what=f"{what} of {credentials[0].handoff_id}",
-            credentials=credentials,
-            send=send,
-            expires_at=time.monotonic() + self._settings.ticket_ttl_s,
-        )
-        with self._lock:
-            if not self._reader(owner).notify(notice):
-                raise self._closed_error()
-
-    def _reader(self, owner: PeerId) -> PeerReader:
-        """The reader of ``owner``. Holds the lock, which keeps it from being dropped."""
-        if self._state is not EngineState.RUNNING:
-            raise self._not_running()
-        reader = self._readers.get(owner)
-        if reader is None:
-            links = PeerLinks(
-                owner,
-                Caller(self._info.peer, self._info.incarnation),
-                self._info.layout_hash,
-                self._discovery,
-                self._transports,
-                self._settings,
-            )
-            reader = PeerReader(owner, links, self._memory, self._budget, self._settings)
-            self._readers[owner] = reader
-        return reader
 
     def _on_peer_event(self, event: PeerEvent) -> None:
-        record = event.record
-        left = event.kind == "left"
-        if not left and not record.incarnation:
-            return
-        alive = "" if left else record.incarnation
-        self._table.reader_left(record.peer, alive)
-        with self._lock:
-            reader = self._readers.get(record.peer)
-        if reader is not None:
-            reader.fail_starts_but(
-                alive,
-                lambda: PeerUnreachable(
-                    "it left" if left else "it started anew",
-                    phase=Phase.DISCOVER,
-                    peer=str(record.peer),
-                ),
-            )
-        if left:
-            self._dismiss_readers_of_departed()
-
-    def _dismiss_readers_of_departed(self) -> None:
-        """Peers come and go under new names: keep nothing of those that are gone."""
-        with self._lock:
-            for peer, reader in list(self._readers.items()):
-                if reader.quiet and self._discovery.lookup(peer) is None:
-                    del self._readers[peer]
-                    reader.shut(self._closed_error)
-                    self._dismissed.append(reader)
-            self._dismissed = [reader for reader in self._dismissed if reader.alive]
+        peer, incarnation = event.record.peer, event.record.incarnation
+        if event.kind is PeerEventKind.LEFT:
+            self._table.reader_left(peer)
+            self._readers.owner_left(peer)
+        elif incarnation:
+            self._table.reader_left(peer, alive=incarnation)
+            self._readers.owner_started(peer, incarnation)
 
     def _expire_later(self, handoff_id: str, at_s: float) -> None:
         self._timer.schedule(at_s, lambda: self._expire(handoff_id))
@@ -449,32 +374,13 @@ class TransferEngine:
 
     def _check_open(self) -> None:
         if self._state is EngineState.CLOSED:
-            raise self._closed_error()
+            raise closed_error()
 
     def _check_running(self) -> None:
         if self._state is not EngineState.RUNNING:
-            raise self._not_running()
-
-    def _not_running(self) -> TransferError:
-        return TransferCancelled(
-            f"the engine is {self._state.value}, not running", phase=Phase.REGISTER
-        )
-
-    def _closed_error(self) -> TransferError:
-        return TransferCancelled("the engine is closed", phase=Phase.READ)
-
-
-def _renew(credentials: list[Credentials], link: Link, timeout_s: float) -> None:
-    renewed = link.control.renew(credentials, timeout_s)
-    for one, still_offered in zip(credentials, renewed, strict=True):
-        if not still_offered:
-            logger.debug("renewal of %s came too late", one.handoff_id)
-
-
-def _join(readers: Sequence[PeerReader]) -> None:
-    notices_until = time.monotonic() + _LAST_NOTICES_S
-    for reader in readers:
-        reader.join(max(0.0, notices_until - time.monotonic()))
+            raise TransferCancelled(
+                f"the engine is {self._state.value}, not running", phase=Phase.REGISTER
+            )
 
 
 def _nothing() -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from transfer.errors import DeadlineExceeded, Phase, TransferCancelled, TransferError
-from transfer.transports.base import Interrupt, ReadSession
+from transfer.transports.base import ReadSession
+from transfer.transports.interrupt import Interrupt
 from transfer.types import PeerId
 
 
@@ -34,17 +35,15 @@ _FINAL = (TransferState.DONE, TransferState.FAILED, TransferState.CANCELLED)
 
 @dataclass(frozen=True, slots=True)
 class TransferTimings:
-    """Seconds spent in each state of a read; 0 for states not reached."""
+    """How long a read took, in seconds.
 
-    queued_s: float = 0.0
-    connect_s: float = 0.0
-    read_s: float = 0.0
-    confirm_s: float = 0.0
+    Attributes:
+        read_s: while bytes came; 0 if it did not get that far.
+        total_s: from submission to the end, or until now.
+    """
 
-    @property
-    def total_s(self) -> float:
-        """From submission to the end, or until now."""
-        return self.queued_s + self.connect_s + self.read_s + self.confirm_s
+    read_s: float
+    total_s: float
 
 
 class TransferHandle:
@@ -99,15 +98,16 @@ class TransferHandle:
     @property
     def timings(self) -> TransferTimings:
         with self._lock:
-            history = [*self._history, (self._state, time.monotonic())]
-        spent: dict[TransferState, float] = {}
-        for (state, since), (_, until) in itertools.pairwise(history):
-            spent[state] = spent.get(state, 0.0) + until - since
+            history = list(self._history)
+        if not history[-1][0].is_final:
+            history.append((history[-1][0], time.monotonic()))
         return TransferTimings(
-            queued_s=spent.get(TransferState.QUEUED, 0.0),
-            connect_s=spent.get(TransferState.CONNECTING, 0.0),
-            read_s=spent.get(TransferState.READING, 0.0),
-            confirm_s=spent.get(TransferState.CONFIRMING, 0.0),
+            read_s=sum(
+                until - since
+                for (state, since), (_, until) in itertools.pairwise(history)
+                if state is TransferState.READING
+            ),
+            total_s=history[-1][1] - history[0][1],
         )
 
     def cancel(self) -> None:

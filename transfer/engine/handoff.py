@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from fractions import Fraction
 
-from transfer.transports.base import Caller
-from transfer.types import SpanArray
+from transfer.types import ReaderProcess, SpanArray
 
 
 class HandoffState(StrEnum):
@@ -32,7 +31,6 @@ class Offer:
         readers: how many distinct readers must release before the hand-off ends; those that
             share (``Credentials.share``) count as one together.
         ttl_s: life without a read or a renewal, each of which begins it anew.
-        num_blocks: for statistics only.
         ready: whether the bytes are there. Readers of an offer that is not wait until it is; it can
             be given up, renewed and ended before.
     """
@@ -43,7 +41,6 @@ class Offer:
     grant: SpanArray
     readers: int
     ttl_s: float
-    num_blocks: int
     ready: bool = True
 
 
@@ -54,32 +51,11 @@ class EndedHandoff:
     Attributes:
         state: ``RELEASED``, ``ABORTED`` or ``EXPIRED``.
         reason: for people.
-        age_s: from the offer to the end.
     """
 
     handoff_id: str
-    fence: int
     state: HandoffState
     reason: str
-    num_blocks: int
-    age_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class OfferSnapshot:
-    """One live hand-off, for statistics.
-
-    Attributes:
-        readers_left: releases still missing.
-        expires_in_s: seconds until it expires if nobody renews.
-    """
-
-    handoff_id: str
-    state: HandoffState
-    num_blocks: int
-    readers_left: int
-    age_s: float
-    expires_in_s: float
 
 
 class Permit:
@@ -117,15 +93,13 @@ class Handoff:
 
     offer: Offer
     cover: SpanArray
-    offered_at_s: float
     deadline_s: float
     state: HandoffState = HandoffState.OFFERED
     reason: str = ""
-    ended_at_s: float = 0.0
     # Reader names: how each was counted off, and which process reads for those that were not.
     released: dict[str, Release] = field(default_factory=dict)
     counted_off: Fraction | int = 0
-    reading: dict[str, Caller] = field(default_factory=dict)
+    reading: dict[str, ReaderProcess] = field(default_factory=dict)
     # One-sided reads that began: their ids, and the reader's name.
     one_sided: dict[str, str] = field(default_factory=dict)
     permits: set[Permit] = field(default_factory=set)

@@ -18,14 +18,12 @@ from transfer.engine.handoff import (
     Handoff,
     HandoffState,
     Offer,
-    OfferSnapshot,
     Permit,
     Release,
 )
 from transfer.errors import HandoffNotReady, HandoffRefused, Phase, RegistrationError
 from transfer.spans import check_spans, coverage, empty_spans, lies_within
-from transfer.transports.base import Caller
-from transfer.types import Claim, PeerId, SpanArray
+from transfer.types import Claim, PeerId, ReaderProcess, SpanArray
 
 REMEMBERED_ENDS = 4096
 """Ended hand-offs that are kept to tell a late reader why, and to answer a repeated release."""
@@ -92,11 +90,11 @@ class HandoffTable:
                 Phase.REGISTER,
             )
         cover = coverage(check_spans(offer.grant))
-        now = self._clock()
+        deadline_s = self._clock() + offer.ttl_s
         with self._lock:
             if offer.handoff_id in self._live or offer.handoff_id in self._over:
                 raise _refused("offered before", offer.handoff_id, Phase.REGISTER)
-            self._live[offer.handoff_id] = Handoff(offer, cover, now, now + offer.ttl_s)
+            self._live[offer.handoff_id] = Handoff(offer, cover, deadline_s)
             self._highest_fence = max(self._highest_fence, offer.fence)
 
     def secret_of(self, claim: Claim) -> str:
@@ -118,7 +116,7 @@ class HandoffTable:
 
     def begin_read(
         self,
-        caller: Caller,
+        reader: ReaderProcess,
         claim: Claim,
         spans: SpanArray,
         revoke: Callable[[], None],
@@ -130,13 +128,13 @@ class HandoffTable:
         """
         self._check_before_read(claim, spans)
         with self._lock:
-            handoff = self._begun(caller, claim, spans)
+            handoff = self._begun(reader, claim, spans)
             permit = Permit(handoff, revoke)
             handoff.permits.add(permit)
             return permit
 
     def begin_one_sided_read(
-        self, caller: Caller, claim: Claim, spans: SpanArray, read_id: str
+        self, reader: ReaderProcess, claim: Claim, spans: SpanArray, read_id: str
     ) -> None:
         """Admit one read; see :class:`~transfer.transports.base.OwnerService`.
 
@@ -145,7 +143,7 @@ class HandoffTable:
         """
         self._check_before_read(claim, spans)
         with self._lock:
-            handoff = self._begun(caller, claim, spans)
+            handoff = self._begun(reader, claim, spans)
             reads = handoff.one_sided
             if not read_id or reads.get(read_id, claim.reader) != claim.reader:
                 raise _refused("read id empty or another reader's", claim.handoff_id)
@@ -250,8 +248,8 @@ class HandoffTable:
         with self._lock:
             for handoff in list(self._live.values()):
                 died = any(
-                    caller.peer == peer and not (alive and caller.incarnation == alive)
-                    for caller in handoff.reading.values()
+                    reader.peer == peer and not (alive and reader.incarnation == alive)
+                    for reader in handoff.reading.values()
                 )
                 if died:
                     reason = f"reader {peer} died"
@@ -278,29 +276,10 @@ class HandoffTable:
             return [
                 EndedHandoff(
                     handoff_id=handoff.offer.handoff_id,
-                    fence=handoff.offer.fence,
                     state=handoff.state,
                     reason=handoff.reason,
-                    num_blocks=handoff.offer.num_blocks,
-                    age_s=handoff.ended_at_s - handoff.offered_at_s,
                 )
                 for handoff in taken
-            ]
-
-    def snapshot(self) -> list[OfferSnapshot]:
-        """The live hand-offs, oldest first."""
-        now = self._clock()
-        with self._lock:
-            return [
-                OfferSnapshot(
-                    handoff_id=handoff.offer.handoff_id,
-                    state=handoff.state,
-                    num_blocks=handoff.offer.num_blocks,
-                    readers_left=handoff.readers_left,
-                    age_s=now - handoff.offered_at_s,
-                    expires_in_s=handoff.deadline_s - now,
-                )
-                for handoff in self._live.values()
             ]
 
     def _check_before_read(self, claim: Claim, spans: SpanArray) -> None:
@@ -310,7 +289,7 @@ class HandoffTable:
             raise _refused(error.message, claim.handoff_id) from error
         self._expire_if_due(claim.handoff_id)
 
-    def _begun(self, caller: Caller, claim: Claim, spans: SpanArray) -> Handoff:
+    def _begun(self, reader: ReaderProcess, claim: Claim, spans: SpanArray) -> Handoff:
         """The hand-off, in which a read of ``spans`` is admitted. Holds the lock."""
         handoff = self._admitted(claim, Phase.READ)
         if claim.reader in handoff.released:
@@ -322,7 +301,7 @@ class HandoffTable:
                 "its bytes are not there yet", phase=Phase.READ, handoff_id=claim.handoff_id
             )
         self._check_name(handoff, claim, Phase.READ)
-        handoff.reading[claim.reader] = caller
+        handoff.reading[claim.reader] = reader
         handoff.state = HandoffState.READING
         self._extend(handoff)
         return handoff
@@ -395,7 +374,6 @@ class HandoffTable:
         """Move a live hand-off to an end state; gives the permits to revoke without the lock."""
         handoff.state = state
         handoff.reason = reason
-        handoff.ended_at_s = self._clock()
         for permit in handoff.permits:
             permit.valid = False
         # Thousands of ended hand-offs are remembered: not with their spans.

@@ -9,8 +9,8 @@ from transfer.engine.handoff import Permit
 from transfer.engine.handoffs import HandoffTable
 from transfer.engine.memory import MemoryTable
 from transfer.errors import HandoffRefused, Phase, RegistrationError, TransportUnavailable
-from transfer.transports.base import Caller, ReadPermit
-from transfer.types import Claim, PeerInfo, SpanArray
+from transfer.transports.base import ReadPermit
+from transfer.types import Claim, PeerInfo, ReaderProcess, SpanArray
 
 
 class Owner:
@@ -24,7 +24,7 @@ class Owner:
     def info(self) -> PeerInfo:
         return self._info
 
-    def reached_at(self, addresses: tuple[str, ...]) -> None:
+    def advertise(self, addresses: tuple[str, ...]) -> None:
         """Tell readers from now on that memory can also be read at ``addresses``."""
         self._info = replace(self._info, addresses=addresses)
 
@@ -33,12 +33,12 @@ class Owner:
 
     def begin_read(
         self,
-        caller: Caller,
+        reader: ReaderProcess,
         claim: Claim,
         spans: SpanArray,
         revoke: Callable[[], None],
     ) -> Permit:
-        permit = self._table.begin_read(caller, claim, spans, revoke)
+        permit = self._table.begin_read(reader, claim, spans, revoke)
         try:
             self._check_sendable(claim, spans)
         except (HandoffRefused, TransportUnavailable):
@@ -57,9 +57,9 @@ class Owner:
         self._table.end_read(permit)
 
     def begin_one_sided_read(
-        self, caller: Caller, claim: Claim, spans: SpanArray, read_id: str
+        self, reader: ReaderProcess, claim: Claim, spans: SpanArray, read_id: str
     ) -> None:
-        self._table.begin_one_sided_read(caller, claim, spans, read_id)
+        self._table.begin_one_sided_read(reader, claim, spans, read_id)
         self._check_registered(claim, spans)
 
     def release(self, claim: Claim, *, used: bool, read_id: str) -> None:

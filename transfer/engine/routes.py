@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from transfer.errors import Phase, TransportUnavailable
-from transfer.transports.base import Caller, ControlChannel, DataChannel, Transport
+from transfer.transports.base import ControlChannel, DataChannel, Transport
+from transfer.types import ReaderProcess
 
 
 class DataRoutes:
@@ -27,13 +28,13 @@ class DataRoutes:
     def __init__(
         self,
         routes: Iterable[tuple[Transport, str]],
-        caller: Caller,
+        reader: ReaderProcess,
         control: ControlChannel,
         announce: Callable[[str], None],
     ) -> None:
         self._left = deque(routes)
         self._schemes = [transport.scheme for transport, _ in self._left]
-        self._caller = caller
+        self._reader = reader
         self._control = control
         self._announce = announce
         self._lock = threading.Lock()
@@ -78,7 +79,7 @@ class DataRoutes:
         while self._left:
             route = transport, address = self._left.popleft()
             try:
-                channel = transport.open_data(address, self._caller, self._control)
+                channel = transport.open_data(address, self._reader, self._control)
             except TransportUnavailable as error:
                 self._reasons[route] = error.message
                 continue

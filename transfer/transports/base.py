@@ -8,39 +8,14 @@ data implements :class:`Transport`; one that can also carry control implements
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
-from transfer.errors import Phase, TransferError, TransportUnavailable
-from transfer.types import Claim, Credentials, DmaBuf, PeerId, PeerInfo, ReadPlan, SpanArray
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What a transport can do.
-
-    Attributes:
-        same_host: only reaches peers on the same host.
-        one_sided: the owner's processor takes no part in a read and so cannot refuse one.
-        encrypted: bytes cannot be read on the way.
-    """
-
-    same_host: bool
-    one_sided: bool
-    encrypted: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who opens a connection, as it says itself in the handshake."""
-
-    peer: PeerId
-    incarnation: str
+from transfer.errors import Phase, TransportUnavailable
+from transfer.transports.interrupt import Interrupt
+from transfer.types import Claim, Credentials, DmaBuf, PeerInfo, ReaderProcess, ReadPlan, SpanArray
 
 
 class ReadPermit(Protocol):
@@ -68,7 +43,7 @@ class OwnerService(Protocol):
 
     def begin_read(
         self,
-        caller: Caller,
+        reader: ReaderProcess,
         claim: Claim,
         spans: SpanArray,
         revoke: Callable[[], None],
@@ -86,7 +61,7 @@ class OwnerService(Protocol):
         ...
 
     def begin_one_sided_read(
-        self, caller: Caller, claim: Claim, spans: SpanArray, read_id: str
+        self, reader: ReaderProcess, claim: Claim, spans: SpanArray, read_id: str
     ) -> None:
         """Check and admit one read of ``spans`` in which the owner takes no part.
 
@@ -109,52 +84,6 @@ class OwnerService(Protocol):
     def renew(self, claim: Claim) -> None: ...
 
     def abort_by_reader(self, claim: Claim, reason: str) -> None: ...
-
-
-class Interrupt:
-    """Stops one read from outside. Thread-safe; the first error wins."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._error: TransferError | None = None
-        self._callbacks: list[Callable[[], None]] = []
-
-    def __repr__(self) -> str:
-        return f"<Interrupt {'set' if self._error else 'clear'}>"
-
-    @property
-    def error(self) -> TransferError | None:
-        return self._error
-
-    def set(self, error: TransferError) -> None:
-        """Stop the read with ``error``: calls every watcher, none of which may block."""
-        with self._lock:
-            if self._error is not None:
-                return
-            self._error = error
-            for callback in self._callbacks:
-                callback()
-
-    def check(self) -> None:
-        """Raise the error if there is one."""
-        if self._error is not None:
-            raise self._error
-
-    @contextmanager
-    def watched_by(self, callback: Callable[[], None]) -> Iterator[None]:
-        """Call ``callback`` if the interrupt is set within the block.
-
-        Raises:
-            TransferError: the interrupt's error, when it is set already.
-        """
-        with self._lock:
-            self.check()
-            self._callbacks.append(callback)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._callbacks.remove(callback)
 
 
 class ReadSession(ABC):
@@ -314,13 +243,13 @@ class Attachment(ABC):
 class Listener(ABC):
     """Serves an owner's memory to its readers on threads of its own."""
 
-    def attach(self, caller: Caller) -> Attachment:
+    def attach(self, reader: ReaderProcess) -> Attachment:
         """A reader wants to set something up over its control connection.
 
         Raises:
             TransportUnavailable: this transport has nothing to set up.
         """
-        raise TransportUnavailable("nothing to set up", phase=Phase.CONNECT, peer=str(caller.peer))
+        raise TransportUnavailable("nothing to set up", phase=Phase.CONNECT, peer=str(reader.peer))
 
     @property
     @abstractmethod
@@ -341,7 +270,8 @@ class Transport(ABC):
     """A way to move bytes, named by the scheme of its addresses. Thread-safe."""
 
     scheme: str
-    capabilities: Capabilities
+    encrypts: bool
+    """Whether nobody on the way can read the bytes."""
 
     def add_memory(  # noqa: B027  # most need not know
         self, address: int, length: int, dmabuf: DmaBuf | None
@@ -369,7 +299,9 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def open_data(self, address: str, caller: Caller, control: ControlChannel) -> DataChannel:
+    def open_data(
+        self, address: str, reader: ReaderProcess, control: ControlChannel
+    ) -> DataChannel:
         """A channel for reads. May, but need not, connect already.
 
         Raises:
@@ -394,7 +326,7 @@ class ControlTransport(Transport):
 
     @abstractmethod
     def open_control(
-        self, address: str, caller: Caller, credentials: Credentials, timeout_s: float
+        self, address: str, reader: ReaderProcess, credentials: Credentials, timeout_s: float
     ) -> ControlChannel:
         """Connect and shake hands: each end proves that it knows the secret of one hand-off.
 

@@ -39,7 +39,7 @@ class Transports:
         for scheme in allowed:
             make = _DATA_ONLY.get(scheme)
             transport = self.control if make is None else make(settings)
-            if self._forced or not settings.tls_ca or transport.capabilities.encrypted:
+            if self._forced or not settings.tls_ca or transport.encrypts:
                 self._by_scheme[scheme] = transport
             else:
                 # Who asks for TLS does not expect bytes to go in the clear beside it.
@@ -49,12 +49,12 @@ class Transports:
         return f"<Transports {', '.join(self._by_scheme)}>"
 
     def listen(
-        self, service: OwnerService, reached_at: Callable[[tuple[str, ...]], None]
+        self, service: OwnerService, advertise: Callable[[tuple[str, ...]], None]
     ) -> list[Listener]:
         """Serve on every transport, the one for control first.
 
         Args:
-            reached_at: told the addresses of all but that one before it accepts anybody.
+            advertise: told the addresses of all but that one before it accepts anybody.
 
         Raises:
             ConfigurationError: an address cannot be listened on, or the settings name a transport
@@ -69,7 +69,7 @@ class Transports:
                     for listener in self._listen_if_possible(transport, service):
                         listeners.append(listener)
                         by_scheme[transport.scheme] = listener
-            reached_at(tuple(listener.address for listener in listeners))
+            advertise(tuple(listener.address for listener in listeners))
             listeners.insert(0, self.control.listen(service, by_scheme))
             listening = True
             return listeners

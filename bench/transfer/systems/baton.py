@@ -54,6 +54,10 @@ def _spans(base: int, where: Scatter, remote: bool) -> SpanArray:
     return spans
 
 
+# What --before measures may be a build in which an offer says how many blocks it has.
+_COUNTED: dict[str, Any] = {"num_blocks": 0} if "num_blocks" in Offer.__dataclass_fields__ else {}
+
+
 class Owner(OwnerEnd):
     def open(self, pool: Pool, scratch: str) -> dict[str, Any]:
         self._base = pool.address
@@ -70,9 +74,7 @@ class Owner(OwnerEnd):
         grant = _spans(self._base, where, remote=True)
         # Every read is confirmed, which ends it for its reader: so each goes by another name.
         # By position, as other builds have other names for the secret.
-        self._engine.offer(
-            Offer(handoff_id, self._fence, secret, grant, reads, _TTL_S, where.remote.size)
-        )
+        self._engine.offer(Offer(handoff_id, self._fence, secret, grant, reads, _TTL_S, **_COUNTED))
         return asdict(Credentials(handoff_id, _INCARNATION, self._fence, secret, ""))
 
     def close(self) -> None:

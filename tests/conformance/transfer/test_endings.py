@@ -17,6 +17,7 @@ from tests.support.transfers.engines import (
     Pair,
     engine_pair,
     fails,
+    live_offers,
     make_engine,
     never_planned,
     succeeds,
@@ -35,9 +36,8 @@ from transfer.errors import (
     Phase,
     TransferCancelled,
 )
-from transfer.transports.base import Caller
 from transfer.transports.tcp.transport import TcpTransport
-from transfer.types import Claim, PeerId, PeerInfo, ReadPlan
+from transfer.types import Claim, PeerId, PeerInfo, ReaderProcess, ReadPlan
 
 STALL_AT_BYTES = 3 << 20
 
@@ -90,10 +90,10 @@ def test_a_reader_that_is_quicker_than_the_offer(pair: Pair) -> None:
     assert not handle.wait(0.1)
     spans = pair.remote.spans(range(pair.remote.num_blocks))
     for late in (proof, other):
-        pair.owner.offer(Offer(late.handoff_id, late.fence, late.secret, spans, 1, 30.0, 1))
+        pair.owner.offer(Offer(late.handoff_id, late.fence, late.secret, spans, 1, 30.0))
     succeeds(handle)
     assert pair.local_is_remote()
-    assert wait_until(lambda: not pair.owner.offers())
+    assert wait_until(lambda: not live_offers(pair.owner))
     assert {one.handoff_id for one in pair.owner.take_ended()} == {
         earlier.handoff_id,
         proof.handoff_id,
@@ -132,14 +132,14 @@ def test_renewal_keeps_an_offer_alive(pair: Pair) -> None:
 
 def test_an_offer_expires_without_anybody_asking(pair: Pair) -> None:
     pair.offer(ttl_s=0.05)
-    assert wait_until(lambda: pair.owner.offers() == [])
+    assert wait_until(lambda: live_offers(pair.owner) == [])
     assert [one.state for one in pair.owner.take_ended()] == [HandoffState.EXPIRED]
 
 
 def test_a_reader_aborts(pair: Pair) -> None:
     proof = pair.offer(readers=2)
     control = TcpTransport(pair.settings).open_control(
-        pair.owner.addresses[0], Caller(PeerId("proxy", 0), "p-1"), proof, 2.0 * SLOWNESS
+        pair.owner.addresses[0], ReaderProcess(PeerId("proxy", 0), "p-1"), proof, 2.0 * SLOWNESS
     )
     try:
         control.abort(proof, "client gone", 2.0 * SLOWNESS)

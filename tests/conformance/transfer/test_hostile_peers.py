@@ -19,6 +19,7 @@ from tests.support.transfers.engines import (
     Pair,
     engine_pair,
     fails,
+    live_offers,
     succeeds,
     take_ended,
     wait_until,
@@ -98,7 +99,7 @@ def test_a_request_for_more_than_a_slice_may_have(pair: Pair) -> None:
         assert answer is not None
         assert answer.header.type is MessageType.ERROR
         assert reader.receive() is None
-    assert wait_until(lambda: pair.owner.offers()[0].state == "reading")
+    assert wait_until(lambda: live_offers(pair.owner)[0].state == "reading")
 
 
 def test_a_slow_stranger_is_cut_off(case: TransferCase) -> None:
@@ -118,7 +119,7 @@ def stuck_reader(pair: Pair) -> tuple[RawReader, Credentials]:
     rows[:, 1] = pair.remote.bytes.nbytes
     reader = RawReader(pair.owner.addresses[0], proof)
     reader.ask(MessageType.READ, 1, wire.encode_read(proof.claim, rows))
-    assert wait_until(lambda: pair.owner.offers()[0].state == "reading")
+    assert wait_until(lambda: live_offers(pair.owner)[0].state == "reading")
     time.sleep(0.05)
     return reader, proof
 

@@ -18,6 +18,7 @@ from tests.support.transfers.engines import (
     Buffer,
     Pair,
     engine_pair,
+    live_offers,
     succeeds,
     take_ended,
     wait_until,
@@ -136,8 +137,8 @@ def test_threads_that_do_whatever_they_like(case: TransferCase) -> None:
             handle.wait(5)
 
         def abort_what_is_read(block: int) -> None:
-            for offer in [] if calm.is_set() else pair.owner.offers()[::7]:
-                pair.owner.abort(offer.handoff_id, "hammered")
+            for live in [] if calm.is_set() else live_offers(pair.owner)[::7]:
+                pair.owner.abort(live.offer.handoff_id, "hammered")
             time.sleep(0.001)
 
         def register_and_forget(block: int) -> None:

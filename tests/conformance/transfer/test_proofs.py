@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from tests.support.transfers.engines import (
     Pair,
     engine_pair,
     fails,
+    live_offers,
     never_planned,
     succeeds,
     take_ended,
@@ -21,12 +23,11 @@ from tests.support.transfers.engines import (
 )
 from transfer.engine.handle import TransferHandle
 from transfer.errors import HandoffRefused, OwnerUnproven, ProtocolError
-from transfer.transports.base import Caller
 from transfer.transports.tcp.transport import TcpTransport
 from transfer.transports.tcp.wire import protocol as wire
 from transfer.transports.tcp.wire.proofs import PROOF_BYTES
 from transfer.transports.tcp.wire.protocol import MessageType
-from transfer.types import Credentials, PeerId, PeerInfo
+from transfer.types import Credentials, PeerId, PeerInfo, ReaderProcess
 
 
 def read_through(
@@ -45,7 +46,7 @@ def read_through(
 def is_as_if_nothing_had_been(pair: Pair, proof: Credentials, relay: MeddlingRelay) -> None:
     """The hand-off was released by nobody, its secret is one, and the true owner gives it."""
     assert proof.secret.encode() not in relay.seen
-    assert [offer.readers_left for offer in pair.owner.offers()] == [1]
+    assert [offer.readers_left for offer in live_offers(pair.owner)] == [1]
     pair.local.bytes[:] = 0
     succeeds(pair.read(proof))
     assert pair.local_is_remote()
@@ -66,11 +67,11 @@ def test_the_secret_never_crosses(pair: Pair) -> None:
         pair.reader.submit_renew(pair.owner_id, [proofs["renewed"]])
         pair.reader.submit_release(pair.owner_id, proofs["forfeited"], used=False)
         control = TcpTransport(pair.settings).open_control(
-            relay.address, Caller(PeerId("proxy", 0), "p"), proofs["aborted"], 5.0
+            relay.address, ReaderProcess(PeerId("proxy", 0), "p"), proofs["aborted"], 5.0
         )
         control.abort(proofs["aborted"], "given up", 5.0)
         control.close()
-        assert wait_until(lambda: len(pair.owner.offers()) == 1)
+        assert wait_until(lambda: len(live_offers(pair.owner)) == 1)
         assert wait_until(lambda: MessageType.RENEWED in [one.header.type for one in relay.answers])
     for proof in proofs.values():
         assert proof.secret.encode() not in relay.seen
@@ -143,11 +144,14 @@ def test_a_reader_that_does_not_know_the_secret_of_a_further_hand_off(pair: Pair
 
 
 def test_renewals_go_on_when_the_first_one_is_of_a_hand_off_nobody_knows(pair: Pair) -> None:
+    def left_s() -> float:
+        return live_offers(pair.owner)[0].deadline_s - time.monotonic()
+
     proof = pair.offer(ttl_s=30.0)
     gone = Credentials("f" * 32, "owner-1", 3, "s", "r")
-    assert wait_until(lambda: pair.owner.offers()[0].expires_in_s < 29.5)
+    assert wait_until(lambda: left_s() < 29.5)
     pair.reader.submit_renew(pair.owner_id, [gone, proof])
-    assert wait_until(lambda: pair.owner.offers()[0].expires_in_s > 29.5)
+    assert wait_until(lambda: left_s() > 29.5)
 
 
 # What follows speaks the protocol itself.
@@ -183,8 +187,8 @@ def test_what_was_overheard_is_of_no_use_on_another_connection(
     with RawReader(plain.owner.addresses[0], other) as thief:
         thief.sock.sendall(overheard)
         _is_refused(thief.receive(), "wrong secret")
-    assert [offer.readers_left for offer in plain.owner.offers()] == [1, 1]
-    assert {offer.state for offer in plain.owner.offers()} == {"offered"}
+    assert [offer.readers_left for offer in live_offers(plain.owner)] == [1, 1]
+    assert {offer.state for offer in live_offers(plain.owner)} == {"offered"}
 
 
 def test_a_request_counts_once_and_under_its_own_id(plain: Pair) -> None:

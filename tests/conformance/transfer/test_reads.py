@@ -16,6 +16,7 @@ from tests.support.transfers.engines import (
     Pair,
     engine_pair,
     fails,
+    live_offers,
     never_planned,
     succeeds,
     take_ended,
@@ -47,10 +48,10 @@ def test_a_read_moves_every_byte_and_ends_the_handoff(pair: Pair) -> None:
     assert pair.local_is_remote()
     assert handle.bytes_moved == pair.remote.bytes.nbytes
     timings = handle.timings
-    assert min(timings.connect_s, timings.read_s, timings.confirm_s) > 0
+    assert 0 < timings.read_s < timings.total_s
     (ended,) = take_ended(pair.owner)
     assert (ended.handoff_id, ended.state) == (handle.handoff_id, HandoffState.RELEASED)
-    assert pair.owner.offers() == []
+    assert live_offers(pair.owner) == []
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_a_big_layout_arrives(pair: Pair) -> None:
 
     with pair.engine("wordy", layout=layout) as wordy:
         proof = Credentials("f" * 32, "wordy-1", 1, "secret", "r")
-        wordy.offer(Offer(proof.handoff_id, 1, proof.secret, empty_spans(), 1, 30.0, 0))
+        wordy.offer(Offer(proof.handoff_id, 1, proof.secret, empty_spans(), 1, 30.0))
         handle = pair.reader.submit_read(PeerId("wordy", 0), proof, planner, 5)
         fails(handle, LayoutMismatch, "not ours")
     assert seen == [layout]
@@ -291,7 +292,7 @@ def test_one_bad_span_fails_the_whole_read(pair: Pair) -> None:
     blocks = [*range(10), 11]
     plan = ReadPlan(pair.local.spans(blocks), pair.remote.spans(blocks))
     fails(pair.read(proof, plan), HandoffRefused, "outside")
-    assert [one.handoff_id for one in pair.owner.offers()] == [proof.handoff_id]
+    assert [one.offer.handoff_id for one in live_offers(pair.owner)] == [proof.handoff_id]
     assert pair.owner.take_ended() == []
 
 

@@ -30,8 +30,8 @@ from transfer.errors import (
     Phase,
     TransportUnavailable,
 )
+from transfer.transports import process_memory
 from transfer.transports.shm import address as shm_address
-from transfer.transports.shm import process_memory
 from transfer.transports.shm.address import Host, ShmAddress
 from transfer.types import ReadPlan, SpanArray
 
@@ -81,7 +81,7 @@ def change_address(pair: Pair, monkeypatch: pytest.MonkeyPatch, **changed: objec
     listener = pair.owner._listeners[1]
     wrong = replace(ShmAddress.parse(listener.address), **changed)  # type: ignore[arg-type]
     conversation = pair.owner._listeners[0]._service  # type: ignore[attr-defined]
-    conversation.reached_at((str(wrong),))
+    conversation.advertise((str(wrong),))
 
 
 def test_same_host_is_used_by_itself(auto: Pair, caplog: pytest.LogCaptureFixture) -> None:

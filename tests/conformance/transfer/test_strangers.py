@@ -15,8 +15,15 @@ from tests.support.network.raw_connections import RawReader, receive, until_clos
 from tests.support.network.strangers import strangers
 from tests.support.servers.certificates import TlsFiles
 from tests.support.transfers.cases import TransferCase
-from tests.support.transfers.engines import Buffer, Pair, engine_pair, succeeds, wait_until
-from transfer.transports.base import Interrupt
+from tests.support.transfers.engines import (
+    Buffer,
+    Pair,
+    engine_pair,
+    live_offers,
+    succeeds,
+    wait_until,
+)
+from transfer.transports.interrupt import Interrupt
 from transfer.transports.tcp.places import MAX_STRANGERS
 from transfer.transports.tcp.transport import TcpTransport
 from transfer.transports.tcp.wire import protocol as wire
@@ -89,8 +96,8 @@ def test_a_connection_that_nothing_was_asked_on_is_no_stranger_s(case: TransferC
     with engine_pair(settings=settings) as pair:
         transport, proof = TcpTransport(settings), pair.offer()
         address = pair.owner.addresses[0]
-        control = transport.open_control(address, raw_connections.CALLER, proof, 5.0)
-        data = transport.open_data(address, raw_connections.CALLER, control)
+        control = transport.open_control(address, raw_connections.STRANGER, proof, 5.0)
+        data = transport.open_data(address, raw_connections.STRANGER, control)
         local = Buffer(64, fill=0)
         plan = ReadPlan(local.spans(range(64)), pair.remote.spans(range(64)))
         data.open_read(proof, plan, 5.0).close()
@@ -134,7 +141,7 @@ def test_what_a_stranger_asks_for_is_not_even_taken_in(
         assert until_closed(sock) == b""
         # It waited for nothing that was announced.
         assert time.monotonic() - begun < plain.settings.connect_timeout_s / 2
-    assert {offer.state for offer in plain.owner.offers()} == {"offered"}
+    assert {offer.state for offer in live_offers(plain.owner)} == {"offered"}
 
 
 def test_nobody_greets_with_a_hand_off_that_does_not_exist(plain: Pair) -> None:

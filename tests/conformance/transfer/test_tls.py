@@ -26,6 +26,7 @@ from tests.support.transfers.engines import (
     Pair,
     engine_pair,
     fails,
+    live_offers,
     make_engine,
     succeeds,
     wait_until,
@@ -33,11 +34,11 @@ from tests.support.transfers.engines import (
 from transfer.addressing import parse_address
 from transfer.errors import ConfigurationError, TlsRefused
 from transfer.settings import TransferSettings
-from transfer.transports.bounce import BounceBuffer
-from transfer.transports.shm import process_memory
+from transfer.transports import process_memory
+from transfer.transports.tcp.streams.bounce import BounceBuffer
 from transfer.transports.tcp.streams.socket_options import SocketOptions
 from transfer.transports.tcp.streams.tls import TlsContexts
-from transfer.transports.tcp.streams.tls_stream import TlsStream
+from transfer.transports.tcp.streams.tls_stream import InTheClear, TlsStream
 from transfer.types import SpanArray
 
 
@@ -149,7 +150,7 @@ def test_bytes_on_the_way_cannot_be_read_nor_changed(case: TransferCase) -> None
             proxy.change = True
             proof = pair.offer()
             fails(pair.read(proof), TlsRefused)
-            assert [one.handoff_id for one in pair.owner.offers()] == [proof.handoff_id]
+            assert [one.offer.handoff_id for one in live_offers(pair.owner)] == [proof.handoff_id]
 
 
 class ChangingProxy(StallingProxy):
@@ -362,7 +363,7 @@ def test_a_connection_that_breaks_as_it_is_accepted_is_closed(
         far.settimeout(2)
         # What was caught holds the frames, and so all that they had.
         with pytest.raises(OSError, match="is gone") as caught:
-            TlsStream.accepted(contexts, near, "peer", SocketOptions())
+            TlsStream.accepted(contexts, near, "peer", SocketOptions(), InTheClear(b"", b""))
         assert far.recv(1) == b""
         assert caught.value.errno == errno.EINVAL
 

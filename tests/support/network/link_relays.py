@@ -17,7 +17,9 @@ from typing import Any, Self, TypeVar
 
 from tests.support.load.world import World
 from transfer.addressing import parse_address
-from transfer.discovery.etcd_client import EtcdConnector, EtcdUnavailable, KeyValue
+from transfer.discovery.etcd_client import EtcdUnavailable
+from transfer.discovery.etcd_connector import EtcdConnector
+from transfer.discovery.listing import KeyValue
 from transfer.discovery.record import workers_prefix
 from transfer.discovery.settings import EtcdSettings
 

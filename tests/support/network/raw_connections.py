@@ -7,14 +7,13 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from transfer.addressing import parse_address
-from transfer.transports.base import Caller
 from transfer.transports.tcp.wire import protocol as wire
 from transfer.transports.tcp.wire.proofs import NONCE_BYTES, PROOF_BYTES, Buffer, ConnectionProofs
 from transfer.transports.tcp.wire.protocol import Header, MessageType
-from transfer.types import Credentials, PeerId, PeerInfo
+from transfer.types import Credentials, PeerId, PeerInfo, ReaderProcess
 
 NONCE = bytes(range(NONCE_BYTES))
-CALLER = Caller(PeerId("stranger", 0), "s-1")
+STRANGER = ReaderProcess(PeerId("stranger", 0), "s-1")
 
 
 class Message(NamedTuple):
@@ -48,7 +47,7 @@ def until_closed(sock: socket.socket) -> bytes:
 
 def hello(credentials: Credentials, nonce: bytes = NONCE) -> bytes:
     """The body of a reader's greeting."""
-    return wire.encode_hello(CALLER, nonce, credentials.claim)
+    return wire.encode_hello(STRANGER, nonce, credentials.claim)
 
 
 def welcome(info: PeerInfo, greeting: bytes, secret: str) -> tuple[bytes, ConnectionProofs]:

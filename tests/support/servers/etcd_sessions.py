@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import pyetcd
 
 from tests.support.servers.etcd_server import EtcdServer
-from transfer.discovery import Discovery, PeerEvent, PeerEventKind
+from transfer.discovery.base import Discovery, PeerEvent, PeerEventKind
 from transfer.types import WorkerRecord
 
 TTL_S = 2

@@ -20,7 +20,7 @@ from tests.support.scripted.servers import (
     Server,
     Step,
 )
-from transfer.discovery import StaticDiscovery
+from transfer.discovery.static import StaticDiscovery
 from transfer.types import PeerId, WorkerRecord
 
 

@@ -14,8 +14,8 @@ from tests.support.network.stalling_proxy import StallingProxy
 from tests.support.transfers.stalling_lanes import StallingLanes
 from tests.support.transfers.stalling_memory import StallingMemory
 from transfer.settings import TransferSettings
-from transfer.transports.rdma.verbs import device_names
-from transfer.transports.shm.process_memory import read_process_memory
+from transfer.transports.process_memory import read_process_memory
+from transfer.transports.rdma.verbs.device import device_names
 
 _STALLS: dict[str, type[StallingProxy]] = {"shm": StallingMemory, "rdma": StallingLanes}
 

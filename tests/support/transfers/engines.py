@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer.discovery.base import PeerEvent, PeerEventKind
+from tests.support.transfers.handoffs import live
+from transfer.discovery.base import Discovery, Listener, PeerEvent, PeerEventKind
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
-from transfer.engine.handoff import EndedHandoff, Offer
+from transfer.engine.handoff import EndedHandoff, Handoff, Offer
 from transfer.errors import PeerUnknown, Phase, TransferError
 from transfer.settings import TransferSettings
 from transfer.spans import block_spans
@@ -30,16 +31,13 @@ SLOWNESS = 5 if os.environ.get("RDMA_VM") else 1
 """Time limits are so many times longer in the emulated machine of tests/rdma."""
 
 
-class Directory:
+class Directory(Discovery):
     """Discovery of a whole test: what one engine publishes, all see at once."""
-
-    superseded = False
-    overwritten = 0
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._records: dict[PeerId, WorkerRecord] = {}
-        self._listeners: list[Callable[[PeerEvent], None]] = []
+        self._listeners: list[Listener] = []
 
     def publish(self, record: WorkerRecord) -> None:
         with self._lock:
@@ -62,7 +60,21 @@ class Directory:
             raise PeerUnknown(f"not in {timeout_s} s", phase=Phase.DISCOVER, peer=str(peer))
         return record
 
-    def subscribe(self, listener: Callable[[PeerEvent], None]) -> Callable[[], None]:
+    def peers(self) -> tuple[WorkerRecord, ...]:
+        with self._lock:
+            return tuple(sorted(self._records.values(), key=lambda record: record.peer))
+
+    def ready(self, timeout_s: float) -> None:
+        pass  # it always is
+
+    @property
+    def healthy(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass  # it is everybody's
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
         with self._lock:
             self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
@@ -156,9 +168,7 @@ class Pair:
         """Offer everything, or ``grant``; gives what reader ``r`` needs."""
         proof = Credentials(uuid.uuid4().hex, "owner-1", 17, uuid.uuid4().hex, "r")
         spans = self.remote.spans(range(self.remote.num_blocks)) if grant is None else grant
-        self.owner.offer(
-            Offer(proof.handoff_id, proof.fence, proof.secret, spans, readers, ttl_s, 1)
-        )
+        self.owner.offer(Offer(proof.handoff_id, proof.fence, proof.secret, spans, readers, ttl_s))
         return proof
 
     def read(
@@ -208,6 +218,11 @@ def take_ended(engine: TransferEngine, timeout_s: float = 5.0 * SLOWNESS) -> lis
             return ended
         time.sleep(0.002)
     return []
+
+
+def live_offers(engine: TransferEngine) -> list[Handoff]:
+    """Its own hand-offs that are not over, oldest first."""
+    return live(engine._table)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0 * SLOWNESS) -> bool:

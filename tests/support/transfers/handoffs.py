@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from transfer.engine.handoff import Offer, Permit
+from transfer.engine.handoff import Handoff, Offer, Permit
 from transfer.engine.handoffs import HandoffTable
 from transfer.spans import block_spans
-from transfer.transports.base import Caller
-from transfer.types import Claim, PeerId, SpanArray
+from transfer.types import Claim, PeerId, ReaderProcess, SpanArray
 
 TTL_S = 10.0
-READER = Caller(PeerId("decode", 0), "d1")
+READER = ReaderProcess(PeerId("decode", 0), "d1")
 GRANT = block_spans(1 << 20, 64, 64, [1, 2, 9])
 
 
@@ -29,7 +28,13 @@ def make_table(clock: Clock) -> HandoffTable:
 
 
 def offer(handoff_id: str = "h", *, readers: int = 1, grant: SpanArray = GRANT) -> Offer:
-    return Offer(handoff_id, 7, "secret", grant, readers, TTL_S, num_blocks=3)
+    return Offer(handoff_id, 7, "secret", grant, readers, TTL_S)
+
+
+def live(table: HandoffTable) -> list[Handoff]:
+    """Those that are not over, oldest first."""
+    with table._lock:
+        return list(table._live.values())
 
 
 def claim(
@@ -47,7 +52,7 @@ def begin(
     table: HandoffTable,
     claimed: Claim | None = None,
     spans: SpanArray = GRANT,
-    caller: Caller = READER,
+    reader: ReaderProcess = READER,
     revoked: Callable[[], None] = lambda: None,
 ) -> Permit:
-    return table.begin_read(caller, claimed or claim(), spans, revoked)
+    return table.begin_read(reader, claimed or claim(), spans, revoked)

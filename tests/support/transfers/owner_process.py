@@ -72,7 +72,7 @@ def main() -> None:
         handoff_ids = [f"{number:032x}" for number in range(int(offers))]
         for number, handoff_id in enumerate(handoff_ids):
             grant = buffer.spans(range(buffer.num_blocks))
-            engine.offer(Offer(handoff_id, number, "secret", grant, 1, 60.0, buffer.num_blocks))
+            engine.offer(Offer(handoff_id, number, "secret", grant, 1, 60.0))
         report(
             asdict(
                 OwnerReport(

@@ -10,12 +10,13 @@ from typing import Self
 import numpy as np
 
 from tests.support.transfers.engines import Buffer
-from transfer.transports.rdma.device import close_rails, open_rails
 from transfer.transports.rdma.handshake import decode_answer, encode_request
 from transfer.transports.rdma.keys import KeyMap
+from transfer.transports.rdma.lane import Lane
 from transfer.transports.rdma.memory import RegisteredMemory
 from transfer.transports.rdma.owner import RdmaAttachment
-from transfer.transports.rdma.queue_pair import Lane, Work
+from transfer.transports.rdma.rails import close_rails, open_rails
+from transfer.transports.rdma.work import Work
 from transfer.types import ReadPlan
 
 NUM_BLOCKS = 16
@@ -104,7 +105,7 @@ def until_ended(lane: Lane, size: int) -> int:
 
 
 def with_keys(keys: KeyMap, number: int) -> KeyMap:
-    """The same pieces, all with key ``number``."""
+    """The same ranges, all with key ``number``."""
     return KeyMap(keys.starts, keys.ends, keys.bases, np.full_like(keys.keys, number))
 
 

@@ -32,7 +32,7 @@ from tests.support.transfers.engines import (
 from tests.support.transfers.reporting_process import report, reporting_process
 from transfer.engine.handle import TransferState
 from transfer.spans import block_spans
-from transfer.transports.rdma.queue_pair import Lane
+from transfer.transports.rdma.lane import Lane
 from transfer.transports.tcp.control import TcpControl
 from transfer.types import Credentials, PeerId, ReadPlan, WorkerRecord
 

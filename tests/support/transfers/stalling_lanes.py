@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from tests.support.network.stalling_proxy import StallingProxy
-from transfer.transports.rdma.queue_pair import Lane
+from transfer.transports.rdma.lane import Lane
 
 
 class StallingLanes(StallingProxy):

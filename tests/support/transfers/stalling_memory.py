@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.support.network.stalling_proxy import StallingProxy
-from transfer.transports.shm import process_memory
+from transfer.transports import process_memory
 from transfer.types import SpanArray
 
 _CRAWL_BYTES = 16

@@ -75,7 +75,6 @@ class PromptOffers:
                 grant=block_spans_of(self._layout, ticket.block_ids),
                 readers=ticket.readers,
                 ttl_s=offer.ttl_s,
-                num_blocks=len(ticket.block_ids),
                 ready=False,
             )
         )

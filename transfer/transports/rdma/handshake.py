@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from transfer.errors import Phase, ProtocolError
 
+SCHEME = "rdma"
 VERSION = 1
 MAX_PAIRS = 256
 

@@ -21,7 +21,7 @@ _HEAD = struct.Struct("<IH")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyMap:
-    """Keys of disjoint pieces of memory, in order of address.
+    """Keys of disjoint ranges of memory, in order of address.
 
     Attributes:
         starts: ``[n]`` addresses.
@@ -39,19 +39,19 @@ class KeyMap:
     @classmethod
     def of(cls, regions: Iterable[tuple[int, int, int, tuple[int, ...]]], rails: int) -> Self:
         """From (address, length, base, key per rail); regions may overlap."""
-        pieces: list[tuple[int, int, int, tuple[int, ...]]] = []
+        ranges: list[tuple[int, int, int, tuple[int, ...]]] = []
         reach = 0
         for address, length, base, keys in sorted(regions, key=lambda one: (one[0], -one[1])):
             # What an earlier region covers keeps its key: a read is cut where keys change.
             start, end = max(address, reach), address + length
             if start < end:
-                pieces.append((start, end, base + start - address, keys))
+                ranges.append((start, end, base + start - address, keys))
                 reach = end
         return cls(
-            np.array([piece[0] for piece in pieces], dtype=np.uint64),
-            np.array([piece[1] for piece in pieces], dtype=np.uint64),
-            np.array([piece[2] for piece in pieces], dtype=np.uint64),
-            np.array([piece[3] for piece in pieces], dtype=np.uint32).reshape(len(pieces), rails),
+            np.array([one[0] for one in ranges], dtype=np.uint64),
+            np.array([one[1] for one in ranges], dtype=np.uint64),
+            np.array([one[2] for one in ranges], dtype=np.uint64),
+            np.array([one[3] for one in ranges], dtype=np.uint32).reshape(len(ranges), rails),
         )
 
     @property
@@ -69,12 +69,12 @@ class KeyMap:
         last = np.searchsorted(self.starts, ends, side="left") - 1
         if int(first.min()) < 0 or not bool((ends <= self.ends[last]).all()):
             return False
-        # From the first piece to the last there must be no gap.
+        # From the first range to the last there must be no gap.
         gaps = np.concatenate(([0], np.cumsum(self.starts[1:] != self.ends[:-1])))
         return bool((begins < self.ends[first]).all() and (gaps[first] == gaps[last]).all())
 
     def row_of(self, addresses: NDArray[np.uint64]) -> NDArray[np.intp]:
-        """Which piece each address lies in, for addresses that are covered."""
+        """Which range each address lies in, for addresses that are covered."""
         return np.searchsorted(self.starts, addresses, side="right") - 1
 
     def device_addresses(self, addresses: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -83,7 +83,7 @@ class KeyMap:
         return addresses - self.starts[row] + self.bases[row]
 
     def within(self, spans: SpanArray) -> KeyMap:
-        """Only the pieces that ``spans`` touch."""
+        """Only the ranges that ``spans`` touch."""
         first = np.searchsorted(self.ends, spans[:, 0], side="right")
         last = np.searchsorted(self.starts, spans[:, 0] + spans[:, 1], side="left")
         touched = np.zeros(self.starts.size + 1, dtype=np.int64)
@@ -94,7 +94,7 @@ class KeyMap:
 
     @classmethod
     def joined(cls, maps: Sequence[Self]) -> Self:
-        """All pieces of ``maps``, which agree where they overlap.
+        """All ranges of ``maps``, which agree where they overlap.
 
         Raises:
             ProtocolError: they are for different numbers of devices, or there is none.
@@ -145,7 +145,7 @@ class KeyMap:
 
 
 def cut_at_keys(plan: ReadPlan, local: KeyMap, remote: KeyMap) -> ReadPlan:
-    """The same reads with rows cut where they pass from one piece of a map into the next."""
+    """The same reads with rows cut where they pass from one range of a map into the next."""
     for side, keys in (("local", local), ("remote", remote)):
         spans: SpanArray = getattr(plan, side)
         begins, ends = spans[:, 0], spans[:, 0] + spans[:, 1]

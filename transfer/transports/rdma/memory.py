@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from transfer.errors import Phase, RegistrationError
-from transfer.transports.rdma.device import Rail
 from transfer.transports.rdma.keys import KeyMap
-from transfer.transports.rdma.verbs import Registration, VerbsError
+from transfer.transports.rdma.rails import Rail
+from transfer.transports.rdma.verbs.device import Registration
+from transfer.transports.rdma.verbs.error import VerbsError
 from transfer.types import DmaBuf
 
 logger = logging.getLogger(__name__)

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 from transfer.errors import Phase, TransportUnavailable
-from transfer.transports.base import Attachment, Caller, Listener
-from transfer.transports.rdma.device import Rail
+from transfer.transports.base import Attachment, Listener
 from transfer.transports.rdma.handshake import MAX_PAIRS, End, decode_request, encode_answer
+from transfer.transports.rdma.local_end import MAX_READS, LocalEnd
 from transfer.transports.rdma.memory import RegisteredMemory
-from transfer.transports.rdma.queue_pair import MAX_READS, LocalEnd
-from transfer.transports.rdma.verbs import CompletionQueue, VerbsError
-from transfer.types import SpanArray
+from transfer.transports.rdma.rails import Rail
+from transfer.transports.rdma.verbs.completion_queue import CompletionQueue
+from transfer.transports.rdma.verbs.error import VerbsError
+from transfer.types import ReaderProcess, SpanArray
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class RdmaListener(Listener):
     def address(self) -> str:
         return f"rdma://{','.join(map(str, self._rails))}"
 
-    def attach(self, caller: Caller) -> Attachment:
+    def attach(self, reader: ReaderProcess) -> Attachment:
         return RdmaAttachment(self._rails, self._memory)
 
     def close(self) -> None:

@@ -6,7 +6,6 @@ import os
 import select
 import time
 from collections import deque
-from typing import TYPE_CHECKING
 
 from transfer.errors import (
     HandoffRefused,
@@ -16,18 +15,15 @@ from transfer.errors import (
     TransferError,
     TransportUnavailable,
 )
-from transfer.spans import slice_plan, total_bytes
-from transfer.transports.base import Interrupt, ReadSession
+from transfer.transports.base import ReadSession
+from transfer.transports.interrupt import Interrupt
 from transfer.transports.rdma.completion import error_of
-from transfer.transports.rdma.keys import KeyMap, cut_at_keys
-from transfer.transports.rdma.queue_pair import BATCH_ROWS, Lane, Work
-from transfer.transports.rdma.verbs import VerbsError, unavailable
-from transfer.types import Credentials, ReadPlan
+from transfer.transports.rdma.lane import Lane
+from transfer.transports.rdma.lane_pool import LanePool
+from transfer.transports.rdma.owner_keys import AdmittedRead, OwnerKeys
+from transfer.transports.rdma.verbs.error import VerbsError, unavailable
+from transfer.transports.rdma.work import Work
 
-if TYPE_CHECKING:
-    from transfer.transports.rdma.transport import RdmaData
-
-_MAX_BATCH_BYTES = 4 << 20
 _RECOVERY_S = 5.0
 # Bounds what a lost event can cost; nothing is known to lose one.
 _LOOK_AGAIN_MS = 1000
@@ -37,33 +33,24 @@ class RdmaReadSession(ReadSession):
     """Keeps the queue pairs of its lanes busy and sleeps in between.
 
     Args:
-        deadline: monotonic time after which no new queue pairs are asked for.
+        lanes: of ``pool``, to which they go back.
+        keys: those of the owner, forgotten if they turn out to be stale.
     """
 
     def __init__(
         self,
-        channel: RdmaData,
-        credentials: Credentials,
-        read_id: str,
-        plan: ReadPlan,
-        keys: KeyMap,
+        read: AdmittedRead,
+        work: Work,
         lanes: list[Lane],
-        *,
-        keys_are_fresh: bool,
-        deadline: float,
+        pool: LanePool,
+        keys: OwnerKeys,
     ) -> None:
-        self.read_id = read_id
-        self._channel = channel
-        self._handoff_id = credentials.handoff_id
+        self.read_id = read.read_id
+        self._read = read
+        self._work = work
         self._lanes = lanes
-        self._far_rails = keys.rails
-        self._keys_are_fresh = keys_are_fresh
-        self._deadline = deadline
-        local_keys = channel.memory.local
-        plan = cut_at_keys(plan, local_keys, keys)
-        even_share = -(-total_bytes(plan.local) // (len(lanes) * 2))
-        batch_bytes = min(channel.slice_bytes, _MAX_BATCH_BYTES, max(4096, even_share))
-        self._work = Work(slice_plan(plan, batch_bytes, BATCH_ROWS), local_keys, keys)
+        self._pool = pool
+        self._keys = keys
         self._waiting = deque(self._work.batches)
         self._recovered = False
         self._moved = 0
@@ -75,7 +62,7 @@ class RdmaReadSession(ReadSession):
 
     def run(self, interrupt: Interrupt) -> None:
         through = False
-        with unavailable(Phase.READ, self._channel.peer):
+        with unavailable(Phase.READ, self._pool.peer):
             try:
                 with interrupt.watched_by(self._wake):
                     self._drive(interrupt)
@@ -91,7 +78,7 @@ class RdmaReadSession(ReadSession):
             self._wake_fd = -1
         lanes, self._lanes = self._lanes, []
         if lanes:
-            self._channel.give_back(lanes)
+            self._pool.give_back(lanes)
 
     def _wake(self) -> None:
         os.eventfd_write(self._wake_fd, 1)
@@ -112,11 +99,11 @@ class RdmaReadSession(ReadSession):
     def _check_lanes(self) -> None:
         """See that the lanes fit the keys that the owner told."""
         for lane in self._lanes:
-            if lane.far_rail >= self._far_rails:
+            if lane.far_rail >= self._read.keys.rails:
                 raise TransportUnavailable(
                     "the owner told keys for fewer devices than it connected",
                     phase=Phase.READ,
-                    peer=self._channel.peer,
+                    peer=self._pool.peer,
                 )
 
     def _step(self) -> tuple[int, TransferError | None]:
@@ -126,7 +113,9 @@ class RdmaReadSession(ReadSession):
             arrived, status = lane.reap()
             moved += arrived
             if status:
-                return moved, error_of(status, str(lane.rail), self._channel.peer, self._handoff_id)
+                return moved, error_of(
+                    status, str(lane.rail), self._pool.peer, self._read.handoff_id
+                )
         # In turns, so that a short read is spread as well.
         while self._waiting and (free := [lane for lane in self._lanes if lane.has_room]):
             for lane in free[: len(self._waiting)]:
@@ -137,8 +126,8 @@ class RdmaReadSession(ReadSession):
                     return moved, PeerUnreachable(
                         f"{lane.rail} does not take a read: {error}",
                         phase=Phase.READ,
-                        peer=self._channel.peer,
-                        handoff_id=self._handoff_id,
+                        peer=self._pool.peer,
+                        handoff_id=self._read.handoff_id,
                     )
         return moved, None
 
@@ -147,24 +136,24 @@ class RdmaReadSession(ReadSession):
         for lane in self._lanes:
             if lane.fd in ready:
                 lane.rearm()
-        if self._channel.control.hangup_fd in ready:
+        if self._pool.hangup_fd in ready:
             raise self._owner_gone()
 
     def _recover(self, error: TransferError) -> None:
         """Go on with the lanes that are left, or once with new ones."""
-        if isinstance(error, HandoffRefused) and not self._keys_are_fresh:
-            self._channel.forget_keys()
+        if isinstance(error, HandoffRefused) and not self._read.keys_are_fresh:
+            self._keys.forget()
             raise PeerUnreachable(
                 f"keys of the owner's memory may have changed: {error.message}",
                 phase=Phase.READ,
-                peer=self._channel.peer,
-                handoff_id=self._handoff_id,
+                peer=self._pool.peer,
+                handoff_id=self._read.handoff_id,
             ) from error
         if not isinstance(error, RetryableError):
             raise error
         for lane in [lane for lane in self._lanes if lane.broken]:
             self._waiting.extendleft(reversed(lane.close()))
-            self._channel.discard([lane])
+            self._pool.discard([lane])
             self._lanes.remove(lane)
         if self._lanes:
             return
@@ -172,35 +161,35 @@ class RdmaReadSession(ReadSession):
             raise self._owner_gone() from error
         if self._recovered:
             raise TransportUnavailable(
-                f"rdma does not work: {error.message}", phase=Phase.READ, peer=self._channel.peer
+                f"rdma does not work: {error.message}", phase=Phase.READ, peer=self._pool.peer
             ) from error
         self._recovered = True
-        left_s = max(0.0, self._deadline - time.monotonic())
-        self._lanes = self._channel.new_lanes(min(_RECOVERY_S, left_s))
+        left_s = max(0.0, self._read.deadline - time.monotonic())
+        self._lanes = self._pool.take_new(min(_RECOVERY_S, left_s))
 
     def _give_up_lanes(self) -> None:
         lanes, self._lanes = self._lanes, []
-        self._channel.discard(lanes)
+        self._pool.discard(lanes)
 
     def _poller(self) -> select.poll:
         poller = select.poll()
         poller.register(self._wake_fd, select.POLLIN)
         for lane in self._lanes:
             poller.register(lane.fd, select.POLLIN)
-        if self._channel.control.hangup_fd >= 0:
-            poller.register(self._channel.control.hangup_fd, select.POLLRDHUP)
+        if self._pool.hangup_fd >= 0:
+            poller.register(self._pool.hangup_fd, select.POLLRDHUP)
         return poller
 
     def _hung_up(self) -> bool:
         poller = select.poll()
-        if self._channel.control.hangup_fd >= 0:
-            poller.register(self._channel.control.hangup_fd, select.POLLRDHUP)
+        if self._pool.hangup_fd >= 0:
+            poller.register(self._pool.hangup_fd, select.POLLRDHUP)
         return bool(poller.poll(0))
 
     def _owner_gone(self) -> PeerUnreachable:
         return PeerUnreachable(
             "the connection to the owner ended",
             phase=Phase.READ,
-            peer=self._channel.peer,
-            handoff_id=self._handoff_id,
+            peer=self._pool.peer,
+            handoff_id=self._read.handoff_id,
         )

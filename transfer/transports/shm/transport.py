@@ -37,20 +37,18 @@ from transfer.spans import (
     total_bytes,
     without_first,
 )
+from transfer.transports import process_memory
 from transfer.transports.base import (
-    Caller,
-    Capabilities,
     ControlChannel,
     DataChannel,
-    Interrupt,
     Listener,
     OwnerService,
     ReadSession,
     Transport,
 )
-from transfer.transports.shm import process_memory
+from transfer.transports.interrupt import Interrupt
 from transfer.transports.shm.address import SEAL_BYTES, Host, ShmAddress
-from transfer.types import Credentials, ReadPlan, SpanArray
+from transfer.types import Credentials, ReaderProcess, ReadPlan, SpanArray
 
 # A call cannot be stopped: this bounds how long a cancelled read goes on, to a few milliseconds.
 _MAX_SLICE_BYTES = 4 << 20
@@ -74,7 +72,7 @@ class ShmTransport(Transport):
 
     scheme = "shm"
     # Nothing leaves the host.
-    capabilities = Capabilities(same_host=True, one_sided=True, encrypted=True)
+    encrypts = True
 
     def __init__(self, settings: TransferSettings) -> None:
         self._settings = settings
@@ -82,7 +80,7 @@ class ShmTransport(Transport):
     def listen(self, service: OwnerService) -> Listener:
         return ShmListener(Host.of_this_process())
 
-    def open_data(self, address: str, caller: Caller, control: ControlChannel) -> ShmData:
+    def open_data(self, address: str, reader: ReaderProcess, control: ControlChannel) -> ShmData:
         owner, here = ShmAddress.parse(address), Host.of_this_process()
         if owner.host.boot_id != here.boot_id:
             raise _unavailable("the owner runs on another host", control)
@@ -238,25 +236,25 @@ class ShmReadSession(ReadSession):
 
     def _drive(self, interrupt: Interrupt) -> None:
         try:
-            while (piece := self._next_slice()) is not None:
-                self._copy(piece, interrupt)
+            while (slice_ := self._next_slice()) is not None:
+                self._copy(slice_, interrupt)
         except TransferError as error:
             with self._lock:
                 if self._error is None:
                     self._error = error
 
-    def _copy(self, piece: ReadPlan, interrupt: Interrupt) -> None:
-        left = total_bytes(piece.local)
+    def _copy(self, slice_: ReadPlan, interrupt: Interrupt) -> None:
+        left = total_bytes(slice_.local)
         while left and self._error is None:
             interrupt.check()
-            remote = join_neighbours(piece.remote) if self._small_rows else piece.remote
-            count = self._channel.copy(piece.local, remote)
+            remote = join_neighbours(slice_.remote) if self._small_rows else slice_.remote
+            count = self._channel.copy(slice_.local, remote)
             with self._lock:
                 self._moved += count
             left -= count
             if left:
                 # The row at which it stopped shows in the next call why.
-                piece = without_first(piece, count)
+                slice_ = without_first(slice_, count)
 
     def _next_slice(self) -> ReadPlan | None:
         try:

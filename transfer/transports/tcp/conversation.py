@@ -20,7 +20,7 @@ from transfer.errors import (
 from transfer.settings import AUTO, MAX_SLICE_BYTES, TransferSettings
 from transfer.spans import total_bytes
 from transfer.transports.base import Attachment, Listener, OwnerService
-from transfer.transports.tcp.greeting import Guest
+from transfer.transports.tcp.greeting import ProvenReader
 from transfer.transports.tcp.streams.span_cursor import SpanCursor
 from transfer.transports.tcp.streams.stream import TcpStream
 from transfer.transports.tcp.wire import protocol as wire
@@ -52,14 +52,14 @@ class Conversation:
         self,
         stream: TcpStream,
         messages: MessageReader,
-        guest: Guest,
+        reader: ProvenReader,
         service: OwnerService,
         settings: TransferSettings,
         others: Mapping[str, Listener],
     ) -> None:
         self._stream = stream
         self._messages = messages
-        self._guest = guest
+        self._reader = reader
         self._service = service
         self._others = others
         self._attachments: dict[str, Attachment] = {}
@@ -98,7 +98,7 @@ class Conversation:
                     raise
                 expected = isinstance(error, HandoffNotReady | TransportUnavailable)
                 level = logging.DEBUG if expected else logging.INFO
-                peer = self._guest.caller.peer
+                peer = self._reader.process.peer
                 logger.log(level, "refused %s of %s: %s", header.type.name, peer, error)
 
     def _answer(self, header: Header, body: Buffer) -> None:
@@ -136,11 +136,11 @@ class Conversation:
         if header.type not in (*_CLAIMING, *_OTHERS):
             raise ProtocolError(f"{header.type.name} is no request", phase=Phase.READ)
         proof, content = wire.split_proof(body)
-        secret, handoff_id = self._guest.secret, ""
+        secret, handoff_id = self._reader.secret, ""
         if header.type in _CLAIMING:
             claim = wire.claim_of(content)
             secret, handoff_id = self._service.secret_of(claim), claim.handoff_id
-        right = self._guest.proofs.of_request(secret, header.type, header.request_id, content)
+        right = self._reader.proofs.of_request(secret, header.type, header.request_id, content)
         if not same_proof(proof, right):
             raise HandoffRefused("wrong secret", phase=Phase.READ, handoff_id=handoff_id)
         return _Request(header.request_id, secret, proof, content)
@@ -150,14 +150,14 @@ class Conversation:
         self._stream.send(wire.message(type_, request.id, proof, content))
 
     def _proof(self, request: _Request, type_: MessageType, content: bytes) -> bytes:
-        return self._guest.proofs.of_answer(
+        return self._reader.proofs.of_answer(
             request.secret, type_, request.id, request.proof, content
         )
 
     def _renew(self, request: _Request, renewal: Renewal) -> bool:
         claim = renewal.claim
         try:
-            right = self._guest.proofs.of_request(
+            right = self._reader.proofs.of_request(
                 self._service.secret_of(claim),
                 MessageType.RENEW,
                 request.id,
@@ -172,7 +172,7 @@ class Conversation:
 
     def _begin(self, request: _Request) -> None:
         claim, read_id, keys_of, spans = wire.decode_begin(request.content)
-        self._service.begin_one_sided_read(self._guest.caller, claim, spans, read_id)
+        self._service.begin_one_sided_read(self._reader.process, claim, spans, read_id)
         if keys_of:
             self._send(request, MessageType.KEYS, self._attachment(keys_of).keys(spans))
         else:
@@ -186,7 +186,7 @@ class Conversation:
                 raise TransportUnavailable(
                     f"the owner does not serve {scheme:.20}", phase=Phase.CONNECT
                 )
-            attachment = self._attachments[scheme] = listener.attach(self._guest.caller)
+            attachment = self._attachments[scheme] = listener.attach(self._reader.process)
         return attachment
 
     def _read(self, request: _Request) -> None:
@@ -195,7 +195,7 @@ class Conversation:
                 "the owner's settings forbid it to be read this way", phase=Phase.READ
             )
         claim, spans = wire.decode_read(request.content)
-        permit = self._service.begin_read(self._guest.caller, claim, spans, self._stream.shutdown)
+        permit = self._service.begin_read(self._reader.process, claim, spans, self._stream.shutdown)
         try:
             faults.reach("owner.sending")
             size = total_bytes(spans)

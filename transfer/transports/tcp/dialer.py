@@ -7,14 +7,13 @@ import time
 from transfer.addressing import parse_address
 from transfer.errors import DeadlineExceeded, Phase
 from transfer.settings import TransferSettings
-from transfer.transports.base import Caller
 from transfer.transports.tcp.connection import Connection
 from transfer.transports.tcp.greeting import greet_owner
 from transfer.transports.tcp.streams.socket_options import SocketOptions
 from transfer.transports.tcp.streams.stream import TcpStream, translated
 from transfer.transports.tcp.streams.tls import TlsContexts
 from transfer.transports.tcp.streams.tls_stream import TlsStream
-from transfer.types import Credentials
+from transfer.types import Credentials, ReaderProcess
 
 
 class Dialer:
@@ -28,7 +27,7 @@ class Dialer:
         self._tls = tls
 
     def connect(
-        self, address: str, caller: Caller, credentials: Credentials, timeout_s: float
+        self, address: str, reader: ReaderProcess, credentials: Credentials, timeout_s: float
     ) -> Connection:
         """A connection to who knows the secret in ``credentials``, within ``timeout_s``.
 
@@ -49,7 +48,7 @@ class Dialer:
             stream = self._open(address, timeout_s)
             greeted = False
             try:
-                connection = greet_owner(stream, address, caller, credentials, deadline)
+                connection = greet_owner(stream, address, reader, credentials, deadline)
                 greeted = True
                 return connection
             finally:

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 
 from transfer.errors import HandoffRefused, Phase, ProtocolError, TlsRefused, TransferError
-from transfer.transports.base import Caller, OwnerService
+from transfer.transports.base import OwnerService
 from transfer.transports.tcp.connection import Connection, unexpected, unproven
 from transfer.transports.tcp.places import Places
 from transfer.transports.tcp.streams.stream import TcpStream
@@ -21,13 +21,17 @@ from transfer.transports.tcp.wire import protocol as wire
 from transfer.transports.tcp.wire.messages import MessageReader
 from transfer.transports.tcp.wire.proofs import NONCE_BYTES, ConnectionProofs, same_proof
 from transfer.transports.tcp.wire.protocol import MessageType
-from transfer.types import Credentials
+from transfer.types import Credentials, ReaderProcess
 
 _TLS_HANDSHAKE = b"\x16\x03"
 
 
 def greet_owner(
-    stream: TcpStream, address: str, caller: Caller, credentials: Credentials, deadline: float
+    stream: TcpStream,
+    address: str,
+    reader: ReaderProcess,
+    credentials: Credentials,
+    deadline: float,
 ) -> Connection:
     """The reader's end.
 
@@ -40,7 +44,7 @@ def greet_owner(
         ProtocolError: it does not speak this protocol.
         TransferError: what the owner answered.
     """
-    hello = wire.encode_hello(caller, secrets.token_bytes(NONCE_BYTES), credentials.claim)
+    hello = wire.encode_hello(reader, secrets.token_bytes(NONCE_BYTES), credentials.claim)
     stream.send(wire.message(MessageType.HELLO, 0, hello), deadline)
     answers = MessageReader(stream, stall_s=0)
     header, body = answers.next(deadline)
@@ -59,10 +63,10 @@ def greet_owner(
 
 
 @dataclass(frozen=True, slots=True)
-class Guest:
+class ProvenReader:
     """A reader that has proved that it knows the secret of a hand-off."""
 
-    caller: Caller
+    process: ReaderProcess
     proofs: ConnectionProofs = field(repr=False)
     secret: str = field(repr=False)
 
@@ -73,7 +77,7 @@ def greet_reader(
     service: OwnerService,
     places: Places,
     deadline: float,
-) -> Guest:
+) -> ProvenReader:
     """The owner's end. The stream then has a place among those of the proven.
 
     Args:
@@ -106,7 +110,7 @@ def greet_reader(
     if not same_proof(bytes(body), proofs.of_request(secret, MessageType.PROVE, 0)):
         raise HandoffRefused("wrong secret", phase=Phase.CONNECT, handoff_id=hello.claim.handoff_id)
     places.prove(stream)
-    return Guest(hello.caller, proofs, secret)
+    return ProvenReader(hello.reader, proofs, secret)
 
 
 def _next(

@@ -27,7 +27,7 @@ from transfer.transports.tcp.places import Places
 from transfer.transports.tcp.streams.socket_options import SocketOptions
 from transfer.transports.tcp.streams.stream import TcpStream
 from transfer.transports.tcp.streams.tls import TlsContexts
-from transfer.transports.tcp.streams.tls_stream import TlsStream
+from transfer.transports.tcp.streams.tls_stream import InTheClear, TlsStream
 from transfer.transports.tcp.threads import ServingThreads
 from transfer.transports.tcp.wire import protocol as wire
 from transfer.transports.tcp.wire.messages import MessageReader
@@ -36,6 +36,17 @@ from transfer.transports.tcp.wire.protocol import MessageType
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 128
+
+_WITHOUT_TLS = InTheClear(
+    begins=wire.MAGIC,
+    answer=wire.message(
+        MessageType.ERROR,
+        0,
+        wire.encode_error(
+            TlsRefused("this port needs TLS: tls_ca, tls_cert and tls_key", phase=Phase.CONNECT)
+        ),
+    ),
+)
 
 
 class TcpListener(Listener):
@@ -129,7 +140,7 @@ class TcpListener(Listener):
     def _stream(self, accepted: socket.socket, peer: str) -> TcpStream:
         if self._tls is None:
             return TcpStream(accepted, peer, self._options)
-        return TlsStream.accepted(self._tls, accepted, peer, self._options)
+        return TlsStream.accepted(self._tls, accepted, peer, self._options, _WITHOUT_TLS)
 
     def _admit(self, stream: TcpStream) -> None:
         with self._lock:
@@ -179,6 +190,6 @@ class TcpListener(Listener):
     def _greet_and_converse(self, stream: TcpStream) -> None:
         messages = MessageReader(stream, self._settings.stall_timeout_s)
         until = time.monotonic() + self._stranger_s
-        guest = greet_reader(stream, messages, self._service, self._places, until)
+        reader = greet_reader(stream, messages, self._service, self._places, until)
         stream.limit_sends(self._settings.stall_timeout_s)
-        Conversation(stream, messages, guest, self._service, self._settings, self._others).run()
+        Conversation(stream, messages, reader, self._service, self._settings, self._others).run()

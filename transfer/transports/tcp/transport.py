@@ -17,16 +17,14 @@ from transfer.errors import FatalError, HandoffNotReady, PeerUnreachable, Phase,
 from transfer.settings import TransferSettings
 from transfer.spans import slice_plan, total_bytes
 from transfer.transports.base import (
-    Caller,
-    Capabilities,
     ControlChannel,
     ControlTransport,
     DataChannel,
-    Interrupt,
     Listener,
     OwnerService,
     ReadSession,
 )
+from transfer.transports.interrupt import Interrupt
 from transfer.transports.tcp.connection import Connection, Question, unexpected
 from transfer.transports.tcp.control import TcpControl
 from transfer.transports.tcp.dialer import Dialer
@@ -38,7 +36,7 @@ from transfer.transports.tcp.streams.tls import TlsContexts
 from transfer.transports.tcp.wire import protocol as wire
 from transfer.transports.tcp.wire.proofs import PROOF_BYTES
 from transfer.transports.tcp.wire.protocol import MessageType
-from transfer.types import Credentials, PeerInfo, ReadPlan
+from transfer.types import Credentials, PeerInfo, ReaderProcess, ReadPlan
 
 _PIPELINED_REQUESTS = 2
 _MAX_REQUEST_ROWS = 2048
@@ -62,8 +60,7 @@ class TcpTransport(ControlTransport):
         self._tls = TlsContexts.of(settings)
         self._options = SocketOptions.of(settings)
         self._dialer = Dialer(settings, self._options, self._tls)
-        encrypted = self._tls is not None
-        self.capabilities = Capabilities(same_host=False, one_sided=False, encrypted=encrypted)
+        self.encrypts = self._tls is not None
 
     def listen(
         self, service: OwnerService, others: Mapping[str, Listener] | None = None
@@ -71,14 +68,14 @@ class TcpTransport(ControlTransport):
         return TcpListener(service, self._settings, self._options, self._tls, others or {})
 
     def open_control(
-        self, address: str, caller: Caller, credentials: Credentials, timeout_s: float
+        self, address: str, reader: ReaderProcess, credentials: Credentials, timeout_s: float
     ) -> TcpControl:
-        return TcpControl(self._dialer.connect(address, caller, credentials, timeout_s))
+        return TcpControl(self._dialer.connect(address, reader, credentials, timeout_s))
 
-    def open_data(self, address: str, caller: Caller, control: ControlChannel) -> TcpData:
+    def open_data(self, address: str, reader: ReaderProcess, control: ControlChannel) -> TcpData:
         # Control is not needed before the end of the first read.
         control.settle(self._settings.connect_timeout_s)
-        return TcpData(address, caller, control.info, self._settings, self._dialer)
+        return TcpData(address, reader, control.info, self._settings, self._dialer)
 
 
 class TcpData(DataChannel):
@@ -87,13 +84,13 @@ class TcpData(DataChannel):
     def __init__(
         self,
         address: str,
-        caller: Caller,
+        reader: ReaderProcess,
         info: PeerInfo,
         settings: TransferSettings,
         dialer: Dialer,
     ) -> None:
         self._address = address
-        self._caller = caller
+        self._reader = reader
         self._info = info
         self._settings = settings
         self._dialer = dialer
@@ -155,7 +152,7 @@ class TcpData(DataChannel):
             if self._idle:
                 return self._idle.pop()
         left_s = deadline - time.monotonic()
-        connection = self._dialer.connect(self._address, self._caller, credentials, left_s)
+        connection = self._dialer.connect(self._address, self._reader, credentials, left_s)
         info = connection.info
         if (info.peer, info.incarnation) != (self._info.peer, self._info.incarnation):
             connection.stream.close()
@@ -182,7 +179,7 @@ class TcpReadSession(ReadSession):
         self._peer = peer
         self._credentials = credentials
         self._slices = slices
-        self._total_bytes = sum(total_bytes(piece.local) for piece in slices)
+        self._total_bytes = sum(total_bytes(one.local) for one in slices)
         self._lock = threading.Lock()
         self._moved = 0
         self._error: TransferError | None = None
@@ -269,10 +266,10 @@ class TcpReadSession(ReadSession):
         asked: deque[tuple[Question, SpanCursor]] = deque()
         not_ready: HandoffNotReady | None = None
         while True:
-            while len(asked) < _PIPELINED_REQUESTS and (piece := self._next_slice()) is not None:
-                content = wire.encode_read(claim, piece.remote)
+            while len(asked) < _PIPELINED_REQUESTS and (slice_ := self._next_slice()) is not None:
+                content = wire.encode_read(claim, slice_.remote)
                 question = connection.ask(MessageType.READ, content, secret)
-                asked.append((question, SpanCursor(piece.local)))
+                asked.append((question, SpanCursor(slice_.local)))
             if not asked:
                 break
             question, cursor = asked.popleft()

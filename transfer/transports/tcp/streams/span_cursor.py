@@ -79,13 +79,13 @@ class SpanCursor:
         """As :meth:`send`; 0 at end of stream."""
         return self._move(_recvmsg, fd, flags)
 
-    def pieces(self, max_bytes: int) -> Iterator[tuple[SpanArray, int]]:
-        """All spans in pieces of at most ``max_bytes`` bytes, with their bytes, each to be moved
+    def slices(self, max_bytes: int) -> Iterator[tuple[SpanArray, int]]:
+        """All spans in slices of at most ``max_bytes`` bytes, with their bytes, each to be moved
         before the next one is asked for. Instead of :meth:`send` and :meth:`receive`."""
         whole = ReadPlan(local=self._rows, remote=self._rows)
-        for piece in slice_plan(whole, max_bytes, IOV_MAX):
-            size = int(piece.local[:, 1].sum())
-            yield piece.local, size
+        for slice_ in slice_plan(whole, max_bytes, IOV_MAX):
+            size = int(slice_.local[:, 1].sum())
+            yield slice_.local, size
             self.done_bytes += size
 
     def _move(self, call: _Call, fd: int, flags: int) -> int:

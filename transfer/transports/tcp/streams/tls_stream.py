@@ -1,6 +1,6 @@
 """One TCP socket with TLS on it.
 
-Python's ``ssl`` takes bytes in one piece only, so data goes through a bounce buffer. Timeouts are
+Python's ``ssl`` takes bytes side by side only, so data goes through a bounce buffer. Timeouts are
 those of Python's sockets: under them ``ssl`` keeps to a deadline, which it does not under those of
 the kernel.
 """
@@ -11,17 +11,29 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from transfer.errors import Phase, TlsRefused
-from transfer.transports.bounce import BounceBuffer
+from transfer.transports.tcp.streams.bounce import BounceBuffer
 from transfer.transports.tcp.streams.socket_options import SocketOptions
 from transfer.transports.tcp.streams.span_cursor import SpanCursor
 from transfer.transports.tcp.streams.stream import TcpStream, tls_error
 from transfer.transports.tcp.streams.tls import TlsContexts
-from transfer.transports.tcp.wire import protocol as wire
 
 _BOUNCE_BYTES = 256 << 10
 _SHORTEST_WAIT_S = 0.001
+
+
+class InTheClear(NamedTuple):
+    """How a peer is known that does without TLS, and what it is told.
+
+    Attributes:
+        begins: its first bytes.
+        answer: sent as it is.
+    """
+
+    begins: bytes
+    answer: bytes
 
 
 class TlsStream(TcpStream):
@@ -32,6 +44,7 @@ class TlsStream(TcpStream):
         # Both ends have more to do than to copy, and better do it at the same time.
         self._gains_by_sharing = False
         self._tls = sock
+        self._in_the_clear: InTheClear | None = None
         self._secured = False
         self._send_s: float | None = None
         self._bounce: BounceBuffer | None = None
@@ -63,7 +76,12 @@ class TlsStream(TcpStream):
 
     @classmethod
     def accepted(
-        cls, tls: TlsContexts, plain: socket.socket, peer: str, options: SocketOptions
+        cls,
+        tls: TlsContexts,
+        plain: socket.socket,
+        peer: str,
+        options: SocketOptions,
+        in_the_clear: InTheClear,
     ) -> TlsStream:
         """A stream on which :meth:`secure` has yet to be called. Does not block.
 
@@ -72,10 +90,12 @@ class TlsStream(TcpStream):
         """
         sock = tls.server.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
         try:
-            return cls(sock, peer, options)
+            stream = cls(sock, peer, options)
         except OSError:
             sock.close()
             raise
+        stream._in_the_clear = in_the_clear
+        return stream
 
     @property
     def secured(self) -> bool:
@@ -84,21 +104,21 @@ class TlsStream(TcpStream):
     def secure(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         self._tls.settimeout(timeout_s)
-        # In the clear, and without taking it: the handshake comes, or the mistake.
-        first = socket.socket.recv(self._tls, len(wire.MAGIC), socket.MSG_PEEK)
-        if first == wire.MAGIC:
-            needed = TlsRefused(
-                "this port needs TLS: tls_ca, tls_cert and tls_key", phase=Phase.CONNECT
-            )
-            answer = wire.message(wire.MessageType.ERROR, 0, wire.encode_error(needed))
-            socket.socket.sendall(self._tls, answer)
-            self.linger()
-            raise TlsRefused("does not speak TLS", phase=Phase.CONNECT, peer=self.peer)
+        if self._in_the_clear is not None:
+            self._refuse(self._in_the_clear)
         try:
             self._shake_hands(deadline)
         except TlsRefused:
             self.linger()
             raise
+
+    def _refuse(self, in_the_clear: InTheClear) -> None:
+        """Without taking what comes: the handshake, or the mistake."""
+        first = socket.socket.recv(self._tls, len(in_the_clear.begins), socket.MSG_PEEK)
+        if first == in_the_clear.begins:
+            socket.socket.sendall(self._tls, in_the_clear.answer)
+            self.linger()
+            raise TlsRefused("does not speak TLS", phase=Phase.CONNECT, peer=self.peer)
 
     def _shake_hands(self, deadline: float) -> None:
         self._tls.settimeout(max(_SHORTEST_WAIT_S, deadline - time.monotonic()))
@@ -124,15 +144,15 @@ class TlsStream(TcpStream):
 
     def receive_spans(self, cursor: SpanCursor, moved: Callable[[int], None]) -> None:
         bounce = self._buffer()
-        for piece, size in cursor.pieces(_BOUNCE_BYTES):
+        for rows, size in cursor.slices(_BOUNCE_BYTES):
             self.receive_into(bounce.view[:size])
-            bounce.scatter(piece)
+            bounce.scatter(rows)
             moved(size)
 
     def send_spans(self, cursor: SpanCursor, allowed: Callable[[], bool]) -> bool:
         bounce = self._buffer()
-        for piece, _ in cursor.pieces(_BOUNCE_BYTES):
-            filled = bounce.gather(piece)
+        for rows, _ in cursor.slices(_BOUNCE_BYTES):
+            filled = bounce.gather(rows)
             if not allowed():
                 return False
             self.send(filled)

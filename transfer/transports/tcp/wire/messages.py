@@ -1,16 +1,33 @@
-"""Taking messages out of a stream."""
+"""Taking messages out of a stream, whatever that is."""
 
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 from transfer.errors import Phase, ProtocolError
-from transfer.transports.tcp.streams.stream import TcpStream
 from transfer.transports.tcp.wire import protocol as wire
 from transfer.transports.tcp.wire.protocol import Header, MessageType
 
 _HEADER_BYTES = wire.HEADER.size
-_BUFFER_BYTES = 4 << 10
+# Of a body: bigger ones cost one more system call.
+_LIKELY_BYTES = 4 << 10
+
+
+class ByteStream(Protocol):
+    """What messages are taken out of; methods raise ``OSError`` when it breaks, ends or stalls."""
+
+    def receive_some(self, view: memoryview, deadline: float | None = None) -> int:
+        """Fill ``view`` with what is there, at least one byte; how many came.
+
+        Args:
+            deadline: monotonic time until which to wait for the first; for ever without it.
+        """
+        ...
+
+    def receive_into(self, view: memoryview, deadline: float | None = None) -> None:
+        """As :meth:`receive_some`, all of ``view``."""
+        ...
 
 
 class MessageReader:
@@ -20,15 +37,12 @@ class MessageReader:
 
     Args:
         stall_s: how long the rest of a message may take once some of it is there.
-        likely_bytes: of a body; bigger ones cost one more system call.
     """
 
-    def __init__(
-        self, stream: TcpStream, stall_s: float, likely_bytes: int = _BUFFER_BYTES
-    ) -> None:
+    def __init__(self, stream: ByteStream, stall_s: float) -> None:
         self._stream = stream
         self._stall_s = stall_s
-        self._buffer = memoryview(bytearray(_HEADER_BYTES + likely_bytes))
+        self._buffer = memoryview(bytearray(_HEADER_BYTES + _LIKELY_BYTES))
         self._begin = self._end = 0
 
     @property

@@ -22,7 +22,7 @@ hand-off, and nothing else is taken in before. HELLO has the reader's nonce and 
 hand-off. WELCOME has the owner's proof and nonce. PROVE is the reader's proof; it has no answer,
 and may come along with the first request.
 
-From then on the body of every message but ERROR begins with a proof (see :mod:`.tcp_proofs`): under
+From then on the body of every message but ERROR begins with a proof (see :mod:`.proofs`): under
 the secret of the hand-off that a request claims, under that of the greeting in ATTACH and RENEW,
 which claim none, and in an answer under that of its request. Each claim in a RENEW has a proof of
 its own before it. A connection's request ids grow.
@@ -59,7 +59,6 @@ from transfer.errors import (
 )
 from transfer.printable import printable
 from transfer.settings import MAX_SLICE_BYTES
-from transfer.transports.base import Caller
 from transfer.transports.tcp.wire.fields import (
     MAX_READ_ROWS,
     MAX_TEXT_BYTES,
@@ -72,7 +71,7 @@ from transfer.transports.tcp.wire.fields import (
     malformed,
 )
 from transfer.transports.tcp.wire.proofs import NONCE_BYTES, PROOF_BYTES, Buffer
-from transfer.types import Claim, PeerId, PeerInfo, SpanArray
+from transfer.types import Claim, PeerId, PeerInfo, ReaderProcess, SpanArray
 
 MAGIC = b"BATN"
 VERSION = 2
@@ -178,17 +177,17 @@ def split_proof(body: Buffer) -> tuple[bytes, memoryview]:
 
 
 class Hello(NamedTuple):
-    caller: Caller
+    reader: ReaderProcess
     claim: Claim
 
 
-def encode_hello(caller: Caller, nonce: bytes, claim: Claim) -> bytes:
+def encode_hello(reader: ReaderProcess, nonce: bytes, claim: Claim) -> bytes:
     return b"".join(
         (
             nonce,
-            encode_text(caller.peer.engine_id),
-            U32.pack(caller.peer.rank),
-            encode_text(caller.incarnation),
+            encode_text(reader.peer.engine_id),
+            U32.pack(reader.peer.rank),
+            encode_text(reader.incarnation),
             encode_claim(claim),
         )
     )
@@ -197,10 +196,10 @@ def encode_hello(caller: Caller, nonce: bytes, claim: Claim) -> bytes:
 def decode_hello(body: Buffer) -> Hello:
     fields = Fields(body)
     fields.skip(NONCE_BYTES)
-    caller = Caller(PeerId(fields.text(), fields.u32()), fields.text())
+    reader = ReaderProcess(PeerId(fields.text(), fields.u32()), fields.text())
     claim = fields.claim()
     fields.end()
-    return Hello(caller, claim)
+    return Hello(reader, claim)
 
 
 def encode_welcome(info: PeerInfo, nonce: bytes) -> bytes:

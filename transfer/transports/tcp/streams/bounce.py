@@ -1,4 +1,4 @@
-"""A buffer between scattered memory and something that wants its bytes in one piece."""
+"""A buffer between scattered memory and something that wants its bytes side by side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 from transfer.spans import total_bytes
-from transfer.transports.shm import process_memory
+from transfer.transports import process_memory
 from transfer.types import SpanArray
 
 

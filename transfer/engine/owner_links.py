@@ -7,7 +7,7 @@ import threading
 import time
 from types import TracebackType
 
-from transfer.engine.peers import Discovery
+from transfer.discovery.base import Discovery
 from transfer.engine.routes import DataRoutes
 from transfer.errors import (
     DeadlineExceeded,
@@ -19,10 +19,9 @@ from transfer.errors import (
     ProtocolError,
     TransferCancelled,
 )
-from transfer.settings import TransferSettings
-from transfer.transports.base import Caller, ControlChannel
+from transfer.transports.base import ControlChannel
 from transfer.transports.registry import Transports
-from transfer.types import Credentials, PeerId, PeerInfo
+from transfer.types import Credentials, PeerId, PeerInfo, ReaderProcess
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class LinkUse:
 
     __slots__ = ("_link", "_links")
 
-    def __init__(self, links: PeerLinks, link: Link) -> None:
+    def __init__(self, links: OwnerLinks, link: Link) -> None:
         self._links = links
         self._link = link
 
@@ -69,24 +68,27 @@ class LinkUse:
         self._links.let_go(self._link, exc)
 
 
-class PeerLinks:
-    """The link to one owner. Thread-safe."""
+class OwnerLinks:
+    """The link to one owner, and those that still are used although it has another one by now.
+
+    Thread-safe.
+
+    Args:
+        own: who connects, as owners hear it.
+    """
 
     def __init__(
         self,
         owner: PeerId,
-        caller: Caller,
-        layout_hash: str,
+        own: PeerInfo,
         discovery: Discovery,
         transports: Transports,
-        settings: TransferSettings,
     ) -> None:
         self._owner = owner
-        self._caller = caller
-        self._layout_hash = layout_hash
+        self._reader = ReaderProcess(own.peer, own.incarnation)
+        self._layout_hash = own.layout_hash
         self._discovery = discovery
         self._transports = transports
-        self._settings = settings
         # One at a time connects; the lock is never held while a link is used.
         self._connecting = threading.Lock()
         self._lock = threading.Lock()
@@ -98,7 +100,7 @@ class PeerLinks:
     def __repr__(self) -> str:
         with self._lock:
             state = "connected" if self._current else "closed" if self._closed else "idle"
-        return f"<PeerLinks {self._owner} {state}>"
+        return f"<OwnerLinks {self._owner} {state}>"
 
     def use(self, credentials: Credentials, deadline: float) -> LinkUse:
         """A link to the owner's start that ``credentials`` are for; connects if there is none.
@@ -122,21 +124,21 @@ class PeerLinks:
         ready = self._ready(credentials.incarnation)
         return LinkUse(self, ready or self._acquire(credentials, deadline))
 
-    def require_layout(self, told: PeerInfo | None = None) -> None:
+    def require_layout(self, info: PeerInfo | None = None) -> None:
         """Checks that the owner's blocks mean what ours do, which only reads need.
 
         Args:
-            told: in the handshake; None: goes by its record, if there is one.
+            info: from the handshake; without it the owner's record counts, if there is one.
 
         Raises:
             LayoutMismatch: its layout hash differs from ours.
         """
-        said = told or self._discovery.lookup(self._owner)
-        if said is None:
+        described = info or self._discovery.lookup(self._owner)
+        if described is None:
             return
-        if said.layout_hash and said.layout_hash != self._layout_hash:
+        if described.layout_hash and described.layout_hash != self._layout_hash:
             raise LayoutMismatch(
-                f"its layout hash is {said.layout_hash[:64]}, ours {self._layout_hash}",
+                f"its layout hash is {described.layout_hash[:64]}, ours {self._layout_hash}",
                 phase=Phase.CONNECT,
                 peer=str(self._owner),
             )
@@ -212,7 +214,7 @@ class PeerLinks:
         record = self._discovery.wait_for(self._owner, max(0.0, min(_DISCOVERY_WAIT_S, left_s)))
         control = self._transports.control.open_control(
             self._transports.control_address(record.addresses),
-            self._caller,
+            self._reader,
             credentials,
             deadline - time.monotonic(),
         )
@@ -220,7 +222,7 @@ class PeerLinks:
         try:
             self._check_info(control.info, credentials.incarnation)
             found = self._transports.data_routes(record.addresses, control.info.addresses)
-            routes = DataRoutes(found, self._caller, control, self._announce)
+            routes = DataRoutes(found, self._reader, control, self._announce)
             link = self._adopt(Link(control, routes))
             return link
         finally:

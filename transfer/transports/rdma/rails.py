@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transfer.errors import ConfigurationError, Phase, TransportUnavailable
-from transfer.transports.rdma.verbs import (
-    GID_ROCE_V1,
-    GID_ROCE_V2,
-    Gid,
-    OpenDevice,
-    Port,
-    VerbsError,
-    device_names,
-)
+from transfer.transports.rdma.verbs.device import OpenDevice, device_names
+from transfer.transports.rdma.verbs.error import VerbsError
+from transfer.transports.rdma.verbs.port import GID_ROCE_V1, GID_ROCE_V2, Gid, Port
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +47,7 @@ def parse_devices(text: str) -> list[Wanted]:
         ConfigurationError: it is not a list of names, each with or without a port.
     """
     wanted = []
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
+    for part in filter(None, (one.strip() for one in text.split(","))):
         name, _, port = part.partition(":")
         if not name or (port and not (port.isascii() and port.isdigit() and 0 < int(port) < 256)):
             raise ConfigurationError(
@@ -114,11 +108,7 @@ def choose_port(ports: list[Port], number: int, gid_index: int) -> tuple[Port, G
     return min(found, key=lambda pair: (rank_of(*pair), pair[0].number), default=None)
 
 
-def open_rails(
-    device_setting: str,
-    gid_index: int,
-    open_device: Callable[[str], OpenDevice] = OpenDevice,
-) -> list[Rail]:
+def open_rails(device_setting: str, gid_index: int) -> list[Rail]:
     """Open the devices that the settings name, or the best one if they name none.
 
     Raises:
@@ -128,7 +118,7 @@ def open_rails(
     wanted = parse_devices(device_setting)
     there = device_names()
     if not wanted:
-        return [_best_rail(there, gid_index, open_device)]
+        return [_best_rail(there, gid_index)]
     rails: list[Rail] = []
     whole = False
     try:
@@ -139,7 +129,7 @@ def open_rails(
                     f"{', '.join(there) or 'no RDMA device'}",
                     phase=Phase.REGISTER,
                 )
-            rail = _open(one, gid_index, open_device)
+            rail = _open(one, gid_index)
             if rail is None:
                 raise ConfigurationError(
                     f"{one.name} has no active port{_numbered(one.port or -1)} with an address"
@@ -160,12 +150,12 @@ def close_rails(rails: list[Rail]) -> None:
         _close(device)
 
 
-def _best_rail(names: list[str], gid_index: int, open_device: Callable[[str], OpenDevice]) -> Rail:
+def _best_rail(names: list[str], gid_index: int) -> Rail:
     if not names:
         raise TransportUnavailable("this machine has no RDMA device", phase=Phase.CONNECT)
     best: Rail | None = None
     for name in names:
-        rail = _open(Wanted(name, 0), gid_index, open_device)
+        rail = _open(Wanted(name, 0), gid_index)
         if rail is None:
             continue
         if best is None or rank_of(rail.port, rail.gid) < rank_of(best.port, best.gid):
@@ -180,9 +170,9 @@ def _best_rail(names: list[str], gid_index: int, open_device: Callable[[str], Op
     return best
 
 
-def _open(wanted: Wanted, gid_index: int, open_device: Callable[[str], OpenDevice]) -> Rail | None:
+def _open(wanted: Wanted, gid_index: int) -> Rail | None:
     try:
-        device = open_device(wanted.name)
+        device = OpenDevice(wanted.name)
     except VerbsError as error:
         raise TransportUnavailable(
             f"{wanted.name} cannot be opened: {error}", phase=Phase.CONNECT
