@@ -16,10 +16,11 @@ from typing import Any
 import aiohttp
 
 from deployments.callers.http_body import PATHS, answers
-from deployments.callers.http_servers import HttpServers, Role
+from deployments.callers.http_servers import HttpServers
 from deployments.callers.prefill_body import prefill_body
 from deployments.callers.ticket_notices import TicketNotices
 from deployments.errors import NoReplica, ReplicaLost
+from deployments.role import Role
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
 from deployments.streams.stream_end import LAST_EVENT, StreamEnd
 from transfer.errors import TransferError
@@ -150,16 +151,16 @@ class HttpCaller:
             except (aiohttp.ClientError, TimeoutError) as error:
                 raise self._lost("decode", url, alive_at, error) from error
 
-    async def well(self, side: Role, exclude: frozenset[str]) -> str:
+    async def well(self, role: Role, exclude: frozenset[str]) -> str:
         """A server whose engine is alive; see :class:`deployments.router.caller.Caller`."""
-        url = self._pick(side, exclude)
+        url = self._pick(role, exclude)
         if not await self._healthy(url):
-            raise ReplicaLost(side, url, "it is not well", held=False)
+            raise ReplicaLost(role, url, "it is not well", held=False)
         return url
 
-    async def replicas(self, side: Role) -> int:
-        """How many servers of a side say that they are well."""
-        return sum(await asyncio.gather(*(self._healthy(url) for url in self._servers.urls(side))))
+    async def replicas(self, role: Role) -> int:
+        """How many servers of a role say that they are well."""
+        return sum(await asyncio.gather(*(self._healthy(url) for url in self._servers.urls(role))))
 
     async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
         """Tells the owner of this hand-off that it will not be read.

@@ -13,8 +13,8 @@ from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
 from deployments.replicas.owner_breaker import LinkPolicy, Links
 from deployments.replicas.resumption import SENT_TOKEN_IDS
-from deployments.replicas.route_hint import RouteHint
 from deployments.replicas.server import BatonServer, own_replica_id, require_alive
+from deployments.route_hint import RouteHint
 from deployments.streams.continuation import STREAM_ERROR, StreamParts
 from deployments.streams.generation import GenerationRequest, Output, WholeAnswer
 from transfer import faults

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from deployments.replicas.route_hint import RouteHint
 from deployments.replicas.server import BatonServer, own_replica_id, require_alive
+from deployments.route_hint import RouteHint
 from deployments.streams.generation import GenerationRequest, PrefillAnswer
 from transfer import faults
 

@@ -13,10 +13,10 @@ from ray import serve
 from ray.serve.llm.deployment import LLMServer
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from deployments.background import Background
 from deployments.errors import EngineGone
 from deployments.replicas.health import EngineHealth
-from deployments.replicas.route_hint import RouteHint
-from deployments.router.background import Background
+from deployments.route_hint import RouteHint
 from deployments.streams.generation import GenerationRequest
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines

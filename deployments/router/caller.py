@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Protocol
 
-from deployments.router.suspects import Side
+from deployments.role import Role
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
 
 
@@ -38,15 +38,15 @@ class Caller(Protocol):
         """Streams a replica's answer. Raises NoReplica, ReplicaLost, the latter at any time."""
         ...
 
-    async def well(self, side: Side, exclude: frozenset[str]) -> str:
-        """A replica of a side that has just said that it is well.
+    async def well(self, role: Role, exclude: frozenset[str]) -> str:
+        """A replica of a role that has just said that it is well.
 
         Raises NoReplica; ReplicaLost, not ``held``: the one that was asked is not.
         """
         ...
 
-    async def replicas(self, side: Side) -> int:
-        """How many replicas of a side say that they are well."""
+    async def replicas(self, role: Role) -> int:
+        """How many replicas of a role say that they are well."""
         ...
 
     async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:

@@ -13,6 +13,7 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
 
+from deployments.background import Background
 from deployments.errors import (
     Condemned,
     ContinuationMismatch,
@@ -20,8 +21,8 @@ from deployments.errors import (
     ReplicaLost,
     ServiceUnavailable,
 )
+from deployments.role import Role
 from deployments.router.admission import Place, PromptSize, Waiting
-from deployments.router.background import Background
 from deployments.router.caller import Caller
 from deployments.router.request_state import (
     Answer,
@@ -43,7 +44,7 @@ from deployments.router.request_state import (
     Unwanted,
 )
 from deployments.router.router_event import RouterEvent
-from deployments.router.suspects import Case, Side, Standing
+from deployments.router.suspects import Case, Standing
 from deployments.router.trials import Trials
 from deployments.streams.generation import GenerationRequest, PrefillAnswer, Transcript, WholeAnswer
 from deployments.streams.stream_errors import ENDS_ENGINES, stream_error
@@ -204,23 +205,23 @@ class Passage:
     async def _trial(
         self,
         case: Case,
-        side: Side,
+        role: Role,
         exclude: frozenset[str],
         request: GenerationRequest,
         before_waiting: Callable[[], None] = lambda: None,
     ) -> str | None:
         """The replica that a suspect is tried on; None: the request is none."""
-        taken = self._trials.suspects.resume_trial(case, side)
-        only = taken or await self._trials.replica_for(case, side, exclude, before_waiting)
+        taken = self._trials.suspects.resume_trial(case, role)
+        only = taken or await self._trials.replica_for(case, role, exclude, before_waiting)
         if only is not None and taken is None:
-            self._say(f"is tried apart from others on {side} replica {only}", request)
+            self._say(f"is tried apart from others on {role} replica {only}", request)
             self._count(RouterEvent.SUSPECT_TRIED)
         return only
 
     def _lost(
         self,
         case: Case,
-        side: Side,
+        role: Role,
         lost: ReplicaLost,
         request: GenerationRequest,
         then: str,
@@ -233,7 +234,7 @@ class Passage:
         if lost.held:
             self._trials.suspects.alive(lost.replica_id, lost.alive_at)
             standing = self._trials.suspects.died(
-                case, side, lost.replica_id, began=began, answering=answering
+                case, role, lost.replica_id, began=began, answering=answering
             )
         if standing is Standing.CONDEMNED:
             self._say(f"{lost}; no other one is risked", request)

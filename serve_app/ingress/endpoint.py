@@ -34,6 +34,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 
 from deployments.callers.replica_caller import ReplicaCaller
 from deployments.errors import NoReplica, ReplicaLost
+from deployments.role import ROLES, Role
 from deployments.router.admission import Admission, AdmissionPolicy
 from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy
@@ -78,7 +79,7 @@ class Ingress(OpenAiIngress):
             :func:`~serve_app.ingress.router.prompt_logprobs` counts them.
         max_tokenize_length: characters to be tokenized, or tokens to be detokenized, in a request.
         pick_timeout_s: how long a request waits for a replica that can take it.
-        health_timeout_s: how long ``/health`` waits for a side's answer.
+        health_timeout_s: how long ``/health`` waits for the answer of a role.
         api_keys: those that the app asks for.
         cache_salt_by_key: clients of different keys share no KV; goes with ``api_keys``.
 
@@ -121,7 +122,7 @@ class Ingress(OpenAiIngress):
         self._health_timeout_s = health_timeout_s
         self._cache_salt_by_key = cache_salt_by_key
         self._scrape = Shared(scrape, keep_s=SCRAPE_KEPT_S)
-        self._health = Shared(self._sides, keep_s=0.0)
+        self._health = Shared(self._roles, keep_s=0.0)
 
     async def completions(self, body: request_models.Completion, request: Request) -> Response:
         """OpenAI's completions."""
@@ -155,20 +156,19 @@ class Ingress(OpenAiIngress):
 
     async def health(self) -> Response:
         """200 only if a prefill and a decode replica can really serve, else 503 saying which."""
-        sides = await self._health.get()
-        healthy = all(state == "ok" for state in sides.values())
+        roles = await self._health.get()
+        healthy = all(state == "ok" for state in roles.values())
         return JSONResponse(
-            {"status": "ok" if healthy else "unavailable", **sides},
+            {"status": "ok" if healthy else "unavailable", **roles},
             status_code=200 if healthy else 503,
         )
 
     async def status(self) -> Response:
         """Every replica's transfer totals since start, and what is pinned now."""
-        sides = ("prefill", "decode")
         answers = await asyncio.gather(
-            *(self._caller.status(side, self._health_timeout_s) for side in sides)
+            *(self._caller.status(role, self._health_timeout_s) for role in ROLES)
         )
-        return JSONResponse(dict(zip(sides, answers, strict=True)))
+        return JSONResponse(dict(zip(ROLES, answers, strict=True)))
 
     async def metrics(self) -> Response:
         """Prometheus text: Baton's, vLLM's and Serve's metrics of all nodes."""
@@ -178,12 +178,11 @@ class Ingress(OpenAiIngress):
 
     # ------------------------------------------------------------------------------------------
 
-    async def _sides(self) -> dict[str, str]:
-        roles = ("prefill", "decode")
-        results = await asyncio.gather(*(self._ready(role) for role in roles))
-        return dict(zip(roles, results, strict=True))
+    async def _roles(self) -> dict[Role, str]:
+        states = await asyncio.gather(*(self._ready(role) for role in ROLES))
+        return dict(zip(ROLES, states, strict=True))
 
-    async def _ready(self, role: str) -> str:
+    async def _ready(self, role: Role) -> str:
         try:
             await self._caller.ready(role, self._health_timeout_s)
         except (NoReplica, ReplicaLost) as error:

@@ -16,10 +16,11 @@ from aiohttp import web
 
 from deployments.callers.http_body import PATHS, JsonBody, answers
 from deployments.callers.http_caller import HttpCaller
-from deployments.callers.http_servers import HttpServers, Role
+from deployments.callers.http_servers import HttpServers
 from deployments.callers.prefill_body import not_clamped
 from deployments.callers.ticket_notices import TicketNotices
 from deployments.errors import ServiceUnavailable
+from deployments.role import ROLES, Role
 from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy
 from deployments.streams.generation import GenerationRequest, Method, WholeAnswer
@@ -58,7 +59,6 @@ _HEALTH_TIMEOUT_S: Final = 5.0
 # vLLM closes connections that were idle for 5 s; a request must not meet that on its way.
 _IDLE_S: Final = 2.0
 _PASSED_ON: Final = ("Authorization", "traceparent", "tracestate", PRIORITY_HEADER)
-_ROLES: Final[tuple[Role, Role]] = ("prefill", "decode")
 
 # A server whose machine is gone says nothing; the kernel asks it after 5 s of silence.
 _KEEP_ALIVE: Final = (
@@ -74,7 +74,7 @@ class ProxyOptions:
     """What a proxy does.
 
     Attributes:
-        servers: URLs by side, without a slash at their end; a side that names none is found
+        servers: URLs by role, without a slash at their end; a role that names none is found
             through ``discovery``.
         discovery: finds servers, and owners of tickets that will not be read; not closed here.
         api_key: sent to servers when the client sends none; empty: nothing is sent then.
@@ -146,15 +146,15 @@ class Proxy:
             raise ServiceUnavailable(f"{url} does not answer: {error}") from error
 
     async def _health(self, request: web.Request) -> web.Response:
-        """200 only if a server of each side is healthy, else 503 saying which is not."""
-        states = await asyncio.gather(*(self._side(role) for role in _ROLES))
-        sides = dict(zip(_ROLES, states, strict=True))
-        healthy = all(state == "ok" for state in sides.values())
+        """200 only if a server of each role is healthy, else 503 saying which is not."""
+        states = await asyncio.gather(*(self._state(role) for role in ROLES))
+        roles = dict(zip(ROLES, states, strict=True))
+        healthy = all(state == "ok" for state in roles.values())
         return web.json_response(
-            {"status": "ok" if healthy else "unavailable", **sides}, status=200 if healthy else 503
+            {"status": "ok" if healthy else "unavailable", **roles}, status=200 if healthy else 503
         )
 
-    async def _side(self, role: Role) -> str:
+    async def _state(self, role: Role) -> str:
         urls = self._servers.urls(role)
         if not urls:
             return f"no {role} server is known"

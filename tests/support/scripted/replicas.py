@@ -16,9 +16,9 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
 from deployments.errors import ReplicaLost
+from deployments.role import Role
 from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy
-from deployments.router.suspects import Side
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, Sent
 from tests.support.scripted.tickets import make_ticket
 
@@ -42,7 +42,7 @@ class FakeCaller:
         checks: what each check of several prompts says.
         wells: who says that it is well, each time that is asked; by default ``prefill`` or
             ``decode`` with the number of the question.
-        asked_well: sides and exclusions of these questions.
+        asked_well: roles and exclusions of these questions.
         onlys: the one replica that each call was for.
         decoders: decode replicas that are well.
         held: unset, notices to owners do not come back.
@@ -104,15 +104,15 @@ class FakeCaller:
         finally:
             self.open_calls -= 1
 
-    async def well(self, side: Side, exclude: frozenset[str]) -> str:
-        self.asked_well.append((side, set(exclude)))
-        step = self.wells.pop(0) if self.wells else f"{side}-{len(self.asked_well)}"
+    async def well(self, role: Role, exclude: frozenset[str]) -> str:
+        self.asked_well.append((role, set(exclude)))
+        step = self.wells.pop(0) if self.wells else f"{role}-{len(self.asked_well)}"
         if isinstance(step, Exception):
             raise step
         return str(step)
 
-    async def replicas(self, side: Side) -> int:
-        assert side == "decode"
+    async def replicas(self, role: Role) -> int:
+        assert role == "decode"
         return self.decoders
 
     async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
@@ -186,7 +186,7 @@ def served(
     return items
 
 
-def lost(replica_id: str, role: str = "decode", *, held: bool = True) -> ReplicaLost:
+def lost(replica_id: str, role: Role = "decode", *, held: bool = True) -> ReplicaLost:
     return ReplicaLost(role, replica_id, "it died", held=held)
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.router.suspects import Side
+from deployments.role import Role
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
 from tests.support.scripted.tickets import make_ticket
 from transfer.ticket import handoff_id_of
@@ -102,10 +102,10 @@ class World:
         finally:
             self.decodes.remove(call)
 
-    async def well(self, side: Side, exclude: frozenset[str]) -> str:
-        return self.engine(side)
+    async def well(self, role: Role, exclude: frozenset[str]) -> str:
+        return self.engine(role)
 
-    async def replicas(self, side: Side) -> int:
+    async def replicas(self, role: Role) -> int:
         return self.decoders
 
     async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
@@ -114,14 +114,14 @@ class World:
 
     # ---- what a test does ------------------------------------------------------------------------
 
-    def engine(self, side: Side) -> str:
-        """The engine of a side that is alive."""
-        return f"{side}-{self._starts[side]}"
+    def engine(self, role: Role) -> str:
+        """The engine of a role that is alive."""
+        return f"{role}-{self._starts[role]}"
 
-    def kill(self, side: Side) -> str:
+    def kill(self, role: Role) -> str:
         """Ends it, and starts another one; its name."""
-        name = self.engine(side)
-        self._starts[side] += 1
+        name = self.engine(role)
+        self._starts[role] += 1
         return name
 
     def offer(self, readers: int, **changes: Any) -> dict[str, Any]:
