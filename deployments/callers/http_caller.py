@@ -46,6 +46,8 @@ _EVENT_END = b"\n\n"
 class HttpCaller:
     """Calls prefill and decode servers; a server's id is its URL.
 
+    A :class:`~deployments.router.replica_client.ReplicaClient`.
+
     All calls come from one event loop. A prefill that is cancelled when its answer is already on
     the way leaves a ticket behind that only expiry ends: a closed connection brings no answer.
 
@@ -87,7 +89,7 @@ class HttpCaller:
     async def prefill(
         self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> PrefillAnswer:
-        """Has one server compute the prompt; see :class:`deployments.router.caller.Caller`."""
+        """Has one server compute the prompt; see ``ReplicaClient``."""
         url, alive_at = await self._alive("prefill", exclude, only)
         fields = prefill_body(request.method, request.body.fields)
         with self._servers.calling(url):
@@ -119,7 +121,7 @@ class HttpCaller:
     async def decode(
         self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> AsyncGenerator[Output, None]:
-        """Streams a decode server's answer; see :class:`deployments.router.caller.Caller`."""
+        """Streams a decode server's answer; see ``ReplicaClient``."""
         url, alive_at = await self._alive("decode", exclude, only)
         body = request.body
         with self._servers.calling(url):
@@ -152,7 +154,7 @@ class HttpCaller:
                 raise self._lost("decode", url, alive_at, error) from error
 
     async def well(self, role: Role, exclude: frozenset[str]) -> str:
-        """A server whose engine is alive; see :class:`deployments.router.caller.Caller`."""
+        """A server whose engine is alive; see ``ReplicaClient``."""
         url = self._pick(role, exclude)
         if not await self._healthy(url):
             raise ReplicaLost(role, url, "it is not well", held=False)

@@ -48,6 +48,8 @@ class _Dispatched(NamedTuple):
 class ReplicaCaller:
     """Calls prefill and decode replicas.
 
+    A :class:`~deployments.router.replica_client.ReplicaClient`.
+
     Args:
         prefill: handle of the prefill deployment.
         decode: handle of the decode deployment.
@@ -65,7 +67,7 @@ class ReplicaCaller:
     async def prefill(
         self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> PrefillAnswer:
-        """Has one replica compute the prompt; see :class:`deployments.router.caller.Caller`.
+        """Has one replica compute the prompt; see ``ReplicaClient``.
 
         Raises:
             NoReplica: none took the call in time.
@@ -123,7 +125,7 @@ class ReplicaCaller:
             return await self._well(role, RouteHint())
 
     async def well(self, role: Role, exclude: frozenset[str]) -> str:
-        """A replica that is well; see :class:`deployments.router.caller.Caller`."""
+        """A replica that is well; see ``ReplicaClient``."""
         return await self._well(role, RouteHint(exclude=exclude), WELL_TIMEOUT_S)
 
     async def replicas(self, role: Role) -> int:

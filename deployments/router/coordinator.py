@@ -18,8 +18,8 @@ from deployments.errors import (
     ServiceUnavailable,
 )
 from deployments.router.admission import UNBOUNDED, Admission, Place
-from deployments.router.caller import Caller
 from deployments.router.passage import Passage
+from deployments.router.replica_client import ReplicaClient
 from deployments.router.request_state import RetryPolicy
 from deployments.router.router_event import RouterEvent
 from deployments.streams.generation import GenerationRequest, WholeAnswer
@@ -37,7 +37,7 @@ class Coordinator:
     """Runs requests through prefill and decode.
 
     Args:
-        caller: calls replicas.
+        client: calls replicas.
         policy: retry budget of every prompt.
         admission: who is let in; without one, everybody.
         count: told of every :class:`RouterEvent`.
@@ -46,7 +46,7 @@ class Coordinator:
 
     def __init__(
         self,
-        caller: Caller,
+        client: ReplicaClient,
         policy: RetryPolicy,
         admission: Admission | None = None,
         count: Callable[[RouterEvent], None] = lambda event: None,
@@ -54,10 +54,10 @@ class Coordinator:
         prompts_at_once: int = PROMPTS_AT_ONCE,
     ) -> None:
         self._count = count
-        self._caller = caller
+        self._client = client
         self._admission = admission or Admission(UNBOUNDED)
         self._prompts_at_once = prompts_at_once
-        self._passage = Passage(caller, policy, count)
+        self._passage = Passage(client, policy, count)
 
     async def run(
         self, request: GenerationRequest, *, bypass: bool = False
@@ -144,7 +144,7 @@ class Coordinator:
 
     async def _refusal(self, request: GenerationRequest) -> Any | None:
         try:
-            return await self._caller.check(request.named(uuid.uuid4().hex))
+            return await self._client.check(request.named(uuid.uuid4().hex))
         except (NoReplica, ReplicaLost) as error:
             logger.warning("%s; the prompts were not checked beforehand", error)
             return None

@@ -23,7 +23,7 @@ from deployments.errors import (
 )
 from deployments.role import Role
 from deployments.router.admission import Place, PromptSize, Waiting
-from deployments.router.caller import Caller
+from deployments.router.replica_client import ReplicaClient
 from deployments.router.request_state import (
     Answer,
     CallDecode,
@@ -33,11 +33,11 @@ from deployments.router.request_state import (
     DecodeLost,
     FirstChunk,
     GiveUp,
-    Handoff,
     Instruction,
     Prefilled,
     PrefillLost,
     Refused,
+    RequestState,
     RetryPolicy,
     Start,
     TicketUnread,
@@ -61,18 +61,18 @@ class Passage:
     """Carries prompts through prefill and decode, each by itself.
 
     Args:
-        caller: calls replicas.
+        client: calls replicas.
         policy: retry budget of every prompt.
         count: told of every :class:`RouterEvent`.
     """
 
     def __init__(
-        self, caller: Caller, policy: RetryPolicy, count: Callable[[RouterEvent], None]
+        self, client: ReplicaClient, policy: RetryPolicy, count: Callable[[RouterEvent], None]
     ) -> None:
-        self._caller = caller
+        self._client = client
         self._policy = policy
         self._count = count
-        self._trials = Trials(caller, time.monotonic)
+        self._trials = Trials(client, time.monotonic)
         self._background = Background()
 
     async def run(
@@ -97,12 +97,12 @@ class Passage:
         own = uuid.uuid4().hex
         renamed = _Renamed(own, request.client_id)
         request = request.named(own)
-        handoff = Handoff(self._policy, random.random)
+        state = RequestState(self._policy, random.random)
         transcript = Transcript(request.sent)
         now = time.monotonic()
         waiting = None if bypass else place.wait(PromptSize.of(request.body), now)
         try:
-            instructions = handoff.on(Start(bypass))
+            instructions = state.on(Start(bypass))
             while instructions:
                 step = self._carry_out_notices(instructions)
                 instructions = []
@@ -110,12 +110,10 @@ class Passage:
                 match step:
                     case CallPrefill(pause_s=pause_s):
                         await asyncio.sleep(pause_s)
-                        instructions = await self._prefill(handoff, step, request, case, waiting)
+                        instructions = await self._prefill(state, step, request, case, waiting)
                     case CallDecode(pause_s=pause_s):
                         await asyncio.sleep(pause_s)
-                        attempt = self._decode(
-                            handoff, step, request, case, transcript, instructions
-                        )
+                        attempt = self._decode(state, step, request, case, transcript, instructions)
                         async with aclosing(attempt):
                             async for content in attempt:
                                 yield renamed(content)
@@ -130,7 +128,7 @@ class Passage:
             self._trials.over(case, "decode")
             if waiting is not None:
                 waiting.not_prefilled(time.monotonic())
-            self._carry_out_notices(handoff.on(ClientGone()))
+            self._carry_out_notices(state.on(ClientGone()))
 
     async def drain(self) -> None:
         """Waits until all notices to owners are through."""
@@ -140,7 +138,7 @@ class Passage:
 
     async def _prefill(
         self,
-        handoff: Handoff,
+        state: RequestState,
         step: CallPrefill,
         request: GenerationRequest,
         case: Case,
@@ -154,10 +152,10 @@ class Passage:
             # What it spends in line for its trial says nothing of what prefill costs others.
             waiting.not_prefilled(began)
         try:
-            await self._place_at_decode(case, handoff.decode_excluded, request)
+            await self._place_at_decode(case, state.decode_excluded, request)
             only = await self._trial(case, "prefill", step.exclude, request)
             began = time.monotonic()
-            answer = await self._caller.prefill(request, step.exclude, only)
+            answer = await self._client.prefill(request, step.exclude, only)
         except ReplicaLost as lost:
             self._count(RouterEvent.PREFILL_LOST)
             unwanted = self._lost(case, "prefill", lost, request, "trying another", began=began)
@@ -188,7 +186,7 @@ class Passage:
                 waiting.not_prefilled(time.monotonic())
             else:
                 waiting.prefilled(answer.replica_id, tokens, time.monotonic())
-        return handoff.on(event)
+        return state.on(event)
 
     async def _place_at_decode(
         self, case: Case, exclude: frozenset[str], request: GenerationRequest
@@ -261,7 +259,7 @@ class Passage:
 
     async def _decode(
         self,
-        handoff: Handoff,
+        state: RequestState,
         step: CallDecode,
         request: GenerationRequest,
         case: Case,
@@ -276,26 +274,26 @@ class Passage:
         def lay_down() -> None:
             nonlocal ticket
             ticket = None
-            self._carry_out_notices(handoff.on(TicketUnread()))
+            self._carry_out_notices(state.on(TicketUnread()))
 
         number, began = 0, time.monotonic()
         try:
             only = await self._trial(case, "decode", step.exclude, request, lay_down)
             began = time.monotonic()
-            outputs = self._caller.decode(request.with_ticket(ticket), step.exclude, only)
+            outputs = self._client.decode(request.with_ticket(ticket), step.exclude, only)
             async with aclosing(outputs):
                 async for output in outputs:
                     if output.unread:
                         self._count(RouterEvent.TICKETS_UNREAD)
-                        self._carry_out_notices(handoff.on(TicketUnread()))
+                        self._carry_out_notices(state.on(TicketUnread()))
                         continue
                     number += 1
                     await faults.reach_async("router.stream" if number > 1 else "router.output")
                     if number == 1:
                         if output.refused:
-                            then += handoff.on(Refused(output.content))
+                            then += state.on(Refused(output.content))
                             return
-                        handoff.on(FirstChunk())
+                        state.on(FirstChunk())
                         self._trials.over(case, "decode")
                         self._trials.suspects.alive(output.replica_id, began)
                         if request.sent is not None and request.sent.created is not None:
@@ -310,18 +308,18 @@ class Passage:
             unwanted = self._lost(
                 case, "decode", lost, request, other, began=began, answering=number > 0
             )
-            then += handoff.on(unwanted or DecodeLost(lost.replica_id, resumable))
+            then += state.on(unwanted or DecodeLost(lost.replica_id, resumable))
         except Condemned:
-            then += handoff.on(self._condemned(request))
+            then += state.on(self._condemned(request))
         except ContinuationMismatch as mismatch:
-            then += handoff.on(Refused(mismatch))
+            then += state.on(Refused(mismatch))
         except NoReplica as missing:
             self._say(str(missing), request)
             self._count(RouterEvent.NO_DECODE)
-            then += handoff.on(DecodeLost(None))
+            then += state.on(DecodeLost(None))
         else:
             self._trials.suspects.passed(case, "decode")
-            then += handoff.on(DecodeEnded())
+            then += state.on(DecodeEnded())
         finally:
             self._trials.over(case, "decode")
 
@@ -339,7 +337,7 @@ class Passage:
     async def _give_up(self, replica_id: str, ticket: Mapping[str, Any]) -> None:
         name = ticket["handoff_id"]
         try:
-            pinned = await self._caller.abort(replica_id, ticket)
+            pinned = await self._client.abort(replica_id, ticket)
         except (NoReplica, ReplicaLost) as gone:
             logger.info("hand-off %s not given up: %s", name, gone)
         else:

@@ -190,7 +190,7 @@ _CALLING = (Stage.PREFILLING, Stage.DECODING, Stage.STREAMING)
 
 
 @dataclass(slots=True)
-class Handoff:
+class RequestState:
     """The machine. Not thread-safe; one per request.
 
     Args:

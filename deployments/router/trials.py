@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from deployments.errors import Condemned, NoReplica
 from deployments.role import ROLES, Role
-from deployments.router.caller import Caller
+from deployments.router.replica_client import ReplicaClient
 from deployments.router.suspects import TRIAL_S, Case, Standing, Suspects
 
 _TO_RISK_ONE = 2
@@ -19,16 +19,16 @@ class Trials:
     """The queues of suspects before the engines of each role. All from one event loop.
 
     Args:
-        caller: calls replicas.
+        client: calls replicas.
         clock: seconds that only go forward.
 
     Attributes:
         suspects: who has to wait here.
     """
 
-    def __init__(self, caller: Caller, clock: Callable[[], float]) -> None:
+    def __init__(self, client: ReplicaClient, clock: Callable[[], float]) -> None:
         self.suspects = Suspects(clock)
-        self._caller = caller
+        self._client = client
         self._lines: dict[Role, asyncio.Lock] = {role: asyncio.Lock() for role in ROLES}
         self._in_line: dict[Role, int] = dict.fromkeys(ROLES, 0)
         self._ended = asyncio.Event()
@@ -80,7 +80,7 @@ class Trials:
         """
         if self.suspects.standing(case) is Standing.CLEAR:
             return True
-        return await self._caller.replicas("decode") >= _TO_RISK_ONE
+        return await self._client.replicas("decode") >= _TO_RISK_ONE
 
     def over(self, case: Case, role: Role) -> None:
         """A request's trial has ended, in whichever way; without one, nothing happens."""
@@ -103,7 +103,7 @@ class Trials:
             if self.suspects.standing(case) is Standing.CONDEMNED:
                 raise Condemned
             asked = self._clock()
-            replica_id = await self._caller.well(role, exclude)
+            replica_id = await self._client.well(role, exclude)
             self.suspects.alive(replica_id, asked)
             if self.suspects.begin_trial(case, role, replica_id):
                 return replica_id

@@ -17,11 +17,11 @@ from deployments.router.request_state import (
     Event,
     FirstChunk,
     GiveUp,
-    Handoff,
     Instruction,
     Prefilled,
     PrefillLost,
     Refused,
+    RequestState,
     RetryPolicy,
     Stage,
     Start,
@@ -246,10 +246,10 @@ PATHS: dict[str, list[Step]] = {
 
 @pytest.mark.parametrize("steps", PATHS.values(), ids=PATHS.keys())
 def test_path(steps: list[Step]) -> None:
-    handoff = Handoff(POLICY, lambda: 0.0)
+    state = RequestState(POLICY, lambda: 0.0)
 
     for number, (event, instructions) in enumerate(steps):
-        assert handoff.on(event) == instructions, f"step {number}: {event}"
+        assert state.on(event) == instructions, f"step {number}: {event}"
 
 
 @pytest.mark.parametrize(
@@ -271,12 +271,12 @@ def test_path(steps: list[Step]) -> None:
 def test_events_that_cannot_happen_are_faults_of_the_caller(
     before: list[Event], event: Event
 ) -> None:
-    handoff = Handoff(POLICY, lambda: 0.0)
+    state = RequestState(POLICY, lambda: 0.0)
     for earlier in before:
-        handoff.on(earlier)
+        state.on(earlier)
 
     with pytest.raises(ValueError, match="cannot happen"):
-        handoff.on(event)
+        state.on(event)
 
 
 # ---- pauses --------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ class AnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.attempts = 3
         policy = RetryPolicy(self.attempts, backoff_s=0.1, backoff_max_s=0.15, jitter=0.5)
-        self.handoff = Handoff(policy, lambda: 0.5)
+        self.state = RequestState(policy, lambda: 0.5)
         self.running: CallPrefill | CallDecode | None = None
         self.calls: list[CallPrefill | CallDecode] = []
         self.rounds: list[list[CallPrefill]] = [[]]
@@ -337,7 +337,7 @@ class AnyOrder(RuleBasedStateMachine):
     def tell(self, event: Event, *, ends_call: bool = True) -> None:
         if ends_call:
             self.running, self.streaming = None, False
-        for instruction in self.handoff.on(event):
+        for instruction in self.state.on(event):
             match instruction:
                 case GiveUp(replica_id=replica_id, ticket=ticket):
                     self.given_up.append((replica_id, ticket.handoff_id))
@@ -357,7 +357,7 @@ class AnyOrder(RuleBasedStateMachine):
         return set() if ticket is None else {ticket.handoff_id}
 
     def finished(self) -> bool:
-        return self.handoff.stage is Stage.FINISHED
+        return self.state.stage is Stage.FINISHED
 
     def prefilling(self) -> bool:
         return isinstance(self.running, CallPrefill)
@@ -367,7 +367,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     # -- events --
 
-    @precondition(lambda self: self.handoff.stage is Stage.NEW)
+    @precondition(lambda self: self.state.stage is Stage.NEW)
     @rule(bypass=st.booleans())
     def start(self, bypass: bool) -> None:
         self.bypass = bypass
@@ -519,7 +519,7 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def never_stuck(self) -> None:
         """What is not over waits for a call, which ends in one way or another."""
-        if self.handoff.stage not in (Stage.NEW, Stage.FINISHED):
+        if self.state.stage not in (Stage.NEW, Stage.FINISHED):
             assert self.running is not None
         if self.finished() and self.client_here:
             assert self.sent or self.answers, "no answer"

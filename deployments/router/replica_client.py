@@ -9,11 +9,12 @@ from deployments.role import Role
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
 
 
-class Caller(Protocol):
+class ReplicaClient(Protocol):
     """Calls replicas, through Serve or over HTTP (:mod:`deployments.callers`).
 
     All from one event loop. Cancelling a call, or closing its iterator, ends the work at the
-    replica; a ticket that a cancelled prefill leaves behind all the same is the caller's to abort.
+    replica; a ticket that a cancelled prefill leaves behind all the same is the client's to give
+    up.
     """
 
     async def check(self, request: GenerationRequest) -> Any | None:
