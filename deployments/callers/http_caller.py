@@ -10,8 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import aiohttp
 
@@ -24,7 +23,7 @@ from deployments.role import Role
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
 from deployments.streams.stream_end import LAST_EVENT, StreamEnd
 from transfer.errors import TransferError
-from transfer.ticket import Ticket
+from transfer.ticket import Ticket, UnreadableTicket, read_ticket
 
 logger = logging.getLogger(__name__)
 
@@ -110,13 +109,14 @@ class HttpCaller:
         if answer.status != 200:
             return PrefillAnswer(url, error=answer)
         try:
-            ticket = json.loads(answer.content).get("kv_transfer_params")
+            params = json.loads(answer.content).get("kv_transfer_params")
         except (ValueError, AttributeError) as error:
             cause = "its answer is no JSON object"
             raise ReplicaLost("prefill", url, cause, held=False) from error
-        if ticket is None:
+        if params is None:
             logger.warning("%s answered without a ticket; decode computes the prompt", url)
-        return PrefillAnswer(url, ticket)
+            return PrefillAnswer(url)
+        return PrefillAnswer(url, read_ticket(params))
 
     async def decode(
         self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
@@ -164,7 +164,7 @@ class HttpCaller:
         """How many servers of a role say that they are well."""
         return sum(await asyncio.gather(*(self._healthy(url) for url in self._servers.urls(role))))
 
-    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
+    async def abort(self, replica_id: str, ticket: Ticket | UnreadableTicket) -> int:
         """Tells the owner of this hand-off that it will not be read.
 
         Raises:
@@ -172,8 +172,10 @@ class HttpCaller:
         """
         if self._notices is None:
             raise ReplicaLost("prefill", replica_id, "without etcd, only expiry frees its blocks")
+        if isinstance(ticket, UnreadableTicket):
+            raise ReplicaLost("prefill", replica_id, "its secret is not known")
         try:
-            await asyncio.to_thread(self._notices.abort, Ticket.from_params(ticket))
+            await asyncio.to_thread(self._notices.abort, ticket)
         except TransferError as error:
             raise ReplicaLost("prefill", replica_id, str(error)) from error
         return 1

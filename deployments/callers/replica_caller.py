@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from deployments.errors import ContinuationMismatch, EngineGone, NoReplica, Repl
 from deployments.role import Role
 from deployments.route_hint import RouteHint
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
+from transfer.ticket import Ticket, UnreadableTicket
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
@@ -106,14 +107,14 @@ class ReplicaCaller:
         except (NoReplica, ReplicaLost):
             return await self._unary("decode", "check_request", RouteHint(), request)
 
-    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
+    async def abort(self, replica_id: str, ticket: Ticket | UnreadableTicket) -> int:
         """Tells the very replica that holds the blocks that they will not be read.
 
         Raises:
             NoReplica: it is gone, and its blocks with it.
             ReplicaLost: it died on this call.
         """
-        return await self._give_up(replica_id, ticket["handoff_id"])
+        return await self._give_up(replica_id, ticket.handoff_id)
 
     async def ready(self, role: Role, timeout_s: float) -> str:
         """Asks one replica of ``role`` whether it can really serve; returns its id.

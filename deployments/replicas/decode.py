@@ -18,8 +18,7 @@ from deployments.route_hint import RouteHint
 from deployments.streams.continuation import STREAM_ERROR, StreamParts
 from deployments.streams.generation import GenerationRequest, Output, WholeAnswer
 from transfer import faults
-from transfer.errors import ProtocolError
-from transfer.ticket import Ticket
+from transfer.ticket import UnreadableTicket, read_ticket
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
@@ -87,11 +86,10 @@ class DecodeServer(BatonServer):
 
     def _is_read(self, request: GenerationRequest) -> bool:
         """Whether the engine gets the request's ticket."""
-        try:
-            ticket = Ticket.from_params(request.body.kv_transfer_params)
-        except ProtocolError as error:
+        ticket = read_ticket(request.body.kv_transfer_params)
+        if isinstance(ticket, UnreadableTicket):
             logger.warning(
-                "ticket of request %s refused: %s", request.body.request_id, error.message
+                "ticket of request %s refused: %s", request.body.request_id, ticket.fault
             )
             return False
         return self._links.may_read(ticket.engine_id, time.monotonic())

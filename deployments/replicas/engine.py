@@ -19,14 +19,7 @@ from deployments.replicas.request_faults import refusal, refusing
 from deployments.replicas.resumption import resuming, with_sent
 from deployments.streams.generation import GenerationRequest
 from transfer import faults
-
-
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    """What a prefill left behind: a ticket, nothing, or the reason why it was refused."""
-
-    ticket: dict[str, Any] | None = None
-    error: ErrorResponse | None = None
+from transfer.ticket import Ticket, UnreadableTicket, read_ticket, ticket_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +87,9 @@ class BatonEngine(VLLMEngine):
         rendered = await self._rendered(request)
         return rendered if isinstance(rendered, ErrorResponse) else None
 
-    async def prefill(self, request: GenerationRequest, handoff_id: str) -> Prefilled:
+    async def prefill(
+        self, request: GenerationRequest, handoff_id: str
+    ) -> Ticket | UnreadableTicket | ErrorResponse | None:
         """Computes the KV of a request's prompt and pins it for a decode engine.
 
         The prompt is rendered by the same code that the decode side uses, then run for one token
@@ -107,10 +102,13 @@ class BatonEngine(VLLMEngine):
             request: of one prompt.
             handoff_id: what the ticket shall be called. Cancelled, it is given up by this name,
                 whether it was offered by then or not.
+
+        Returns:
+            The ticket, None if the prompt left none, or why the request is refused.
         """
         rendered = await self._rendered(request)
         if isinstance(rendered, ErrorResponse):
-            return Prefilled(error=rendered)
+            return rendered
         (prompt,) = rendered.prompts
         body = request.body
         raw_request = RawRequestInfo.to_starlette_request_optional(request.http)
@@ -130,8 +128,8 @@ class BatonEngine(VLLMEngine):
         except Exception as error:
             if (refused := refusal(error)) is None:
                 raise
-            return Prefilled(error=refused)
-        return Prefilled(ticket)
+            return refused
+        return ticket
 
     async def abort_handoffs(self, handoff_ids: list[str]) -> int:
         """Gives up offers of this engine; returns how many were still pinned."""
@@ -161,27 +159,20 @@ class BatonEngine(VLLMEngine):
         readers: int,
         lora_request: Any,
         priority: int,
-    ) -> dict[str, Any] | None:
+    ) -> Ticket | UnreadableTicket | None:
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={
-                "kv_transfer_params": {
-                    "do_remote_decode": True,
-                    "do_remote_prefill": False,
-                    "handoff_id": handoff_id,
-                    "readers": readers,
-                }
-            },
+            extra_args={"kv_transfer_params": ticket_request(readers, handoff_id)},
         )
-        ticket = None
+        offered = None
         async for output in self._engine_client.generate(
             prompt, params, request_id, lora_request=lora_request, priority=priority
         ):
-            ticket = output.kv_transfer_params
-        return ticket
+            offered = output.kv_transfer_params
+        return None if offered is None else read_ticket(offered)
 
     async def _rendered(self, request: GenerationRequest) -> _Rendered | ErrorResponse:
         """The request's prompts as the engine gets them, or why it would not take them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
+
 from deployments.replicas.server import BatonServer, own_replica_id, require_alive
 from deployments.route_hint import RouteHint
 from deployments.streams.generation import GenerationRequest, PrefillAnswer
@@ -29,7 +31,9 @@ class PrefillServer(BatonServer):
         await self._maybe_resolve_lora_from_multiplex()
         await faults.reach_async("prefill.computing", request.body.user or "")
         done = await self.engine.prefill(request, handoff_id)
-        return PrefillAnswer(own_replica_id(), done.ticket, done.error)
+        if isinstance(done, ErrorResponse):
+            return PrefillAnswer(own_replica_id(), error=done)
+        return PrefillAnswer(own_replica_id(), done)
 
     async def abort_handoffs(self, hint: RouteHint, handoff_ids: list[str]) -> int:
         """Lets go of blocks that nobody will read; returns how many offers were still pinned."""

@@ -8,7 +8,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
@@ -49,8 +49,7 @@ from deployments.router.trials import Trials
 from deployments.streams.generation import GenerationRequest, PrefillAnswer, Transcript, WholeAnswer
 from deployments.streams.stream_errors import ENDS_ENGINES, stream_error
 from transfer import faults
-from transfer.errors import ProtocolError
-from transfer.ticket import Ticket, handoff_id_of
+from transfer.ticket import Ticket, UnreadableTicket
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
@@ -245,17 +244,16 @@ class Passage:
         return Unwanted(ENDS_ENGINES)
 
     def _ticket(self, answer: PrefillAnswer, request: GenerationRequest) -> Ticket | None:
-        """The ticket that came, checked. One that cannot be read is told to its owner at once."""
-        raw = answer.ticket
-        if raw is None:
-            return None
-        try:
-            return Ticket.from_params(raw)
-        except ProtocolError as error:
-            self._say(f"its ticket cannot be read ({error}); decode computes the prompt", request)
-            if handoff_id_of(raw) is not None:
-                self._background.start(_NOTICE, self._give_up(answer.replica_id, raw))
-            return None
+        """The ticket that came. One that cannot be read is told to its owner at once."""
+        ticket = answer.ticket
+        if not isinstance(ticket, UnreadableTicket):
+            return ticket
+        self._say(
+            f"its ticket cannot be read ({ticket.fault}); decode computes the prompt", request
+        )
+        if ticket.handoff_id:
+            self._background.start(_NOTICE, self._give_up(answer.replica_id, ticket))
+        return None
 
     async def _decode(
         self,
@@ -328,14 +326,14 @@ class Passage:
         step = None
         for instruction in instructions:
             if isinstance(instruction, GiveUp):
-                ticket = instruction.ticket.to_params()
-                self._background.start(_NOTICE, self._give_up(instruction.replica_id, ticket))
+                notice = self._give_up(instruction.replica_id, instruction.ticket)
+                self._background.start(_NOTICE, notice)
             else:
                 step = instruction
         return step
 
-    async def _give_up(self, replica_id: str, ticket: Mapping[str, Any]) -> None:
-        name = ticket["handoff_id"]
+    async def _give_up(self, replica_id: str, ticket: Ticket | UnreadableTicket) -> None:
+        name = ticket.handoff_id
         try:
             pinned = await self._client.abort(replica_id, ticket)
         except (NoReplica, ReplicaLost) as gone:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
 from deployments.role import Role
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
+from transfer.ticket import Ticket, UnreadableTicket
 
 
 class ReplicaClient(Protocol):
@@ -50,6 +51,9 @@ class ReplicaClient(Protocol):
         """How many replicas of a role say that they are well."""
         ...
 
-    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
-        """Tells the owner; returns how many offers were pinned. Raises NoReplica, ReplicaLost."""
+    async def abort(self, replica_id: str, ticket: Ticket | UnreadableTicket) -> int:
+        """Tells the owner that this hand-off, which has an id, will not be read.
+
+        Returns how many offers were pinned. Raises NoReplica, ReplicaLost.
+        """
         ...

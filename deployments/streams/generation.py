@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from transfer.ticket import Ticket
+from transfer.ticket import Ticket, UnreadableTicket
 
 if TYPE_CHECKING:
     # Ray and vLLM stay out of a process that calls replicas otherwise than by Serve handles.
@@ -82,12 +82,12 @@ class PrefillAnswer:
 
     Attributes:
         replica_id: who holds the blocks.
-        ticket: as it came, not checked; None if the prompt left none.
+        ticket: None if the prompt left none.
         error: the reason why the request was refused, in OpenAI's form.
     """
 
     replica_id: str
-    ticket: Any = None
+    ticket: Ticket | UnreadableTicket | None = None
     error: Any | None = None
 
 

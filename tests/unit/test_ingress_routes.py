@@ -87,7 +87,7 @@ def test_complete_answer_goes_through_prefill_and_decode(
     # Replicas know it by a name of Baton's own.
     assert len({request.request_id for _, _, request in endpoint.caller.calls}) == 1
     assert len(endpoint.caller.calls[0][2].request_id) == 32
-    assert endpoint.caller.calls[1][2].kv_transfer_params == TICKET
+    assert endpoint.caller.calls[1][2].kv_transfer_params == TICKET.to_params()
 
 
 def test_stream_is_sent_as_events(endpoint: Endpoint) -> None:

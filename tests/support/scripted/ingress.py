@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +26,9 @@ from serve_app.edge.body_limits import BodyLimits
 from serve_app.ingress.api_keys import ApiKeys
 from serve_app.ingress.endpoint import Ingress, ingress_app
 from tests.support.scripted.tickets import make_ticket
+from transfer.ticket import Ticket, UnreadableTicket
 
-TICKET: dict[str, Any] = make_ticket().to_params()
+TICKET = make_ticket()
 ONE, DONE = 'data: {"text": "one"}\n\n', "data: [DONE]\n\n"
 ANSWER = "answer"
 """In a script: a completion with the name by which the replica knows the request."""
@@ -48,7 +49,7 @@ class FakeCaller:
     prefilled: PrefillAnswer = field(default_factory=lambda: PrefillAnswer("p1", TICKET))
     chunks: Sequence[Any] = ()
     calls: list[tuple[str, str, Any]] = field(default_factory=list)
-    aborted: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    aborted: list[tuple[str, Ticket | UnreadableTicket]] = field(default_factory=list)
     not_ready: dict[str, Exception] = field(default_factory=dict)
     decoding: int = 0
     begun: asyncio.Event = field(default_factory=asyncio.Event)
@@ -81,8 +82,8 @@ class FakeCaller:
         finally:
             self.decoding -= 1
 
-    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
-        self.aborted.append((replica_id, dict(ticket)))
+    async def abort(self, replica_id: str, ticket: Ticket | UnreadableTicket) -> int:
+        self.aborted.append((replica_id, ticket))
         return 1
 
     async def ready(self, role: str, timeout_s: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,9 @@ from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, Sent
 from tests.support.scripted.tickets import make_ticket
+from transfer.ticket import Ticket, UnreadableTicket, read_ticket
 
-T1: dict[str, Any] = make_ticket("1").to_params()
-T2: dict[str, Any] = make_ticket("2").to_params()
-SHARED: dict[str, Any] = make_ticket("3", readers=2).to_params()
+T1, T2, SHARED = make_ticket("1"), make_ticket("2"), make_ticket("3", readers=2)
 BAD = ErrorResponse(error=ErrorInfo(message="temperature: too hot", type="bad", code=400))
 CHUNKS = ["data: one\n\n", "data: two\n\n", "data: [DONE]\n\n"]
 INFO = RawRequestInfo(headers={"x-request-id": "r1"})
@@ -58,7 +57,7 @@ class FakeCaller:
     log: list[tuple[Any, ...]] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     sent: list[Sent | None] = field(default_factory=list)
-    aborted: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    aborted: list[tuple[str, Ticket | UnreadableTicket]] = field(default_factory=list)
     abort_error: Exception | None = None
     held: asyncio.Event | None = None
     open_calls: int = 0
@@ -115,10 +114,10 @@ class FakeCaller:
         assert role == "decode"
         return self.decoders
 
-    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
+    async def abort(self, replica_id: str, ticket: Ticket | UnreadableTicket) -> int:
         if self.held is not None:
             await self.held.wait()
-        self.aborted.append((replica_id, dict(ticket)))
+        self.aborted.append((replica_id, ticket))
         if self.abort_error is not None:
             raise self.abort_error
         return 1
@@ -133,9 +132,10 @@ class FakeCaller:
     def calls(self) -> list[tuple[str, set[str]]]:
         return [(entry[0], entry[3]) for entry in self.log]
 
-    def brought(self) -> list[Any]:
-        """``kv_transfer_params`` of every call."""
-        return [request.kv_transfer_params for request in self.requests]
+    def brought(self) -> list[Ticket | UnreadableTicket | None]:
+        """The ticket of every call."""
+        all_params = [request.kv_transfer_params for request in self.requests]
+        return [None if params is None else read_ticket(params) for params in all_params]
 
 
 POLICY = RetryPolicy(attempts=3, backoff_s=0.0)
@@ -158,6 +158,13 @@ def drive(coroutine: Coroutine[Any, Any, None]) -> None:
         assert left == []
 
     asyncio.run(main())
+
+
+async def answer_of(
+    coordinator: Coordinator, request: GenerationRequest, *, bypass: bool = False
+) -> list[Any]:
+    """All that a request gets."""
+    return [item async for item in coordinator.run(request, bypass=bypass)]
 
 
 def served(
