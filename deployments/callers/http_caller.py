@@ -110,7 +110,7 @@ class HttpCaller:
             return PrefillAnswer(url, error=answer)
         try:
             params = json.loads(answer.content).get("kv_transfer_params")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             cause = "its answer is no JSON object"
             raise ReplicaLost("prefill", url, cause, held=False) from error
         if params is None:

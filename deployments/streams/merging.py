@@ -120,7 +120,7 @@ def _completion(answer: bytes) -> dict[str, Any]:
 def _object(text: str | bytes) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AnswerUnreadable(f"an answer is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise AnswerUnreadable("an answer is not a JSON object")

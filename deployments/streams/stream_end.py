@@ -46,7 +46,7 @@ class StreamEnd:
     def _take_end(self, text: str) -> None:
         try:
             content = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         if not isinstance(content, Mapping):
             return

@@ -51,7 +51,7 @@ def _last_event(error: Mapping[str, Any]) -> str:
 def _refusal(error: Any) -> dict[str, Any]:
     """The error in a refusal, whatever says it."""
     if isinstance(error, WholeAnswer):
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             return dict(json.loads(error.content)["error"])
         error = error.content.decode(errors="replace")
     elif (info := getattr(error, "error", None)) is not None:

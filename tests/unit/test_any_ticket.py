@@ -180,3 +180,7 @@ def test_a_ticket_of_a_server_that_cannot_be_read_is_recomputed(ticket: Any) -> 
 @settings(deadline=None)
 def test_any_answer_of_a_server_that_has_no_ticket(answer: bytes) -> None:
     assert over_http(answer) == [None]
+
+
+def test_an_answer_that_is_nested_too_deep_to_be_read() -> None:
+    assert over_http(b'{"kv_transfer_params":' + b"[" * 100_000) == [None]

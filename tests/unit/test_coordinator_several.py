@@ -134,8 +134,12 @@ def test_refusal_of_one_prompt_refuses_all(refusal: Any) -> None:
             WholeAnswer(b"no", 400),
             {"message": "no", "type": "server_error", "param": None, "code": 503},
         ),
+        (
+            WholeAnswer(b"[" * 2000, 400),
+            {"message": "[" * 2000, "type": "server_error", "param": None, "code": 503},
+        ),
     ],
-    ids=["Serve", "HTTP", "no JSON"],
+    ids=["Serve", "HTTP", "no JSON", "too deep"],
 )
 def test_refusal_in_mid_stream_is_an_event(refusal: Any, error: dict[str, Any]) -> None:
     caller = FakeCaller(
