@@ -6,7 +6,6 @@ As :mod:`deployments.callers.replica_caller` calls replicas of Serve.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import time
@@ -18,10 +17,12 @@ from deployments.callers.http_body import PATHS, answers
 from deployments.callers.http_servers import HttpServers
 from deployments.callers.prefill_body import prefill_body
 from deployments.callers.ticket_notices import TicketNotices
-from deployments.errors import NoReplica, ReplicaLost
+from deployments.errors import AnswerUnreadable, NoReplica, ReplicaLost
 from deployments.role import Role
+from deployments.streams.framing import DONE, WholeEvents
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
-from deployments.streams.stream_end import LAST_EVENT, StreamEnd
+from deployments.streams.json_object import json_object
+from deployments.streams.stream_end import StreamEnd
 from transfer.errors import TransferError
 from transfer.ticket import Ticket, UnreadableTicket, read_ticket
 
@@ -39,7 +40,6 @@ _NO_REASON = (
     "its stream ended without a finish reason, as where KV did not load; start it with "
     "kv_load_failure_policy: recompute"
 )
-_EVENT_END = b"\n\n"
 
 
 class HttpCaller:
@@ -109,10 +109,9 @@ class HttpCaller:
         if answer.status != 200:
             return PrefillAnswer(url, error=answer)
         try:
-            params = json.loads(answer.content).get("kv_transfer_params")
-        except (ValueError, AttributeError, RecursionError) as error:
-            cause = "its answer is no JSON object"
-            raise ReplicaLost("prefill", url, cause, held=False) from error
+            params = json_object(answer.content).get("kv_transfer_params")
+        except AnswerUnreadable as error:
+            raise ReplicaLost("prefill", url, str(error), held=False) from error
         if params is None:
             logger.warning("%s answered without a ticket; decode computes the prompt", url)
             return PrefillAnswer(url)
@@ -144,7 +143,7 @@ class HttpCaller:
                     end = StreamEnd(math.prod(answers(request.method, body.fields)))
                     async for events in _events(response.content):
                         end.take(events)
-                        ended = events.endswith(LAST_EVENT)
+                        ended = events.endswith(DONE)
                         if ended and not end.sound:
                             raise ReplicaLost("decode", url, _NO_REASON, held=False)
                         yield Output(events, url)
@@ -234,11 +233,10 @@ async def _whole(response: aiohttp.ClientResponse) -> WholeAnswer:
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[str]:
     """Whole server-sent events, as many as have come."""
-    rest = b""
+    whole = WholeEvents()
     async for piece in content.iter_any():
-        whole, end, rest = (rest + piece).rpartition(_EVENT_END)
-        if end:
-            yield (whole + end).decode()
+        if events := whole.take(piece):
+            yield events
 
 
 def _words(error: Exception) -> str:

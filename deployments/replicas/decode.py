@@ -15,7 +15,8 @@ from deployments.replicas.owner_breaker import LinkPolicy, Links
 from deployments.replicas.resumption import SENT_TOKEN_IDS
 from deployments.replicas.server import BatonServer, own_replica_id, require_alive
 from deployments.route_hint import RouteHint
-from deployments.streams.continuation import STREAM_ERROR, StreamParts
+from deployments.streams.continuation import StreamParts
+from deployments.streams.framing import tells_error
 from deployments.streams.generation import GenerationRequest, Output, WholeAnswer
 from transfer import faults
 from transfer.ticket import UnreadableTicket, read_ticket
@@ -70,7 +71,7 @@ class DecodeServer(BatonServer):
         async with aclosing(await getattr(self, request.method)(request.body, request.http)) as out:
             async for content in _unbatched(out):
                 await faults.reach_async("decode.streaming")
-                if isinstance(content, str) and content.startswith(STREAM_ERROR):
+                if isinstance(content, str) and tells_error(content):
                     # vLLM tells clients of its engine's death; here another one may go on.
                     await self.engine.check_health()
                 if isinstance(content, ErrorResponse):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from deployments.streams.framing import DONE, error_event
 from deployments.streams.generation import WholeAnswer
 
 ENDS_ENGINES = WholeAnswer(
@@ -45,7 +46,7 @@ def refused_stream(refusal: Any) -> str:
 
 
 def _last_event(error: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps({'error': error})}\n\ndata: [DONE]\n\n"
+    return error_event({"error": error}) + DONE
 
 
 def _refusal(error: Any) -> dict[str, Any]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncIterator
 
+from deployments.streams.framing import DONE, error_event
 from serve_app.edge.error_body import error_body
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
-DONE = "data: [DONE]\n\n"
-
 
 async def as_events(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Passes framed events on; ends with ``[DONE]`` exactly once, also when ``chunks`` breaks."""
+    """Passes framed events on, with one last event, also when ``chunks`` breaks."""
     done = False
     try:
         async for text in chunks:
@@ -24,7 +22,7 @@ async def as_events(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
     except Exception as error:  # the status is sent: what is left is to say so in the stream
         logger.error("unexpected error in mid-stream", exc_info=error)
         body = error_body(500, "an unexpected error occurred; the server's log has it")
-        yield f"data: {json.dumps(body)}\n\n"
+        yield error_event(body)
         done = False
     if not done:
         yield DONE

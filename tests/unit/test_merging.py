@@ -17,7 +17,8 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.outputs import CompletionOutput, RequestOutput
 
 from deployments.errors import AnswerUnreadable
-from deployments.streams.merging import DONE, MergedStream, merged_answer
+from deployments.streams.framing import DONE
+from deployments.streams.merging import MergedStream, merged_answer
 from deployments.streams.prompts import samples_of
 
 CREATED = 1_700_000_000

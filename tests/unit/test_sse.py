@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from serve_app.edge.sse import DONE, as_events
+from deployments.streams.framing import DONE
+from serve_app.edge.sse import as_events
 
 ONE, TWO = 'data: {"text": "one"}\n\n', 'data: {"text": "two"}\n\n'
 
