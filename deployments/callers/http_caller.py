@@ -19,8 +19,9 @@ from deployments.callers.prefill_body import prefill_body
 from deployments.callers.ticket_notices import TicketNotices
 from deployments.errors import AnswerUnreadable, NoReplica, ReplicaLost
 from deployments.role import Role
+from deployments.streams.answer import WholeAnswer
 from deployments.streams.framing import DONE, WholeEvents
-from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
+from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
 from deployments.streams.json_object import json_object
 from deployments.streams.stream_end import StreamEnd
 from transfer.errors import TransferError
@@ -137,7 +138,7 @@ class HttpCaller:
                         answer = await _whole(response)
                         if not answer.content:
                             raise ReplicaLost("decode", url, "its answer was empty", held=False)
-                        yield Output(answer, url, refused=answer.status != 200)
+                        yield Output(answer, url)
                         return
                     ended = False
                     end = StreamEnd(math.prod(answers(request.method, body.fields)))

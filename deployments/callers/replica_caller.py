@@ -27,6 +27,7 @@ from deployments.cancellation import is_cancelled
 from deployments.errors import ContinuationMismatch, EngineGone, NoReplica, ReplicaLost
 from deployments.role import Role
 from deployments.route_hint import RouteHint
+from deployments.streams.answer import Refusal
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
 from transfer.ticket import Ticket, UnreadableTicket
 
@@ -96,16 +97,18 @@ class ReplicaCaller:
             raise
         return answer
 
-    async def check(self, request: GenerationRequest) -> Any | None:
+    async def check(self, request: GenerationRequest) -> Refusal | None:
         """Why a replica would refuse a request; None if it would not.
 
         Raises:
             NoReplica, ReplicaLost: nobody could say.
         """
+        refusal: Refusal | None
         try:
-            return await self._unary("prefill", "check_request", RouteHint(), request)
+            refusal = await self._unary("prefill", "check_request", RouteHint(), request)
         except (NoReplica, ReplicaLost):
-            return await self._unary("decode", "check_request", RouteHint(), request)
+            refusal = await self._unary("decode", "check_request", RouteHint(), request)
+        return refusal
 
     async def abort(self, replica_id: str, ticket: Ticket | UnreadableTicket) -> int:
         """Tells the very replica that holds the blocks that they will not be read.

@@ -12,12 +12,14 @@ from typing import Any
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
 from deployments.replicas.owner_breaker import LinkPolicy, Links
+from deployments.replicas.request_faults import as_refusal
 from deployments.replicas.resumption import SENT_TOKEN_IDS
 from deployments.replicas.server import BatonServer, own_replica_id, require_alive
 from deployments.route_hint import RouteHint
+from deployments.streams.answer import WholeAnswer
 from deployments.streams.continuation import StreamParts
 from deployments.streams.framing import tells_error
-from deployments.streams.generation import GenerationRequest, Output, WholeAnswer
+from deployments.streams.generation import GenerationRequest, Output
 from transfer import faults
 from transfer.ticket import UnreadableTicket, read_ticket
 
@@ -75,7 +77,7 @@ class DecodeServer(BatonServer):
                     # vLLM tells clients of its engine's death; here another one may go on.
                     await self.engine.check_health()
                 if isinstance(content, ErrorResponse):
-                    yield Output(content, replica_id, refused=True)
+                    yield Output(as_refusal(content), replica_id)
                 elif not isinstance(content, str):
                     yield Output(WholeAnswer(content.model_dump_json().encode()), replica_id)
                 elif parts is None:

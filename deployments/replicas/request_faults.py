@@ -9,6 +9,8 @@ from typing import Any
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
+from deployments.streams.answer import Refusal
+
 
 def refusal(error: Exception) -> ErrorResponse | None:
     """The refusal that a plain vLLM server answers with when its serving code raises ``error``.
@@ -17,6 +19,12 @@ def refusal(error: Exception) -> ErrorResponse | None:
     """
     answer = create_error_response(error).error
     return ErrorResponse(error=ErrorInfo(**answer.model_dump())) if answer.code < 500 else None
+
+
+def as_refusal(response: ErrorResponse) -> Refusal:
+    """The same refusal, as it goes to the router."""
+    error = response.error
+    return Refusal(error.message, error.type, error.param, int(error.code or 400))
 
 
 async def refusing(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:

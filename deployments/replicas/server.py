@@ -16,7 +16,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from deployments.background import Background
 from deployments.errors import EngineGone
 from deployments.replicas.health import EngineHealth
+from deployments.replicas.request_faults import as_refusal
 from deployments.route_hint import RouteHint
+from deployments.streams.answer import Refusal
 from deployments.streams.generation import GenerationRequest
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
@@ -69,10 +71,11 @@ class BatonServer(LLMServer):
         }
         return [{**status, **replica} for status in statuses]
 
-    async def check_request(self, hint: RouteHint, request: GenerationRequest) -> Any | None:
+    async def check_request(self, hint: RouteHint, request: GenerationRequest) -> Refusal | None:
         """Why this engine would refuse a request; None if it would not. Computes nothing."""
         await self._maybe_resolve_lora_from_multiplex()
-        return await self.engine.check(request)
+        refused = await self.engine.check(request)
+        return None if refused is None else as_refusal(refused)
 
     async def ready(self, hint: RouteHint) -> str:
         """Answers with the replica's id if it can really serve, raises otherwise."""

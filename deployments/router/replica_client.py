@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+from typing import Protocol
 
 from deployments.role import Role
+from deployments.streams.answer import Complete
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
 from transfer.ticket import Ticket, UnreadableTicket
 
@@ -18,7 +19,7 @@ class ReplicaClient(Protocol):
     up.
     """
 
-    async def check(self, request: GenerationRequest) -> Any | None:
+    async def check(self, request: GenerationRequest) -> Complete | None:
         """Why a replica would refuse a request with several prompts; None if it would not.
 
         Nothing is computed. Raises NoReplica, ReplicaLost: nobody could say.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -34,13 +34,16 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 
 from deployments.callers.replica_caller import ReplicaCaller
 from deployments.errors import NoReplica, ReplicaLost
+from deployments.replicas.request_faults import as_refusal
 from deployments.role import ROLES, Role
 from deployments.router.admission import Admission, AdmissionPolicy
 from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy
 from deployments.router.router_event import RouterEvent
+from deployments.streams.answer import Refusal, WholeAnswer
 from deployments.streams.continuation import may_go_on
-from deployments.streams.generation import GenerationRequest, Method, Sent, WholeAnswer
+from deployments.streams.event_stream import EventStream
+from deployments.streams.generation import GenerationRequest, Method, Sent
 from deployments.streams.prompts import prompts_in
 from serve_app.edge.body_limits import BodyLimits
 from serve_app.edge.cross_origin import cross_origin
@@ -196,7 +199,7 @@ class Ingress(OpenAiIngress):
             return refused
         self._salt(body, request)
         reason = bypass_reason(body)
-        chunks = self._coordinator.run(
+        answer = await self._coordinator.answer(
             GenerationRequest(
                 method,
                 body,
@@ -206,14 +209,13 @@ class Ingress(OpenAiIngress):
             ),
             bypass=reason is not None,
         )
-        first = await anext(aiter(chunks))
-        if isinstance(first, WholeAnswer | ErrorResponse):
-            async for _ in chunks:
-                logger.error("a complete answer was followed by more: %r", _)
-            if isinstance(first, ErrorResponse):
-                return _error(first, body)
-            return Response(first.content, first.status, dict(first.headers))
-        return StreamingResponse(as_events(_closing(first, chunks)), media_type="text/event-stream")
+        match answer:
+            case EventStream():
+                return StreamingResponse(as_events(answer), media_type="text/event-stream")
+            case WholeAnswer():
+                return Response(answer.content, answer.status, dict(answer.headers))
+            case Refusal():
+                return _refused(answer, body)
 
     async def _ask_decode(self, method: str, body: Any, request: Request) -> Response:
         """Has a decode replica answer, as Ray's ingress does."""
@@ -224,7 +226,7 @@ class Ingress(OpenAiIngress):
             async with aclosing(answers):
                 answer = await anext(answers)
         if isinstance(answer, ErrorResponse):
-            return _error(answer, body)
+            return _refused(as_refusal(answer), body)
         return JSONResponse(answer.model_dump())
 
     async def _get_model_id(self, model: str | None) -> str:
@@ -322,16 +324,14 @@ def ingress_app(
     return make_fastapi_ingress(Ingress, endpoint_map=endpoints, app=app)
 
 
-def _error(error: ErrorResponse, body: Any) -> JSONResponse:
+def _refused(refusal: Refusal, body: Any) -> JSONResponse:
     """An engine's refusal, as the client gets it.
 
     Many of vLLM's say which field is wrong only in words, of which it is the first.
     """
-    info = error.error
-    status = int(info.code or 400)
-    first = info.message.partition(" ")[0].strip("`")
-    param = info.param or (first if first in type(body).model_fields else None)
-    return error_response(status, info.message, param=param)
+    first = refusal.message.partition(" ")[0].strip("`")
+    param = refusal.param or (first if first in type(body).model_fields else None)
+    return error_response(refusal.code, refusal.message, param=param)
 
 
 _EVENTS = Counter(
@@ -343,18 +343,3 @@ _EVENTS = Counter(
 
 def _count(event: RouterEvent) -> None:
     _EVENTS.inc(tags={"event": event.value})
-
-
-async def _closing(first: Any, chunks: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-    """``first`` and the rest; closes ``chunks`` when the client goes away."""
-    try:
-        yield first
-        async for chunk in chunks:
-            yield chunk
-    finally:
-        await _close(chunks)
-
-
-async def _close(chunks: Any) -> None:
-    async with aclosing(chunks):
-        pass

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -23,7 +23,9 @@ from deployments.errors import ServiceUnavailable
 from deployments.role import ROLES, Role
 from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy
-from deployments.streams.generation import GenerationRequest, Method, WholeAnswer
+from deployments.streams.answer import Refusal, WholeAnswer
+from deployments.streams.event_stream import EventStream
+from deployments.streams.generation import GenerationRequest, Method
 from serve_app.edge.body_limits import Bodies, Body, BodyLimits, BodyRefused
 from serve_app.edge.cross_origin import CrossOrigin
 from serve_app.edge.error_body import error_body
@@ -212,22 +214,22 @@ class Proxy:
         body = JsonBody(fields, self._headers(request))
         reason = bypass_reason(body) or not_clamped(fields)
         asked = GenerationRequest(method, body, client_id=_client_id(body, request))
-        chunks = self._coordinator.run(asked, bypass=reason is not None)
-        async with aclosing(chunks):
-            first = await anext(chunks)
-            if isinstance(first, WholeAnswer):
+        answer = await self._coordinator.answer(asked, bypass=reason is not None)
+        match answer:
+            case EventStream():
+                async with aclosing(answer):
+                    return await _stream(answer, request)
+            case WholeAnswer():
                 return web.Response(
-                    body=first.content, status=first.status, headers=dict(first.headers)
+                    body=answer.content, status=answer.status, headers=dict(answer.headers)
                 )
-            stream = web.StreamResponse(
-                headers={"Content-Type": "text/event-stream; charset=utf-8"}
-            )
-            await stream.prepare(request)
-            async with aclosing(_with_first(first, chunks)) as everything:
-                async for events in as_events(everything):
-                    await stream.write(events.encode())
-            await stream.write_eof()
-            return stream
+            case Refusal():
+                error = {"error": answer.error()}
+                return web.Response(
+                    body=json.dumps(error).encode(),
+                    status=answer.code,
+                    content_type="application/json",
+                )
 
     def _headers(self, request: web.Request) -> dict[str, str]:
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
@@ -257,10 +259,14 @@ def _client_id(body: JsonBody, request: web.Request) -> str:
     return given if isinstance(given, str) else ""
 
 
-async def _with_first(first: Any, chunks: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-    yield first
-    async for chunk in chunks:
-        yield chunk
+async def _stream(events: EventStream, request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    await response.prepare(request)
+    async with aclosing(as_events(events)) as texts:
+        async for text in texts:
+            await response.write(text.encode())
+    await response.write_eof()
+    return response
 
 
 def _bad_request(fault: Fault) -> web.HTTPBadRequest:

@@ -13,7 +13,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import CompletionReq
 from deployments.errors import NoReplica, ServiceUnavailable
 from deployments.router.coordinator import Coordinator
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, Sent
-from tests.support.scripted.replicas import BAD, POLICY, lost
+from tests.support.scripted.replicas import BAD, POLICY, answer_of, lost
 from tests.support.scripted.world import DecodeCall, World
 
 AT_ONCE = 2
@@ -64,8 +64,7 @@ class AnyTraffic(RuleBasedStateMachine):
 
         async def client() -> None:
             try:
-                async for _ in self.coordinator.run(request):
-                    pass
+                await answer_of(self.coordinator, request)
             except ServiceUnavailable:
                 return
 
@@ -109,7 +108,7 @@ class AnyTraffic(RuleBasedStateMachine):
         call = self.pick(self.begun(False), data)
         items: dict[str, Output | Exception | None] = {
             "unread": Output("", "d", unread=True),
-            "refused": Output(BAD, "d", refused=True),
+            "refused": Output(BAD, "d"),
             "lost": lost(self.world.engine("decode")),
             "nobody": NoReplica("decode", 1.0),
             "nothing": None,

@@ -8,12 +8,9 @@ import json
 from typing import Any
 
 import pytest
-from ray.llm._internal.serve.core.configs.openai_api_models import (
-    ErrorInfo,
-    ErrorResponse,
-)
 
 from deployments.errors import NoReplica, ReplicaLost
+from deployments.streams.answer import Refusal
 from tests.support.scripted.ingress import (
     ANSWER,
     CHAT,
@@ -163,8 +160,7 @@ def test_as_many_as_are_allowed_pass(endpoint: Endpoint, asked: dict[str, Any]) 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_refusal_of_an_engine_keeps_its_status(endpoint: Endpoint, stream: bool) -> None:
-    error = ErrorResponse(error=ErrorInfo(message="too long", type="BadRequestError", code=400))
-    endpoint.caller.chunks = [error]
+    endpoint.caller.chunks = [Refusal("too long", "BadRequestError", code=400)]
 
     response = endpoint.ask("POST", "/v1/completions", json={**COMPLETION, "stream": stream})
 
@@ -181,9 +177,7 @@ def test_refusal_of_an_engine_keeps_its_status(endpoint: Endpoint, stream: bool)
 def test_refusal_of_an_engine_names_the_field_that_its_words_begin_with(
     endpoint: Endpoint, message: str, param: str | None
 ) -> None:
-    endpoint.caller.chunks = [
-        ErrorResponse(error=ErrorInfo(message=message, type="BadRequestError", code=400))
-    ]
+    endpoint.caller.chunks = [Refusal(message, "BadRequestError", code=400)]
 
     error = endpoint.ask("POST", "/v1/completions", json=COMPLETION).json()["error"]
 

@@ -28,6 +28,7 @@ from deployments.router.request_state import (
     TicketUnread,
     Unwanted,
 )
+from deployments.streams.answer import Refusal
 from tests.support.scripted.tickets import make_ticket
 from transfer.ticket import Ticket
 
@@ -35,6 +36,8 @@ POLICY = RetryPolicy(attempts=3, backoff_s=0.1, backoff_max_s=0.3, jitter=0.0)
 T1, T2 = make_ticket("1"), make_ticket("2")
 TWO_READERS = make_ticket("3", readers=2)
 PREFILLED = Prefilled("p1", TWO_READERS)
+BAD, TOO_LONG = Refusal("bad", code=400), Refusal("too long", code=400)
+KILLER = Refusal("killer", code=500)
 GIVE_UP = GiveUp("p1", TWO_READERS)
 
 
@@ -86,16 +89,16 @@ PATHS: dict[str, list[Step]] = {
     ],
     "unwanted after prefill died": [
         (Start(), [prefill()]),
-        (Unwanted("killer"), [Answer("killer")]),
+        (Unwanted(KILLER), [Answer(KILLER)]),
         (ClientGone(), []),
     ],
     "unwanted after decode died": [
         *TO_DECODE,
-        (Unwanted("killer"), [GIVE_UP, Answer("killer")]),
+        (Unwanted(KILLER), [GIVE_UP, Answer(KILLER)]),
     ],
     "unwanted in mid-stream": [
         *TO_STREAM,
-        (Unwanted("killer"), [GIVE_UP, Answer("killer", streaming=True)]),
+        (Unwanted(KILLER), [GIVE_UP, Answer(KILLER, streaming=True)]),
     ],
     "no prefill replica": [(Start(), [prefill()]), (PrefillLost(None), [decode()])],
     "the last prefill replica lost": [
@@ -103,11 +106,11 @@ PATHS: dict[str, list[Step]] = {
         (PrefillLost("p0"), [prefill("p0", pause_s=0.1)]),
         (PrefillLost(None), [decode()]),
     ],
-    "refused by prefill": [(Start(), [prefill()]), (Refused("bad"), [Answer("bad")])],
-    "refused by decode": [*TO_DECODE, (Refused("bad"), [GIVE_UP, Answer("bad")])],
+    "refused by prefill": [(Start(), [prefill()]), (Refused(BAD), [Answer(BAD)])],
+    "refused by decode": [*TO_DECODE, (Refused(BAD), [GIVE_UP, Answer(BAD)])],
     "refused by decode, nothing to give up": [
         (Start(bypass=True), [decode()]),
-        (Refused("bad"), [Answer("bad")]),
+        (Refused(BAD), [Answer(BAD)]),
     ],
     "decode lost before the first chunk": [
         *TO_DECODE,
@@ -195,7 +198,7 @@ PATHS: dict[str, list[Step]] = {
     "stream whose continuation is refused": [
         *TO_STREAM,
         (DecodeLost("d0", resumable=True), [GIVE_UP, prefill()]),
-        (Refused("too long"), [Answer("too long", streaming=True)]),
+        (Refused(TOO_LONG), [Answer(TOO_LONG, streaming=True)]),
     ],
     "client leaves a stream that was to go on": [
         *TO_STREAM,
@@ -265,7 +268,7 @@ def test_path(steps: list[Step]) -> None:
         ([Start(), PREFILLED], PREFILLED),
         ([Start(), PREFILLED], PrefillLost("p1")),
         ([Start(), PREFILLED, FirstChunk()], FirstChunk()),
-        ([Start(), PREFILLED, FirstChunk()], Refused("bad")),
+        ([Start(), PREFILLED, FirstChunk()], Refused(BAD)),
     ],
 )
 def test_events_that_cannot_happen_are_faults_of_the_caller(
@@ -404,13 +407,13 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.running is not None)
     @rule()
     def is_unwanted(self) -> None:
-        self.tell(Unwanted("killer"))
+        self.tell(Unwanted(KILLER))
         assert self.running is None
 
     @precondition(lambda self: self.running is not None and not self.streaming)
     @rule()
     def refused(self) -> None:
-        self.tell(Refused("bad request"))
+        self.tell(Refused(BAD))
 
     @precondition(lambda self: self.decoding() and not self.streaming)
     @rule()
@@ -488,7 +491,7 @@ class AnyOrder(RuleBasedStateMachine):
             [
                 PrefillLost("a"),
                 PrefillLost(None),
-                Refused("late"),
+                Refused(BAD),
                 FirstChunk(),
                 DecodeLost("v", resumable=True),
                 DecodeLost(None),

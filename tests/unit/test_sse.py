@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from deployments.streams.event_stream import EventStream
 from deployments.streams.framing import DONE
 from serve_app.edge.sse import as_events
 
@@ -23,7 +24,7 @@ async def stream(*chunks: Any) -> AsyncGenerator[Any, None]:
 
 def events(*chunks: Any) -> list[str]:
     async def main() -> list[str]:
-        return [event async for event in as_events(stream(*chunks))]
+        return [event async for event in as_events(EventStream("", stream(*chunks)))]
 
     return asyncio.run(main())
 
@@ -62,7 +63,7 @@ def test_events_go_out_one_by_one() -> None:
             await waiting.wait()
             yield TWO
 
-        sent = as_events(chunks())
+        sent = as_events(EventStream("", chunks()))
         assert await anext(sent) == ONE
         waiting.set()
         assert [event async for event in sent] == [TWO, DONE]

@@ -13,7 +13,6 @@ import pytest
 from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     CompletionResponse,
-    ErrorResponse,
     ModelCard,
     TokenizeResponse,
 )
@@ -21,7 +20,8 @@ from ray.llm._internal.serve.core.ingress.ingress import make_fastapi_ingress
 
 from deployments.router.admission import AdmissionPolicy
 from deployments.router.request_state import RetryPolicy
-from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
+from deployments.streams.answer import Complete, WholeAnswer
+from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
 from serve_app.edge.body_limits import BodyLimits
 from serve_app.ingress.api_keys import ApiKeys
 from serve_app.ingress.endpoint import Ingress, ingress_app
@@ -54,7 +54,7 @@ class FakeCaller:
     decoding: int = 0
     begun: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def check(self, request: GenerationRequest) -> Any | None:
+    async def check(self, request: GenerationRequest) -> Complete | None:
         self.calls.append(("check", request.method, request.body))
         return None
 
@@ -78,7 +78,7 @@ class FakeCaller:
                     await asyncio.Event().wait()
                 if chunk == ANSWER:
                     chunk = _answer(request.body.request_id)
-                yield Output(chunk, "d1", refused=isinstance(chunk, ErrorResponse))
+                yield Output(chunk, "d1")
         finally:
             self.decoding -= 1
 

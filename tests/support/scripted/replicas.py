@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from ray.llm._internal.serve.core.configs.openai_api_models import (
-    CompletionRequest,
-    ErrorInfo,
-    ErrorResponse,
-)
+from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
 from deployments.errors import ReplicaLost
 from deployments.role import Role
 from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy
+from deployments.streams.answer import Complete, Refusal
+from deployments.streams.event_stream import EventStream
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, Sent
 from tests.support.scripted.tickets import make_ticket
 from transfer.ticket import Ticket, UnreadableTicket, read_ticket
 
 T1, T2, SHARED = make_ticket("1"), make_ticket("2"), make_ticket("3", readers=2)
-BAD = ErrorResponse(error=ErrorInfo(message="temperature: too hot", type="bad", code=400))
+BAD = Refusal("temperature: too hot", "bad", code=400)
 CHUNKS = ["data: one\n\n", "data: two\n\n", "data: [DONE]\n\n"]
 INFO = RawRequestInfo(headers={"x-request-id": "r1"})
 HANG = "hang"
@@ -62,7 +61,7 @@ class FakeCaller:
     held: asyncio.Event | None = None
     open_calls: int = 0
 
-    async def check(self, request: GenerationRequest) -> Any | None:
+    async def check(self, request: GenerationRequest) -> Complete | None:
         self.log.append(("check", request.method, request.http, set()))
         step = self.checks.pop(0) if self.checks else None
         if isinstance(step, Exception):
@@ -99,7 +98,7 @@ class FakeCaller:
                 if isinstance(step, Output):
                     yield step
                     continue
-                yield Output(step, "d1", refused=isinstance(step, ErrorResponse))
+                yield Output(step, "d1")
         finally:
             self.open_calls -= 1
 
@@ -164,7 +163,11 @@ async def answer_of(
     coordinator: Coordinator, request: GenerationRequest, *, bypass: bool = False
 ) -> list[Any]:
     """All that a request gets."""
-    return [item async for item in coordinator.run(request, bypass=bypass)]
+    answer = await coordinator.answer(request, bypass=bypass)
+    if not isinstance(answer, EventStream):
+        return [answer]
+    async with aclosing(answer):
+        return [events async for events in answer]
 
 
 def served(
@@ -180,12 +183,12 @@ def served(
 
     async def main() -> None:
         coordinator = Coordinator(caller, POLICY)
-        chunks = coordinator.run(generation(request, sent), bypass=bypass)
+        answer = answer_of(coordinator, generation(request, sent), bypass=bypass)
         if raises is not None:
             with pytest.raises(raises):
-                items.extend([item async for item in chunks])
+                await answer
         else:
-            items.extend([item async for item in chunks])
+            items.extend(await answer)
         await coordinator.drain()
 
     drive(main())

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deployments.role import Role
-from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
+from deployments.streams.answer import Complete, Item, WholeAnswer
+from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
 from tests.support.scripted.tickets import make_ticket
 from transfer.ticket import Ticket, UnreadableTicket, read_ticket
 
@@ -37,7 +38,7 @@ class DecodeCall:
         params = self.request.body.kv_transfer_params
         return None if params is None else Ticket.from_params(params)
 
-    def content(self, *, last: bool) -> Any:
+    def content(self, *, last: bool) -> Item:
         """What a replica would say next: an event, or the whole answer."""
         body = self.request.body
         choices = [
@@ -69,7 +70,7 @@ class World:
 
     # ---- what the coordinator calls --------------------------------------------------------------
 
-    async def check(self, request: GenerationRequest) -> Any | None:
+    async def check(self, request: GenerationRequest) -> Complete | None:
         return None
 
     async def prefill(
