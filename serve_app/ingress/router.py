@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ray.llm._internal.serve.core.configs.openai_api_models import (
-    ChatCompletionRequest,
-    CompletionRequest,
-)
-
 from deployments.router.admission import PromptSize
 
 _ALL: Final = 1 << 17
@@ -38,15 +33,18 @@ def bypass_reason(request: Any) -> str | None:
     return None
 
 
-def prompt_logprobs(body: ChatCompletionRequest | CompletionRequest) -> tuple[str, int]:
+def prompt_logprobs(body: Any) -> tuple[str, int]:
     """How many log-probabilities of its prompts a request asks for, and in which field.
 
     For each token the token's own and those of the best; with characters where the tokens of a
     text are not known. 0 if it asks for none.
+
+    Args:
+        body: of chat or completions, as Ray's models read it.
     """
     field = "prompt_logprobs"
     if (best := body.prompt_logprobs) is None and body.echo:
-        field = "top_logprobs" if isinstance(body, ChatCompletionRequest) else "logprobs"
+        field = "top_logprobs" if hasattr(body, "messages") else "logprobs"
         best = getattr(body, field)
     if best is None:
         return field, 0
