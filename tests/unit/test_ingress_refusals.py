@@ -249,7 +249,7 @@ def test_more_requests_than_allowed_get_429_with_retry_after(
     assert int(response.headers["retry-after"]) >= 1
     error = response.json()["error"]
     assert (error["type"], error["code"]) == ("rate_limit_error", 429)
-    assert endpoint.caller.sides() == ["prefill", "decode"]
+    assert endpoint.caller.roles() == ["prefill", "decode"]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_adapters_are_listed_and_served_like_the_model(
     assert [card["id"] for card in listed["data"]] == ["demo", "pirate", "org/sailor:v2"]
     assert (card.status_code, card.json()["id"]) == (200, name)
     assert (tokens.status_code, tokens.json()["tokens"]) == (200, [1])
-    assert endpoint.caller.sides() == ["prefill", "decode", "prefill", "decode", "decode"]
+    assert endpoint.caller.roles() == ["prefill", "decode", "prefill", "decode", "decode"]
     assert {body.model for _, _, body in endpoint.caller.calls} == {name}
 
 
@@ -113,7 +113,7 @@ def test_request_that_cannot_use_foreign_blocks_goes_to_decode_alone(
     response = endpoint.ask("POST", "/v1/completions", json=body)
 
     assert response.status_code == 200
-    assert endpoint.caller.sides() == ["decode"]
+    assert endpoint.caller.roles() == ["decode"]
 
 
 @pytest.mark.parametrize(
@@ -249,4 +249,4 @@ def test_client_that_leaves_in_mid_stream_ends_the_decode_call(endpoint: Endpoin
         assert endpoint.caller.decoding == 0
 
     asyncio.run(main())
-    assert endpoint.caller.sides() == ["prefill", "decode"]
+    assert endpoint.caller.roles() == ["prefill", "decode"]

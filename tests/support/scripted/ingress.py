@@ -91,8 +91,8 @@ class FakeCaller:
             raise self.not_ready[role]
         return f"{role}-1"
 
-    def sides(self) -> list[str]:
-        return [side for side, _, _ in self.calls]
+    def roles(self) -> list[str]:
+        return [role for role, _, _ in self.calls]
 
 
 def _answer(request_id: str) -> WholeAnswer:
