@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
-from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse as VLLMErrorResponse
@@ -15,8 +14,9 @@ from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.inputs import split_enc_dec_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from deployments.replicas.request_faults import refusal, refusing
+from deployments.replicas.request_faults import as_refusal, refusal, refusing
 from deployments.replicas.resumption import resuming, with_sent
+from deployments.streams.answer import Refusal
 from deployments.streams.generation import GenerationRequest
 from transfer import faults
 from transfer.ticket import Ticket, UnreadableTicket, read_ticket, ticket_request
@@ -82,14 +82,14 @@ class BatonEngine(VLLMEngine):
     def score(self, *args: Any) -> AsyncGenerator[Any, None]:
         return refusing(super().score(*args))
 
-    async def check(self, request: GenerationRequest) -> ErrorResponse | None:
+    async def check(self, request: GenerationRequest) -> Refusal | None:
         """Why a request would be refused, whatever its number of prompts; None if it would not."""
         rendered = await self._rendered(request)
-        return rendered if isinstance(rendered, ErrorResponse) else None
+        return rendered if isinstance(rendered, Refusal) else None
 
     async def prefill(
         self, request: GenerationRequest, handoff_id: str
-    ) -> Ticket | UnreadableTicket | ErrorResponse | None:
+    ) -> Ticket | UnreadableTicket | Refusal | None:
         """Computes the KV of a request's prompt and pins it for a decode engine.
 
         The prompt is rendered by the same code that the decode side uses, then run for one token
@@ -107,7 +107,7 @@ class BatonEngine(VLLMEngine):
             The ticket, None if the prompt left none, or why the request is refused.
         """
         rendered = await self._rendered(request)
-        if isinstance(rendered, ErrorResponse):
+        if isinstance(rendered, Refusal):
             return rendered
         (prompt,) = rendered.prompts
         body = request.body
@@ -128,7 +128,7 @@ class BatonEngine(VLLMEngine):
         except Exception as error:
             if (refused := refusal(error)) is None:
                 raise
-            return refused
+            return as_refusal(refused)
         return ticket
 
     async def abort_handoffs(self, handoff_ids: list[str]) -> int:
@@ -174,12 +174,12 @@ class BatonEngine(VLLMEngine):
             offered = output.kv_transfer_params
         return None if offered is None else read_ticket(offered)
 
-    async def _rendered(self, request: GenerationRequest) -> _Rendered | ErrorResponse:
+    async def _rendered(self, request: GenerationRequest) -> _Rendered | Refusal:
         """The request's prompts as the engine gets them, or why it would not take them."""
         chat, body = request.method == "chat", request.body
         serving: Any = self._oai_serving_chat if chat else self._oai_serving_completion
         if serving is None:
-            return self._make_error("This model does not generate text.")
+            return as_refusal(self._make_error("This model does not generate text."))
         try:
             rendered = await (
                 serving.render_chat_request(body)
@@ -187,7 +187,7 @@ class BatonEngine(VLLMEngine):
                 else serving.render_completion_request(body)
             )
             if isinstance(rendered, VLLMErrorResponse):
-                return _ray_error(rendered)
+                return as_refusal(rendered)
             prompts = rendered[1] if chat else rendered
             self._check_inputs(serving, body, prompts)
             return _Rendered(
@@ -196,7 +196,7 @@ class BatonEngine(VLLMEngine):
         except Exception as error:
             if (refused := refusal(error)) is None:
                 raise
-            return refused
+            return as_refusal(refused)
 
     def _check_inputs(self, serving: Any, request: Any, inputs: list[Any]) -> None:
         """Refuses here what decode would refuse later, before prefill is spent on it."""
@@ -214,7 +214,3 @@ class BatonEngine(VLLMEngine):
             params = request.to_sampling_params(max_tokens, serving.default_sampling_params)
             processor._validate_params(params, ("generate",))
             processor._validate_model_inputs(*split_enc_dec_input(prompt))
-
-
-def _ray_error(error: VLLMErrorResponse) -> ErrorResponse:
-    return ErrorResponse(error=ErrorInfo(**error.error.model_dump()))

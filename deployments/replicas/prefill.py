@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
-
-from deployments.replicas.request_faults import as_refusal
 from deployments.replicas.server import BatonServer, own_replica_id, require_alive
 from deployments.route_hint import RouteHint
+from deployments.streams.answer import Refusal
 from deployments.streams.generation import GenerationRequest, PrefillAnswer
 from transfer import faults
 
@@ -32,8 +30,8 @@ class PrefillServer(BatonServer):
         await self._maybe_resolve_lora_from_multiplex()
         await faults.reach_async("prefill.computing", request.body.user or "")
         done = await self.engine.prefill(request, handoff_id)
-        if isinstance(done, ErrorResponse):
-            return PrefillAnswer(own_replica_id(), error=as_refusal(done))
+        if isinstance(done, Refusal):
+            return PrefillAnswer(own_replica_id(), error=done)
         return PrefillAnswer(own_replica_id(), done)
 
     async def abort_handoffs(self, hint: RouteHint, handoff_ids: list[str]) -> int:

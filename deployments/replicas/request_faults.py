@@ -21,8 +21,12 @@ def refusal(error: Exception) -> ErrorResponse | None:
     return ErrorResponse(error=ErrorInfo(**answer.model_dump())) if answer.code < 500 else None
 
 
-def as_refusal(response: ErrorResponse) -> Refusal:
-    """The same refusal, as it goes to the router."""
+def as_refusal(response: Any) -> Refusal:
+    """The same refusal, as it goes to the router.
+
+    Args:
+        response: Ray's ``ErrorResponse`` or vLLM's.
+    """
     error = response.error
     return Refusal(error.message, error.type, error.param, int(error.code or 400))
 

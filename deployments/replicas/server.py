@@ -16,7 +16,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from deployments.background import Background
 from deployments.errors import EngineGone
 from deployments.replicas.health import EngineHealth
-from deployments.replicas.request_faults import as_refusal
 from deployments.route_hint import RouteHint
 from deployments.streams.answer import Refusal
 from deployments.streams.generation import GenerationRequest
@@ -74,8 +73,8 @@ class BatonServer(LLMServer):
     async def check_request(self, hint: RouteHint, request: GenerationRequest) -> Refusal | None:
         """Why this engine would refuse a request; None if it would not. Computes nothing."""
         await self._maybe_resolve_lora_from_multiplex()
-        refused = await self.engine.check(request)
-        return None if refused is None else as_refusal(refused)
+        refused: Refusal | None = await self.engine.check(request)
+        return refused
 
     async def ready(self, hint: RouteHint) -> str:
         """Answers with the replica's id if it can really serve, raises otherwise."""

@@ -18,6 +18,7 @@ from deployments.router.request_state import (
     FirstChunk,
     Refused,
     TicketUnread,
+    Unwanted,
 )
 from deployments.router.risk import Risk
 from deployments.router.router_event import RouterEvent
@@ -42,7 +43,7 @@ class DecodeAttempt:
         outcome: how the call ended, when :meth:`items` has come to its end.
     """
 
-    outcome: Event
+    outcome: DecodeEnded | DecodeLost | Refused | Unwanted | ClientGone
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class DecodeAttempt:
         if self._request.sent is not None and self._request.sent.created is not None:
             self._count(RouterEvent.STREAM_RESUMED)
 
-    def _lost(self, lost: ReplicaLost) -> Event:
+    def _lost(self, lost: ReplicaLost) -> DecodeLost | Unwanted:
         self._count(RouterEvent.DECODE_LOST)
         resumable = self._transcript.sent() is not None
         other = "trying another" if not self._outputs or resumable else "in mid-stream"

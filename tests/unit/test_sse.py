@@ -71,6 +71,25 @@ def test_events_go_out_one_by_one() -> None:
     asyncio.run(main())
 
 
+def test_whoever_stops_reading_closes_the_stream() -> None:
+    async def main() -> None:
+        closed = asyncio.Event()
+
+        async def chunks() -> AsyncGenerator[str, None]:
+            try:
+                yield ONE
+                yield TWO
+            finally:
+                closed.set()
+
+        sent = as_events(EventStream("", chunks()))
+        assert await anext(sent) == ONE
+        await sent.aclose()
+        assert closed.is_set()
+
+    asyncio.run(main())
+
+
 def test_stream_that_breaks_says_so_and_ends() -> None:
     one, error, done = events(ONE, RuntimeError("a secret of the server"))
 
