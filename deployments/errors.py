@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+from deployments.role import Role
+
 
 class ReplicaLost(Exception):
     """The replica died, or its engine did, while it had our call.
 
     Args:
-        role: ``prefill`` or ``decode``.
+        role: the replica's.
         replica_id: Serve's id of the replica.
         cause: what Ray said, in one line.
         held: whether the engine may have had our call when it died; False: it was gone before, or
@@ -20,7 +22,7 @@ class ReplicaLost(Exception):
 
     def __init__(
         self,
-        role: str,
+        role: Role,
         replica_id: str,
         cause: str,
         *,
@@ -44,7 +46,7 @@ class Condemned(Exception):
 class NoReplica(Exception):
     """No replica of this role took the call in time."""
 
-    def __init__(self, role: str, waited_s: float) -> None:
+    def __init__(self, role: Role, waited_s: float) -> None:
         super().__init__(f"no {role} replica took the request within {waited_s:.1f} s")
 
 

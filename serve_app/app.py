@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
@@ -18,6 +18,7 @@ from deployments.replicas.decode import DecodeServer
 from deployments.replicas.owner_breaker import LinkPolicy
 from deployments.replicas.prefill import PrefillServer
 from deployments.replicas.replica_router import HintedRouter
+from deployments.role import Role
 from deployments.router.admission import AdmissionPolicy
 from deployments.router.request_state import RetryPolicy
 from serve_app.api_keys import ApiKeys
@@ -26,8 +27,6 @@ from serve_app.edge.body_limits import BodyLimits
 from serve_app.ingress.endpoint import ingress_app
 from serve_app.launch.demo_model import resolve_model
 from serve_app.launch.model_kind import model_fault
-
-Role = Literal["prefill", "decode"]
 
 _CONNECTOR = {
     "kv_connector": "BatonConnector",

@@ -176,10 +176,37 @@ def is_handoff_id(name: Any) -> bool:
     return isinstance(name, str) and _HEX32.match(name) is not None
 
 
-def handoff_id_of(params: Any) -> str | None:
-    """The id in what should be a ticket, read or not; None if there is none to tell an owner of."""
-    name = params.get("handoff_id") if isinstance(params, Mapping) else None
-    return name if isinstance(name, str) and name else None
+@dataclass(frozen=True, slots=True)
+class UnreadableTicket:
+    """What came in place of a ticket.
+
+    Attributes:
+        fault: why it cannot be read; names the field.
+        handoff_id: what it calls its hand-off, by which that can be given up; empty: nothing.
+    """
+
+    fault: str
+    handoff_id: str = ""
+
+
+def read_ticket(params: Any) -> Ticket | UnreadableTicket:
+    """Reads what should be a ticket, whatever it is."""
+    try:
+        return Ticket.from_params(params)
+    except ProtocolError as error:
+        name = params.get("handoff_id") if isinstance(params, Mapping) else None
+        return UnreadableTicket(error.message, name if isinstance(name, str) else "")
+
+
+def ticket_request(readers: int, handoff_id: str | None = None) -> dict[str, Any]:
+    """``kv_transfer_params`` that ask a prefill engine for a ticket.
+
+    Args:
+        readers: how many requests will read it.
+        handoff_id: what the hand-off shall be called, 32 hex digits; None: as the engine likes.
+    """
+    named = {} if handoff_id is None else {"handoff_id": handoff_id}
+    return {"do_remote_decode": True, "do_remote_prefill": False, "readers": readers, **named}
 
 
 class _Fields:

@@ -6,24 +6,26 @@ As :mod:`deployments.callers.replica_caller` calls replicas of Serve.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import aiohttp
 
 from deployments.callers.http_body import PATHS, answers
-from deployments.callers.http_servers import HttpServers, Role
+from deployments.callers.http_servers import HttpServers
 from deployments.callers.prefill_body import prefill_body
 from deployments.callers.ticket_notices import TicketNotices
-from deployments.errors import NoReplica, ReplicaLost
-from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
-from deployments.streams.stream_end import LAST_EVENT, StreamEnd
+from deployments.errors import AnswerUnreadable, NoReplica, ReplicaLost
+from deployments.role import Role
+from deployments.streams.answer import WholeAnswer
+from deployments.streams.framing import DONE, WholeEvents
+from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
+from deployments.streams.json_object import json_object
+from deployments.streams.stream_end import StreamEnd
 from transfer.errors import TransferError
-from transfer.ticket import Ticket
+from transfer.ticket import Ticket, UnreadableTicket, read_ticket
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +41,12 @@ _NO_REASON = (
     "its stream ended without a finish reason, as where KV did not load; start it with "
     "kv_load_failure_policy: recompute"
 )
-_EVENT_END = b"\n\n"
 
 
 class HttpCaller:
     """Calls prefill and decode servers; a server's id is its URL.
+
+    A :class:`~deployments.router.replica_client.ReplicaClient`.
 
     All calls come from one event loop. A prefill that is cancelled when its answer is already on
     the way leaves a ticket behind that only expiry ends: a closed connection brings no answer.
@@ -86,7 +89,7 @@ class HttpCaller:
     async def prefill(
         self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> PrefillAnswer:
-        """Has one server compute the prompt; see :class:`deployments.router.caller.Caller`."""
+        """Has one server compute the prompt; see ``ReplicaClient``."""
         url, alive_at = await self._alive("prefill", exclude, only)
         fields = prefill_body(request.method, request.body.fields)
         with self._servers.calling(url):
@@ -107,18 +110,18 @@ class HttpCaller:
         if answer.status != 200:
             return PrefillAnswer(url, error=answer)
         try:
-            ticket = json.loads(answer.content).get("kv_transfer_params")
-        except (ValueError, AttributeError) as error:
-            cause = "its answer is no JSON object"
-            raise ReplicaLost("prefill", url, cause, held=False) from error
-        if ticket is None:
+            params = json_object(answer.content).get("kv_transfer_params")
+        except AnswerUnreadable as error:
+            raise ReplicaLost("prefill", url, str(error), held=False) from error
+        if params is None:
             logger.warning("%s answered without a ticket; decode computes the prompt", url)
-        return PrefillAnswer(url, ticket)
+            return PrefillAnswer(url)
+        return PrefillAnswer(url, read_ticket(params))
 
     async def decode(
         self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> AsyncGenerator[Output, None]:
-        """Streams a decode server's answer; see :class:`deployments.router.caller.Caller`."""
+        """Streams a decode server's answer; see ``ReplicaClient``."""
         url, alive_at = await self._alive("decode", exclude, only)
         body = request.body
         with self._servers.calling(url):
@@ -135,13 +138,13 @@ class HttpCaller:
                         answer = await _whole(response)
                         if not answer.content:
                             raise ReplicaLost("decode", url, "its answer was empty", held=False)
-                        yield Output(answer, url, refused=answer.status != 200)
+                        yield Output(answer, url)
                         return
                     ended = False
                     end = StreamEnd(math.prod(answers(request.method, body.fields)))
                     async for events in _events(response.content):
                         end.take(events)
-                        ended = events.endswith(LAST_EVENT)
+                        ended = events.endswith(DONE)
                         if ended and not end.sound:
                             raise ReplicaLost("decode", url, _NO_REASON, held=False)
                         yield Output(events, url)
@@ -150,18 +153,18 @@ class HttpCaller:
             except (aiohttp.ClientError, TimeoutError) as error:
                 raise self._lost("decode", url, alive_at, error) from error
 
-    async def well(self, side: Role, exclude: frozenset[str]) -> str:
-        """A server whose engine is alive; see :class:`deployments.router.caller.Caller`."""
-        url = self._pick(side, exclude)
+    async def well(self, role: Role, exclude: frozenset[str]) -> str:
+        """A server whose engine is alive; see ``ReplicaClient``."""
+        url = self._pick(role, exclude)
         if not await self._healthy(url):
-            raise ReplicaLost(side, url, "it is not well", held=False)
+            raise ReplicaLost(role, url, "it is not well", held=False)
         return url
 
-    async def replicas(self, side: Role) -> int:
-        """How many servers of a side say that they are well."""
-        return sum(await asyncio.gather(*(self._healthy(url) for url in self._servers.urls(side))))
+    async def replicas(self, role: Role) -> int:
+        """How many servers of a role say that they are well."""
+        return sum(await asyncio.gather(*(self._healthy(url) for url in self._servers.urls(role))))
 
-    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
+    async def abort(self, replica_id: str, ticket: Ticket | UnreadableTicket) -> int:
         """Tells the owner of this hand-off that it will not be read.
 
         Raises:
@@ -169,8 +172,10 @@ class HttpCaller:
         """
         if self._notices is None:
             raise ReplicaLost("prefill", replica_id, "without etcd, only expiry frees its blocks")
+        if isinstance(ticket, UnreadableTicket):
+            raise ReplicaLost("prefill", replica_id, "its secret is not known")
         try:
-            await asyncio.to_thread(self._notices.abort, Ticket.from_params(ticket))
+            await asyncio.to_thread(self._notices.abort, ticket)
         except TransferError as error:
             raise ReplicaLost("prefill", replica_id, str(error)) from error
         return 1
@@ -229,11 +234,10 @@ async def _whole(response: aiohttp.ClientResponse) -> WholeAnswer:
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[str]:
     """Whole server-sent events, as many as have come."""
-    rest = b""
+    whole = WholeEvents()
     async for piece in content.iter_any():
-        whole, end, rest = (rest + piece).rpartition(_EVENT_END)
-        if end:
-            yield (whole + end).decode()
+        if events := whole.take(piece):
+            yield events
 
 
 def _words(error: Exception) -> str:

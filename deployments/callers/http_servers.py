@@ -6,11 +6,10 @@ import random
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Protocol
 
+from deployments.role import Role
 from transfer.types import WorkerRecord
-
-Role = Literal["prefill", "decode"]
 
 _KV_ROLES: dict[Role, tuple[str, str]] = {
     "prefill": ("kv_producer", "kv_both"),
@@ -27,12 +26,12 @@ class Peers(Protocol):
 
 
 class HttpServers:
-    """The servers of both sides, by URL, and how many calls each has now.
+    """The servers of both roles, by URL, and how many calls each has now.
 
     Not thread-safe.
 
     Args:
-        named: URLs by side. A side that names none is found through ``discovery``.
+        named: URLs by role. A role that names none is found through ``discovery``.
         discovery: workers tell in their records where the server of their engine is.
     """
 
@@ -42,7 +41,7 @@ class HttpServers:
         self._calls: Counter[str] = Counter()
 
     def urls(self, role: Role) -> list[str]:
-        """All servers of one side."""
+        """All servers of one role."""
         if self._named[role]:
             return list(self._named[role])
         records = self._discovery.peers() if self._discovery is not None else ()

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from deployments.streams.generation import Method
 from deployments.streams.prompts import samples_of
+from transfer.ticket import ticket_request
 
 UNCHANGED: Final = frozenset(
     {
@@ -88,11 +89,7 @@ def prefill_body(method: Method, fields: Mapping[str, Any]) -> dict[str, Any]:
     kept |= {
         "stream": False,
         "max_tokens": 1,
-        "kv_transfer_params": {
-            "do_remote_decode": True,
-            "do_remote_prefill": False,
-            "readers": samples_of(fields.get("n")),
-        },
+        "kv_transfer_params": ticket_request(samples_of(fields.get("n"))),
     }
     if method == "chat":
         kept["max_completion_tokens"] = 1

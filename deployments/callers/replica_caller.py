@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -21,21 +21,23 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from deployments.background import Background
+from deployments.cancellation import is_cancelled
 from deployments.errors import ContinuationMismatch, EngineGone, NoReplica, ReplicaLost
 from deployments.ray_internals.request_context import (
     _get_serve_request_context,
     _serve_request_context,
 )
-from deployments.replicas.route_hint import RouteHint
-from deployments.router.background import Background
-from deployments.router.suspects import Side
-from deployments.streams.cancellation import is_cancelled
+from deployments.role import Role
+from deployments.route_hint import RouteHint
+from deployments.streams.answer import Refusal
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
+from transfer.ticket import Ticket, UnreadableTicket
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 RETRY_PICK_S = 0.2
-"""How long to wait for a replica of a side that had none a moment ago."""
+"""How long to wait for a replica of a role that had none a moment ago."""
 
 WELL_TIMEOUT_S = 5.0
 """How long a replica may take to say whether it is well."""
@@ -50,6 +52,8 @@ class _Dispatched(NamedTuple):
 
 class ReplicaCaller:
     """Calls prefill and decode replicas.
+
+    A :class:`~deployments.router.replica_client.ReplicaClient`.
 
     Args:
         prefill: handle of the prefill deployment.
@@ -68,7 +72,7 @@ class ReplicaCaller:
     async def prefill(
         self, request: GenerationRequest, exclude: frozenset[str], only: str | None = None
     ) -> PrefillAnswer:
-        """Has one replica compute the prompt; see :class:`deployments.router.caller.Caller`.
+        """Has one replica compute the prompt; see ``ReplicaClient``.
 
         Raises:
             NoReplica: none took the call in time.
@@ -96,27 +100,29 @@ class ReplicaCaller:
             raise
         return answer
 
-    async def check(self, request: GenerationRequest) -> Any | None:
+    async def check(self, request: GenerationRequest) -> Refusal | None:
         """Why a replica would refuse a request; None if it would not.
 
         Raises:
-            NoReplica, ReplicaLost: neither side could say.
+            NoReplica, ReplicaLost: nobody could say.
         """
+        refusal: Refusal | None
         try:
-            return await self._unary("prefill", "check_request", RouteHint(), request)
+            refusal = await self._unary("prefill", "check_request", RouteHint(), request)
         except (NoReplica, ReplicaLost):
-            return await self._unary("decode", "check_request", RouteHint(), request)
+            refusal = await self._unary("decode", "check_request", RouteHint(), request)
+        return refusal
 
-    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
+    async def abort(self, replica_id: str, ticket: Ticket | UnreadableTicket) -> int:
         """Tells the very replica that holds the blocks that they will not be read.
 
         Raises:
             NoReplica: it is gone, and its blocks with it.
             ReplicaLost: it died on this call.
         """
-        return await self._give_up(replica_id, ticket["handoff_id"])
+        return await self._give_up(replica_id, ticket.handoff_id)
 
-    async def ready(self, role: str, timeout_s: float) -> str:
+    async def ready(self, role: Role, timeout_s: float) -> str:
         """Asks one replica of ``role`` whether it can really serve; returns its id.
 
         Raises:
@@ -125,16 +131,16 @@ class ReplicaCaller:
         async with asyncio.timeout(timeout_s):
             return await self._well(role, RouteHint())
 
-    async def well(self, side: Side, exclude: frozenset[str]) -> str:
-        """A replica that is well; see :class:`deployments.router.caller.Caller`."""
-        return await self._well(side, RouteHint(exclude=exclude), WELL_TIMEOUT_S)
+    async def well(self, role: Role, exclude: frozenset[str]) -> str:
+        """A replica that is well; see ``ReplicaClient``."""
+        return await self._well(role, RouteHint(exclude=exclude), WELL_TIMEOUT_S)
 
-    async def replicas(self, side: Side) -> int:
-        """How many replicas of a side say that they are well."""
-        told = await self._answers_of_all(side, "ready", WELL_TIMEOUT_S)
+    async def replicas(self, role: Role) -> int:
+        """How many replicas of a role say that they are well."""
+        told = await self._answers_of_all(role, "ready", WELL_TIMEOUT_S)
         return sum(isinstance(one, str) for one in told)
 
-    async def status(self, role: str, timeout_s: float) -> list[dict[str, Any]]:
+    async def status(self, role: Role, timeout_s: float) -> list[dict[str, Any]]:
         """Transfer status of every worker of every replica of ``role`` that answers in time."""
         replicas = await self._answers_of_all(role, "status", timeout_s)
         return [status for told in replicas for status in told]
@@ -164,7 +170,7 @@ class ReplicaCaller:
                 if not finished:
                     response.cancel()
 
-    async def _well(self, role: str, hint: RouteHint, timeout_s: float | None = None) -> str:
+    async def _well(self, role: Role, hint: RouteHint, timeout_s: float | None = None) -> str:
         """Asks one replica whether it can really serve; ``timeout_s`` without the time of the pick.
 
         Raises:
@@ -186,8 +192,8 @@ class ReplicaCaller:
                 cause = f"it is not well: {_first_line(_cause(error))}"
                 raise ReplicaLost(role, selection.replica_id, cause, held=False) from error
 
-    async def _answers_of_all(self, role: str, method_name: str, timeout_s: float) -> list[Any]:
-        """What the replicas of a side say, without those that fail or are not done in time."""
+    async def _answers_of_all(self, role: Role, method_name: str, timeout_s: float) -> list[Any]:
+        """What the replicas of a role say, without those that fail or are not done in time."""
         until_s = time.monotonic() + timeout_s
         response = self._handles[role].broadcast(method_name, RouteHint())
         try:
@@ -226,7 +232,7 @@ class ReplicaCaller:
 
     async def _unary(
         self,
-        role: str,
+        role: Role,
         method_name: str,
         hint: RouteHint,
         *args: Any,
@@ -247,9 +253,9 @@ class ReplicaCaller:
                 raise _translated(error, role, selection.replica_id) from error
 
     async def _select(
-        self, stack: AsyncExitStack, role: str, handle: DeploymentHandle, hint: RouteHint
+        self, stack: AsyncExitStack, role: Role, handle: DeploymentHandle, hint: RouteHint
     ) -> Any:
-        # While a side is missing, only the first request pays for finding out.
+        # While a role is missing, only the first request pays for finding out.
         timeout_s = min(self._pick_timeout_s, RETRY_PICK_S if role in self._missing else math.inf)
         limited = replace(hint, until_s=time.monotonic() + timeout_s)
         try:
@@ -287,7 +293,7 @@ def _id_of_its_own() -> Iterator[None]:
         _serve_request_context.reset(token)
 
 
-def _translated(error: Exception, role: str, replica_id: str) -> Exception:
+def _translated(error: Exception, role: Role, replica_id: str) -> Exception:
     """A dead actor and a dead engine are one thing to a caller: try another replica."""
     cause = _cause(error)
     if isinstance(cause, ContinuationMismatch):

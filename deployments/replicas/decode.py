@@ -11,14 +11,16 @@ from typing import Any
 
 from deployments.ray_internals.models import ErrorResponse
 from deployments.replicas.owner_breaker import LinkPolicy, Links
+from deployments.replicas.request_faults import as_refusal
 from deployments.replicas.resumption import SENT_TOKEN_IDS
-from deployments.replicas.route_hint import RouteHint
 from deployments.replicas.server import BatonServer, own_replica_id, require_alive
-from deployments.streams.continuation import STREAM_ERROR, StreamParts
-from deployments.streams.generation import GenerationRequest, Output, WholeAnswer
+from deployments.route_hint import RouteHint
+from deployments.streams.answer import WholeAnswer
+from deployments.streams.continuation import StreamParts
+from deployments.streams.framing import tells_error
+from deployments.streams.generation import GenerationRequest, Output
 from transfer import faults
-from transfer.errors import ProtocolError
-from transfer.ticket import Ticket
+from transfer.ticket import UnreadableTicket, read_ticket
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
@@ -70,11 +72,11 @@ class DecodeServer(BatonServer):
         async with aclosing(await getattr(self, request.method)(request.body, request.http)) as out:
             async for content in _unbatched(out):
                 await faults.reach_async("decode.streaming")
-                if isinstance(content, str) and content.startswith(STREAM_ERROR):
+                if isinstance(content, str) and tells_error(content):
                     # vLLM tells clients of its engine's death; here another one may go on.
                     await self.engine.check_health()
                 if isinstance(content, ErrorResponse):
-                    yield Output(content, replica_id, refused=True)
+                    yield Output(as_refusal(content), replica_id)
                 elif not isinstance(content, str):
                     yield Output(WholeAnswer(content.model_dump_json().encode()), replica_id)
                 elif parts is None:
@@ -86,11 +88,10 @@ class DecodeServer(BatonServer):
 
     def _is_read(self, request: GenerationRequest) -> bool:
         """Whether the engine gets the request's ticket."""
-        try:
-            ticket = Ticket.from_params(request.body.kv_transfer_params)
-        except ProtocolError as error:
+        ticket = read_ticket(request.body.kv_transfer_params)
+        if isinstance(ticket, UnreadableTicket):
             logger.warning(
-                "ticket of request %s refused: %s", request.body.request_id, error.message
+                "ticket of request %s refused: %s", request.body.request_id, ticket.fault
             )
             return False
         return self._links.may_read(ticket.engine_id, time.monotonic())

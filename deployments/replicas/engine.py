@@ -13,20 +13,13 @@ from vllm.inputs import split_enc_dec_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from deployments.ray_internals.engine import VLLMEngine
-from deployments.ray_internals.models import ErrorInfo, ErrorResponse
 from deployments.ray_internals.protocol import RawRequestInfo
-from deployments.replicas.request_faults import refusal, refusing
+from deployments.replicas.request_faults import as_refusal, refusal, refusing
 from deployments.replicas.resumption import resuming, with_sent
+from deployments.streams.answer import Refusal
 from deployments.streams.generation import GenerationRequest
 from transfer import faults
-
-
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    """What a prefill left behind: a ticket, nothing, or the reason why it was refused."""
-
-    ticket: dict[str, Any] | None = None
-    error: ErrorResponse | None = None
+from transfer.ticket import Ticket, UnreadableTicket, read_ticket, ticket_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +82,14 @@ class BatonEngine(VLLMEngine):
     def score(self, *args: Any) -> AsyncGenerator[Any, None]:
         return refusing(super().score(*args))
 
-    async def check(self, request: GenerationRequest) -> ErrorResponse | None:
+    async def check(self, request: GenerationRequest) -> Refusal | None:
         """Why a request would be refused, whatever its number of prompts; None if it would not."""
         rendered = await self._rendered(request)
-        return rendered if isinstance(rendered, ErrorResponse) else None
+        return rendered if isinstance(rendered, Refusal) else None
 
-    async def prefill(self, request: GenerationRequest, handoff_id: str) -> Prefilled:
+    async def prefill(
+        self, request: GenerationRequest, handoff_id: str
+    ) -> Ticket | UnreadableTicket | Refusal | None:
         """Computes the KV of a request's prompt and pins it for a decode engine.
 
         The prompt is rendered by the same code that the decode side uses, then run for one token
@@ -107,10 +102,13 @@ class BatonEngine(VLLMEngine):
             request: of one prompt.
             handoff_id: what the ticket shall be called. Cancelled, it is given up by this name,
                 whether it was offered by then or not.
+
+        Returns:
+            The ticket, None if the prompt left none, or why the request is refused.
         """
         rendered = await self._rendered(request)
-        if isinstance(rendered, ErrorResponse):
-            return Prefilled(error=rendered)
+        if isinstance(rendered, Refusal):
+            return rendered
         (prompt,) = rendered.prompts
         body = request.body
         raw_request = RawRequestInfo.to_starlette_request_optional(request.http)
@@ -130,8 +128,8 @@ class BatonEngine(VLLMEngine):
         except Exception as error:
             if (refused := refusal(error)) is None:
                 raise
-            return Prefilled(error=refused)
-        return Prefilled(ticket)
+            return as_refusal(refused)
+        return ticket
 
     async def abort_handoffs(self, handoff_ids: list[str]) -> int:
         """Gives up offers of this engine; returns how many were still pinned."""
@@ -161,34 +159,27 @@ class BatonEngine(VLLMEngine):
         readers: int,
         lora_request: Any,
         priority: int,
-    ) -> dict[str, Any] | None:
+    ) -> Ticket | UnreadableTicket | None:
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={
-                "kv_transfer_params": {
-                    "do_remote_decode": True,
-                    "do_remote_prefill": False,
-                    "handoff_id": handoff_id,
-                    "readers": readers,
-                }
-            },
+            extra_args={"kv_transfer_params": ticket_request(readers, handoff_id)},
         )
-        ticket = None
+        offered = None
         async for output in self._engine_client.generate(
             prompt, params, request_id, lora_request=lora_request, priority=priority
         ):
-            ticket = output.kv_transfer_params
-        return ticket
+            offered = output.kv_transfer_params
+        return None if offered is None else read_ticket(offered)
 
-    async def _rendered(self, request: GenerationRequest) -> _Rendered | ErrorResponse:
+    async def _rendered(self, request: GenerationRequest) -> _Rendered | Refusal:
         """The request's prompts as the engine gets them, or why it would not take them."""
         chat, body = request.method == "chat", request.body
         serving: Any = self._oai_serving_chat if chat else self._oai_serving_completion
         if serving is None:
-            return self._make_error("This model does not generate text.")
+            return as_refusal(self._make_error("This model does not generate text."))
         try:
             rendered = await (
                 serving.render_chat_request(body)
@@ -196,7 +187,7 @@ class BatonEngine(VLLMEngine):
                 else serving.render_completion_request(body)
             )
             if isinstance(rendered, VLLMErrorResponse):
-                return _ray_error(rendered)
+                return as_refusal(rendered)
             prompts = rendered[1] if chat else rendered
             self._check_inputs(serving, body, prompts)
             return _Rendered(
@@ -205,7 +196,7 @@ class BatonEngine(VLLMEngine):
         except Exception as error:
             if (refused := refusal(error)) is None:
                 raise
-            return refused
+            return as_refusal(refused)
 
     def _check_inputs(self, serving: Any, request: Any, inputs: list[Any]) -> None:
         """Refuses here what decode would refuse later, before prefill is spent on it."""
@@ -223,7 +214,3 @@ class BatonEngine(VLLMEngine):
             params = request.to_sampling_params(max_tokens, serving.default_sampling_params)
             processor._validate_params(params, ("generate",))
             processor._validate_model_inputs(*split_enc_dec_input(prompt))
-
-
-def _ray_error(error: VLLMErrorResponse) -> ErrorResponse:
-    return ErrorResponse(error=ErrorInfo(**error.error.model_dump()))

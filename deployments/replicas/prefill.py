@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from deployments.replicas.route_hint import RouteHint
 from deployments.replicas.server import BatonServer, own_replica_id, require_alive
+from deployments.route_hint import RouteHint
+from deployments.streams.answer import Refusal
 from deployments.streams.generation import GenerationRequest, PrefillAnswer
 from transfer import faults
 
@@ -29,7 +30,9 @@ class PrefillServer(BatonServer):
         await self._maybe_resolve_lora_from_multiplex()
         await faults.reach_async("prefill.computing", request.body.user or "")
         done = await self.engine.prefill(request, handoff_id)
-        return PrefillAnswer(own_replica_id(), done.ticket, done.error)
+        if isinstance(done, Refusal):
+            return PrefillAnswer(own_replica_id(), error=done)
+        return PrefillAnswer(own_replica_id(), done)
 
     async def abort_handoffs(self, hint: RouteHint, handoff_ids: list[str]) -> int:
         """Lets go of blocks that nobody will read; returns how many offers were still pinned."""

@@ -1,7 +1,7 @@
 """Which replica gets a call: the least loaded one that the caller does not rule out.
 
 Serve's routers know load but not what happened to this request before. Every call of Baton between
-replicas therefore carries a :class:`~deployments.replicas.route_hint.RouteHint` as its first
+replicas therefore carries a :class:`~deployments.route_hint.RouteHint` as its first
 argument, which this router reads.
 """
 
@@ -12,7 +12,7 @@ import time
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from deployments.replicas.route_hint import RouteHint
+from deployments.route_hint import RouteHint
 
 
 class HintedRouter(RequestRouter):

@@ -9,6 +9,7 @@ from typing import Any
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from deployments.ray_internals.models import ErrorInfo, ErrorResponse
+from deployments.streams.answer import Refusal
 
 
 def refusal(error: Exception) -> ErrorResponse | None:
@@ -18,6 +19,16 @@ def refusal(error: Exception) -> ErrorResponse | None:
     """
     answer = create_error_response(error).error
     return ErrorResponse(error=ErrorInfo(**answer.model_dump())) if answer.code < 500 else None
+
+
+def as_refusal(response: Any) -> Refusal:
+    """The same refusal, as it goes to the router.
+
+    Args:
+        response: Ray's ``ErrorResponse`` or vLLM's.
+    """
+    error = response.error
+    return Refusal(error.message, error.type, error.param, int(error.code or 400))
 
 
 async def refusing(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:

@@ -13,10 +13,11 @@ from ray import serve
 from ray.serve.llm.deployment import LLMServer
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from deployments.background import Background
 from deployments.errors import EngineGone
 from deployments.replicas.health import EngineHealth
-from deployments.replicas.route_hint import RouteHint
-from deployments.router.background import Background
+from deployments.route_hint import RouteHint
+from deployments.streams.answer import Refusal
 from deployments.streams.generation import GenerationRequest
 
 logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
@@ -69,10 +70,11 @@ class BatonServer(LLMServer):
         }
         return [{**status, **replica} for status in statuses]
 
-    async def check_request(self, hint: RouteHint, request: GenerationRequest) -> Any | None:
+    async def check_request(self, hint: RouteHint, request: GenerationRequest) -> Refusal | None:
         """Why this engine would refuse a request; None if it would not. Computes nothing."""
         await self._maybe_resolve_lora_from_multiplex()
-        return await self.engine.check(request)
+        refused: Refusal | None = await self.engine.check(request)
+        return refused
 
     async def ready(self, hint: RouteHint) -> str:
         """Answers with the replica's id if it can really serve, raises otherwise."""

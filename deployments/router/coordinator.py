@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
 
 from deployments.errors import (
     AnswerUnreadable,
@@ -18,11 +17,15 @@ from deployments.errors import (
     ServiceUnavailable,
 )
 from deployments.router.admission import UNBOUNDED, Admission, Place
-from deployments.router.caller import Caller
-from deployments.router.passage import Passage
+from deployments.router.notices import Notices
+from deployments.router.passage import Passage, Surroundings
+from deployments.router.replica_client import ReplicaClient
 from deployments.router.request_state import RetryPolicy
 from deployments.router.router_event import RouterEvent
-from deployments.streams.generation import GenerationRequest, WholeAnswer
+from deployments.router.trials import Trials
+from deployments.streams.answer import Complete, Item, Refusal, WholeAnswer, is_refusal
+from deployments.streams.event_stream import EventStream
+from deployments.streams.generation import GenerationRequest
 from deployments.streams.interleave import interleaved
 from deployments.streams.merging import MergedStream, merged_answer
 from deployments.streams.prompts import samples_of, split
@@ -37,7 +40,7 @@ class Coordinator:
     """Runs requests through prefill and decode.
 
     Args:
-        caller: calls replicas.
+        client: calls replicas.
         policy: retry budget of every prompt.
         admission: who is let in; without one, everybody.
         count: told of every :class:`RouterEvent`.
@@ -46,7 +49,7 @@ class Coordinator:
 
     def __init__(
         self,
-        caller: Caller,
+        client: ReplicaClient,
         policy: RetryPolicy,
         admission: Admission | None = None,
         count: Callable[[RouterEvent], None] = lambda event: None,
@@ -54,26 +57,48 @@ class Coordinator:
         prompts_at_once: int = PROMPTS_AT_ONCE,
     ) -> None:
         self._count = count
-        self._caller = caller
+        self._client = client
         self._admission = admission or Admission(UNBOUNDED)
         self._prompts_at_once = prompts_at_once
-        self._passage = Passage(caller, policy, count)
+        self._notices = Notices(client)
+        trials = Trials(client, time.monotonic)
+        self._surroundings = Surroundings(client, policy, trials, self._notices, count)
 
-    async def run(
+    async def answer(
         self, request: GenerationRequest, *, bypass: bool = False
-    ) -> AsyncGenerator[Any, None]:
-        """Yields what the client gets: one response, or server-sent events, framed.
+    ) -> WholeAnswer | Refusal | EventStream:
+        """What the client gets: at once when it is complete or when a stream has begun.
 
-        Closing the iterator, or cancelling the task that consumes it, aborts both engines and
-        frees the blocks.
+        Cancelling the call, or closing the stream, aborts both engines and frees the blocks.
 
         Args:
             bypass: skip prefill; decode computes all prompts itself.
 
         Raises:
             Overloaded: it was not let in; no replica saw it.
-            ServiceUnavailable: no replica could serve it; nothing was sent.
+            ServiceUnavailable: no replica could serve it.
         """
+        items = self._items(request, bypass=bypass)
+        first = await anext(items, None)
+        match first:
+            case None:
+                raise ServiceUnavailable("no replica gave an answer")
+            case str():
+                return EventStream(first, items)
+            case _:
+                async for more in items:
+                    logger.error("a complete answer was followed by more: %r", more)
+                return first
+
+    async def drain(self) -> None:
+        """Waits until all notices to owners are through."""
+        await self._notices.drain()
+
+    # ------------------------------------------------------------------------------------------
+
+    async def _items(
+        self, request: GenerationRequest, *, bypass: bool
+    ) -> AsyncGenerator[Item, None]:
         try:
             place = self._admission.enter(time.monotonic(), prefill=not bypass)
         except Overloaded:
@@ -82,7 +107,7 @@ class Coordinator:
         try:
             parts = [request] if bypass else split(request)
             if len(parts) == 1:
-                items = self._passage.run(request, place, bypass=bypass)
+                items = self._passage(request, place, bypass=bypass)
             else:
                 items = self._several(request, parts, place)
             async with aclosing(items):
@@ -91,15 +116,14 @@ class Coordinator:
         finally:
             place.leave()
 
-    async def drain(self) -> None:
-        """Waits until all notices to owners are through."""
-        await self._passage.drain()
-
-    # ------------------------------------------------------------------------------------------
+    def _passage(
+        self, request: GenerationRequest, place: Place, *, bypass: bool = False
+    ) -> AsyncGenerator[Item, None]:
+        return Passage(request, place, self._surroundings, bypass=bypass).items()
 
     async def _several(
         self, request: GenerationRequest, parts: list[GenerationRequest], place: Place
-    ) -> AsyncGenerator[Any, None]:
+    ) -> AsyncGenerator[Item, None]:
         """Runs every prompt by itself and merges what comes.
 
         What is wrong with one of them refuses all, as it would on one server: before any is
@@ -109,9 +133,7 @@ class Coordinator:
         if refusal is not None:
             yield refusal
             return
-        passages = [
-            functools.partial(self._passage.run, part, place, bypass=False) for part in parts
-        ]
+        passages = [functools.partial(self._passage, part, place) for part in parts]
         answers: dict[int, bytes] = {}
         stream = MergedStream(samples_of(getattr(request.body, "n", None)))
         streaming = False
@@ -126,7 +148,7 @@ class Coordinator:
                             yield events
                         if stream.failed:
                             break
-                    elif isinstance(item, WholeAnswer) and item.status == 200:
+                    elif isinstance(item, WholeAnswer) and not is_refusal(item):
                         answers[prompt] = item.content
                     else:
                         yield refused_stream(item) if streaming else item
@@ -138,13 +160,13 @@ class Coordinator:
             if not streaming:
                 raise ServiceUnavailable(str(error)) from error
             self._count(RouterEvent.STREAM_BROKEN)
-            yield stream_error(error)
+            yield stream_error(Refusal(str(error)))
             return
         yield stream.end()
 
-    async def _refusal(self, request: GenerationRequest) -> Any | None:
+    async def _refusal(self, request: GenerationRequest) -> Complete | None:
         try:
-            return await self._caller.check(request.named(uuid.uuid4().hex))
+            return await self._client.check(request.named(uuid.uuid4().hex))
         except (NoReplica, ReplicaLost) as error:
             logger.warning("%s; the prompts were not checked beforehand", error)
             return None

@@ -4,349 +4,219 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, suppress
-from dataclasses import replace
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 
-from deployments.errors import (
-    Condemned,
-    ContinuationMismatch,
-    NoReplica,
-    ReplicaLost,
-    ServiceUnavailable,
-)
+from deployments.errors import Condemned, NoReplica, ReplicaLost, ServiceUnavailable
 from deployments.router.admission import Place, PromptSize, Waiting
-from deployments.router.background import Background
-from deployments.router.caller import Caller
+from deployments.router.decode_attempt import DecodeAttempt
+from deployments.router.notices import Notices
+from deployments.router.replica_client import ReplicaClient
+from deployments.router.request_log import warn
 from deployments.router.request_state import (
     Answer,
     CallDecode,
     CallPrefill,
     ClientGone,
-    DecodeEnded,
-    DecodeLost,
-    FirstChunk,
+    Event,
     GiveUp,
-    Handoff,
-    Instruction,
     Prefilled,
     PrefillLost,
     Refused,
+    RequestState,
     RetryPolicy,
     Start,
-    TicketUnread,
     Unwanted,
 )
+from deployments.router.risk import Risk
 from deployments.router.router_event import RouterEvent
-from deployments.router.suspects import Case, Side, Standing
+from deployments.router.suspects import Standing
 from deployments.router.trials import Trials
-from deployments.streams.generation import GenerationRequest, PrefillAnswer, Transcript, WholeAnswer
-from deployments.streams.stream_errors import ENDS_ENGINES, stream_error
+from deployments.streams.answer import Item, Refusal, WholeAnswer
+from deployments.streams.generation import GenerationRequest, PrefillAnswer, Transcript
+from deployments.streams.stream_errors import stream_error
 from transfer import faults
-from transfer.errors import ProtocolError
-from transfer.ticket import Ticket, handoff_id_of
-
-logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
-
-_NOTICE = "giving up a hand-off"
+from transfer.ticket import Ticket, UnreadableTicket
 
 
-class Passage:
-    """Carries prompts through prefill and decode, each by itself.
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all passages of a router share.
 
-    Args:
-        caller: calls replicas.
+    Attributes:
+        client: calls replicas.
         policy: retry budget of every prompt.
+        trials: keeps suspects apart.
+        notices: tells owners of tickets that will not be read.
         count: told of every :class:`RouterEvent`.
     """
 
-    def __init__(
-        self, caller: Caller, policy: RetryPolicy, count: Callable[[RouterEvent], None]
-    ) -> None:
-        self._caller = caller
-        self._policy = policy
-        self._count = count
-        self._trials = Trials(caller, time.monotonic)
-        self._background = Background()
+    client: ReplicaClient
+    policy: RetryPolicy
+    trials: Trials
+    notices: Notices
+    count: Callable[[RouterEvent], None]
 
-    async def run(
-        self, request: GenerationRequest, place: Place, *, bypass: bool
-    ) -> AsyncGenerator[Any, None]:
-        """Yields what the client gets: a whole answer, a refusal, or server-sent events, framed.
+
+class Passage:
+    """Carries one prompt through prefill and decode.
+
+    Args:
+        request: of one prompt, unless it bypasses prefill.
+        place: the request's.
+        surroundings: what it shares with others.
+        bypass: skip prefill; decode computes the prompt.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, place: Place, surroundings: Surroundings, *, bypass: bool
+    ) -> None:
+        own = uuid.uuid4().hex
+        self._renamed = _Renamed(own, request.client_id)
+        self._request = request.named(own)
+        self._place = place
+        self._bypass = bypass
+        self._client = surroundings.client
+        self._notices = surroundings.notices
+        self._count = surroundings.count
+        self._risk = Risk(self._request, surroundings.trials, surroundings.count)
+        self._state = RequestState(surroundings.policy, random.random)
+        self._transcript = Transcript(request.sent)
+        self._waiting: Waiting | None = None
+
+    async def items(self) -> AsyncGenerator[Item, None]:
+        """What the client gets: one complete answer, or server-sent events. Iterated once.
 
         Closing the iterator, or cancelling the task that consumes it, aborts both engines and
         frees the blocks.
 
-        Args:
-            request: of one prompt, unless it bypasses prefill.
-
         Raises:
             ServiceUnavailable: no replica could serve it; nothing was sent.
         """
-        case = Case(request)
-        if self._trials.suspects.standing(case) is Standing.CONDEMNED:
-            self._count(RouterEvent.CONDEMNED)
-            yield ENDS_ENGINES
+        if self._risk.standing is Standing.CONDEMNED:
+            yield self._risk.condemned().error
             return
-        own = uuid.uuid4().hex
-        renamed = _Renamed(own, request.client_id)
-        request = request.named(own)
-        handoff = Handoff(self._policy, random.random)
-        transcript = Transcript(request.sent)
-        now = time.monotonic()
-        waiting = None if bypass else place.wait(PromptSize.of(request.body), now)
+        if not self._bypass:
+            size = PromptSize.of(self._request.body)
+            self._waiting = self._place.wait(size, time.monotonic())
         try:
-            instructions = handoff.on(Start(bypass))
-            while instructions:
-                step = self._carry_out_notices(instructions)
-                instructions = []
-                request = replace(request, sent=transcript.sent())
+            step = self._on(Start(self._bypass))
+            while step is not None:
+                self._request = replace(self._request, sent=self._transcript.sent())
                 match step:
-                    case CallPrefill(pause_s=pause_s):
-                        await asyncio.sleep(pause_s)
-                        instructions = await self._prefill(handoff, step, request, case, waiting)
-                    case CallDecode(pause_s=pause_s):
-                        await asyncio.sleep(pause_s)
-                        attempt = self._decode(
-                            handoff, step, request, case, transcript, instructions
-                        )
-                        async with aclosing(attempt):
-                            async for content in attempt:
-                                yield renamed(content)
-                    case Answer(error=None, streaming=False):
-                        raise ServiceUnavailable("no replica could serve the request")
-                    case Answer(error=error, streaming=False):
-                        yield renamed(error)
-                    case Answer(error=error):
-                        self._count(RouterEvent.STREAM_BROKEN)
-                        yield stream_error(error)
+                    case CallPrefill():
+                        await asyncio.sleep(step.pause_s)
+                        step = self._on(await self._prefill(step))
+                    case CallDecode():
+                        await asyncio.sleep(step.pause_s)
+                        attempt = self._decode_attempt(step)
+                        async with aclosing(attempt.items()) as items:
+                            async for item in items:
+                                yield self._renamed(item)
+                        step = self._on(attempt.outcome)
+                    case Answer():
+                        yield self._renamed(self._end(step))
+                        step = None
         finally:
-            self._trials.over(case, "decode")
-            if waiting is not None:
-                waiting.not_prefilled(time.monotonic())
-            self._carry_out_notices(handoff.on(ClientGone()))
-
-    async def drain(self) -> None:
-        """Waits until all notices to owners are through."""
-        await self._background.drain()
+            self._risk.over("decode")
+            if self._waiting is not None:
+                self._waiting.not_prefilled(time.monotonic())
+            self._on(ClientGone())
 
     # ------------------------------------------------------------------------------------------
 
-    async def _prefill(
-        self,
-        handoff: Handoff,
-        step: CallPrefill,
-        request: GenerationRequest,
-        case: Case,
-        waiting: Waiting | None,
-    ) -> list[Instruction]:
-        await faults.reach_async("router.queued")
-        event: PrefillLost | Prefilled | Refused | Unwanted
-        tokens = None
-        began = time.monotonic()
-        if waiting is not None and self._trials.suspects.standing(case) is not Standing.CLEAR:
-            # What it spends in line for its trial says nothing of what prefill costs others.
-            waiting.not_prefilled(began)
-        try:
-            await self._place_at_decode(case, handoff.decode_excluded, request)
-            only = await self._trial(case, "prefill", step.exclude, request)
-            began = time.monotonic()
-            answer = await self._caller.prefill(request, step.exclude, only)
-        except ReplicaLost as lost:
-            self._count(RouterEvent.PREFILL_LOST)
-            unwanted = self._lost(case, "prefill", lost, request, "trying another", began=began)
-            event = unwanted or PrefillLost(
-                lost.replica_id, await self._trials.may_leave_prefill(case)
-            )
-        except NoReplica as missing:
-            self._count(RouterEvent.NO_PREFILL)
-            fallback = await self._trials.may_leave_prefill(case)
-            then = "decode computes the prompt" if fallback else "nor may decode compute the prompt"
-            self._say(f"{missing}; {then}", request)
-            event = PrefillLost(None, fallback)
-        except Condemned:
-            event = self._condemned(request)
-        else:
-            if answer.error is not None:
-                event = Refused(answer.error)
-            else:
-                self._trials.suspects.alive(answer.replica_id, began)
-                self._trials.suspects.passed(case, "prefill")
-                ticket = self._ticket(answer, request)
-                event = Prefilled(answer.replica_id, ticket)
-                tokens = 0 if ticket is None else ticket.num_tokens
-        finally:
-            self._trials.over(case, "prefill")
-        if waiting is not None:
-            if tokens is None:
-                waiting.not_prefilled(time.monotonic())
-            else:
-                waiting.prefilled(answer.replica_id, tokens, time.monotonic())
-        return handoff.on(event)
-
-    async def _place_at_decode(
-        self, case: Case, exclude: frozenset[str], request: GenerationRequest
-    ) -> None:
-        """Has a suspect of what happened at decode wait for its trial there before prefill.
-
-        Afterwards it would wait with pinned blocks.
-        """
-        if self._trials.suspects.has_ended_decode(case):
-            # Whether any is there is seen when decode is called.
-            with suppress(NoReplica, ReplicaLost):
-                await self._trial(case, "decode", exclude, request)
-
-    async def _trial(
-        self,
-        case: Case,
-        side: Side,
-        exclude: frozenset[str],
-        request: GenerationRequest,
-        before_waiting: Callable[[], None] = lambda: None,
-    ) -> str | None:
-        """The replica that a suspect is tried on; None: the request is none."""
-        taken = self._trials.suspects.resume_trial(case, side)
-        only = taken or await self._trials.replica_for(case, side, exclude, before_waiting)
-        if only is not None and taken is None:
-            self._say(f"is tried apart from others on {side} replica {only}", request)
-            self._count(RouterEvent.SUSPECT_TRIED)
-        return only
-
-    def _lost(
-        self,
-        case: Case,
-        side: Side,
-        lost: ReplicaLost,
-        request: GenerationRequest,
-        then: str,
-        *,
-        began: float,
-        answering: bool = False,
-    ) -> Unwanted | None:
-        """Takes note of a replica that was lost; says so if the request gets no other one."""
-        standing = self._trials.suspects.standing(case)
-        if lost.held:
-            self._trials.suspects.alive(lost.replica_id, lost.alive_at)
-            standing = self._trials.suspects.died(
-                case, side, lost.replica_id, began=began, answering=answering
-            )
-        if standing is Standing.CONDEMNED:
-            self._say(f"{lost}; no other one is risked", request)
-            return self._condemned(request)
-        self._say(f"{lost}; {then}", request)
-        return None
-
-    def _condemned(self, request: GenerationRequest) -> Unwanted:
-        self._count(RouterEvent.CONDEMNED)
-        return Unwanted(ENDS_ENGINES)
-
-    def _ticket(self, answer: PrefillAnswer, request: GenerationRequest) -> Ticket | None:
-        """The ticket that came, checked. One that cannot be read is told to its owner at once."""
-        raw = answer.ticket
-        if raw is None:
-            return None
-        try:
-            return Ticket.from_params(raw)
-        except ProtocolError as error:
-            self._say(f"its ticket cannot be read ({error}); decode computes the prompt", request)
-            if handoff_id_of(raw) is not None:
-                self._background.start(_NOTICE, self._give_up(answer.replica_id, raw))
-            return None
-
-    async def _decode(
-        self,
-        handoff: Handoff,
-        step: CallDecode,
-        request: GenerationRequest,
-        case: Case,
-        transcript: Transcript,
-        then: list[Instruction],
-    ) -> AsyncGenerator[Any, None]:
-        """Yields what comes; when it is over, adds to ``then`` what is to be done next."""
-        ticket = step.ticket
-        if ticket is not None:
-            await faults.reach_async("router.ticket", ticket.engine_id)
-
-        def lay_down() -> None:
-            nonlocal ticket
-            ticket = None
-            self._carry_out_notices(handoff.on(TicketUnread()))
-
-        number, began = 0, time.monotonic()
-        try:
-            only = await self._trial(case, "decode", step.exclude, request, lay_down)
-            began = time.monotonic()
-            outputs = self._caller.decode(request.with_ticket(ticket), step.exclude, only)
-            async with aclosing(outputs):
-                async for output in outputs:
-                    if output.unread:
-                        self._count(RouterEvent.TICKETS_UNREAD)
-                        self._carry_out_notices(handoff.on(TicketUnread()))
-                        continue
-                    number += 1
-                    await faults.reach_async("router.stream" if number > 1 else "router.output")
-                    if number == 1:
-                        if output.refused:
-                            then += handoff.on(Refused(output.content))
-                            return
-                        handoff.on(FirstChunk())
-                        self._trials.over(case, "decode")
-                        self._trials.suspects.alive(output.replica_id, began)
-                        if request.sent is not None and request.sent.created is not None:
-                            self._count(RouterEvent.STREAM_RESUMED)
-                    transcript.add(output)
-                    if output.content:
-                        yield output.content
-        except ReplicaLost as lost:
-            self._count(RouterEvent.DECODE_LOST)
-            resumable = transcript.sent() is not None
-            other = "trying another" if not number or resumable else "in mid-stream"
-            unwanted = self._lost(
-                case, "decode", lost, request, other, began=began, answering=number > 0
-            )
-            then += handoff.on(unwanted or DecodeLost(lost.replica_id, resumable))
-        except Condemned:
-            then += handoff.on(self._condemned(request))
-        except ContinuationMismatch as mismatch:
-            then += handoff.on(Refused(mismatch))
-        except NoReplica as missing:
-            self._say(str(missing), request)
-            self._count(RouterEvent.NO_DECODE)
-            then += handoff.on(DecodeLost(None))
-        else:
-            self._trials.suspects.passed(case, "decode")
-            then += handoff.on(DecodeEnded())
-        finally:
-            self._trials.over(case, "decode")
-
-    def _carry_out_notices(self, instructions: list[Instruction]) -> Instruction | None:
-        """Sends notices to owners in the background; returns the one step that is left, if any."""
+    def _on(self, event: Event) -> CallPrefill | CallDecode | Answer | None:
+        """Tells owners what they have to know; returns the one step that is left, if any."""
         step = None
-        for instruction in instructions:
+        for instruction in self._state.on(event):
             if isinstance(instruction, GiveUp):
-                ticket = instruction.ticket.to_params()
-                self._background.start(_NOTICE, self._give_up(instruction.replica_id, ticket))
+                self._notices.give_up(instruction.replica_id, instruction.ticket)
             else:
                 step = instruction
         return step
 
-    async def _give_up(self, replica_id: str, ticket: Mapping[str, Any]) -> None:
-        name = ticket["handoff_id"]
+    async def _prefill(self, step: CallPrefill) -> Prefilled | PrefillLost | Refused | Unwanted:
+        """Calls a prefill replica; returns how that ended."""
+        await faults.reach_async("router.queued")
+        began = time.monotonic()
+        if self._waiting is not None and self._risk.standing is not Standing.CLEAR:
+            # What it spends in line for its trial says nothing of what prefill costs others.
+            self._waiting.not_prefilled(began)
+        outcome: Prefilled | PrefillLost | Refused | Unwanted
         try:
-            pinned = await self._caller.abort(replica_id, ticket)
-        except (NoReplica, ReplicaLost) as gone:
-            logger.info("hand-off %s not given up: %s", name, gone)
-        else:
-            logger.info("gave up hand-off %s: %d were pinned", name, pinned)
+            await self._risk.place_at_decode(self._state.decode_excluded)
+            only = await self._risk.replica_for("prefill", step.exclude)
+            began = time.monotonic()
+            answer = await self._client.prefill(self._request, step.exclude, only)
+            outcome = self._answered(answer, began)
+        except ReplicaLost as lost:
+            self._count(RouterEvent.PREFILL_LOST)
+            unwanted = self._risk.lost("prefill", lost, "trying another", began=began)
+            outcome = unwanted or PrefillLost(lost.replica_id, await self._risk.may_leave_prefill())
+        except NoReplica as missing:
+            self._count(RouterEvent.NO_PREFILL)
+            fallback = await self._risk.may_leave_prefill()
+            then = "decode computes the prompt" if fallback else "nor may decode compute the prompt"
+            warn(self._request, f"{missing}; {then}")
+            outcome = PrefillLost(None, fallback)
+        except Condemned:
+            outcome = self._risk.condemned()
+        finally:
+            self._risk.over("prefill")
+        self._waited(outcome)
+        return outcome
 
-    def _say(self, text: str, request: GenerationRequest) -> None:
-        own = request.body.request_id
-        logger.warning("request %s (inside: %s): %s", request.name_in_logs, own, text)
+    def _answered(self, answer: PrefillAnswer, began: float) -> Prefilled | Refused:
+        if answer.error is not None:
+            return Refused(answer.error)
+        self._risk.alive(answer.replica_id, began)
+        self._risk.passed("prefill")
+        return Prefilled(answer.replica_id, self._ticket(answer))
+
+    def _ticket(self, answer: PrefillAnswer) -> Ticket | None:
+        """The ticket that came. One that cannot be read is told to its owner at once."""
+        ticket = answer.ticket
+        if not isinstance(ticket, UnreadableTicket):
+            return ticket
+        fault = f"its ticket cannot be read ({ticket.fault}); decode computes the prompt"
+        warn(self._request, fault)
+        if ticket.handoff_id:
+            self._notices.give_up(answer.replica_id, ticket)
+        return None
+
+    def _waited(self, outcome: Prefilled | PrefillLost | Refused | Unwanted) -> None:
+        """Prefill's queue is told what the prompt cost, if that can be said."""
+        if self._waiting is None:
+            return
+        if isinstance(outcome, Prefilled):
+            tokens = 0 if outcome.ticket is None else outcome.ticket.num_tokens
+            self._waiting.prefilled(outcome.replica_id, tokens, time.monotonic())
+        else:
+            self._waiting.not_prefilled(time.monotonic())
+
+    def _decode_attempt(self, step: CallDecode) -> DecodeAttempt:
+        return DecodeAttempt(
+            self._client,
+            self._request,
+            step,
+            risk=self._risk,
+            transcript=self._transcript,
+            happened=self._on,
+            count=self._count,
+        )
+
+    def _end(self, answer: Answer) -> Item:
+        """The error that the answer ends with, or consists of."""
+        if answer.streaming:
+            self._count(RouterEvent.STREAM_BROKEN)
+            return stream_error(answer.error)
+        if answer.error is None:
+            raise ServiceUnavailable("no replica could serve the request")
+        return answer.error
 
 
 class _Renamed:
@@ -359,10 +229,12 @@ class _Renamed:
         self._own = own
         self._told = json.dumps(client_id or own)[1:-1]
 
-    def __call__(self, content: Any) -> Any:
-        if isinstance(content, str):
-            return content.replace(self._own, self._told)
-        if isinstance(content, WholeAnswer):
-            renamed = content.content.replace(self._own.encode(), self._told.encode())
-            return replace(content, content=renamed)
-        return content
+    def __call__(self, item: Item) -> Item:
+        match item:
+            case str():
+                return item.replace(self._own, self._told)
+            case WholeAnswer():
+                content = item.content.replace(self._own.encode(), self._told.encode())
+                return replace(item, content=content)
+            case Refusal():
+                return item

@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
+from deployments.streams.answer import Complete
 from transfer.ticket import Ticket
 
 
@@ -80,14 +80,14 @@ class PrefillLost:
 class Refused:
     """A replica refused the request as such (bad input); trying elsewhere is of no use."""
 
-    error: Any
+    error: Complete
 
 
 @dataclass(frozen=True, slots=True)
 class Unwanted:
     """Engines died under the request; nobody shall be given it again."""
 
-    error: Any
+    error: Complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +164,12 @@ class GiveUp:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Answer the client with an error: ``error`` as the replica gave it, or None for 503.
+    """Answer the client with an error: ``error`` says why, None: 503.
 
     ``streaming``: part of the answer has been sent, so it must be an event in the stream.
     """
 
-    error: Any
+    error: Complete | None
     streaming: bool = False
 
 
@@ -190,7 +190,7 @@ _CALLING = (Stage.PREFILLING, Stage.DECODING, Stage.STREAMING)
 
 
 @dataclass(slots=True)
-class Handoff:
+class RequestState:
     """The machine. Not thread-safe; one per request.
 
     Args:

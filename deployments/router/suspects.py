@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any
 
+from deployments.role import Role
 from deployments.streams.generation import GenerationRequest
-
-Side = Literal["prefill", "decode"]
 
 REMEMBERED_S = 300.0
 """How long a death counts."""
@@ -63,10 +62,10 @@ class Case:
 
 @dataclass(slots=True)
 class _Record:
-    """Deaths under one content: their numbers, with the side of each."""
+    """Deaths under one content: their numbers, with the role of each."""
 
     until: float
-    deaths: dict[int, Side] = field(default_factory=dict)
+    deaths: dict[int, Role] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ class _Death:
 @dataclass(slots=True)
 class _Trial:
     case: Case
-    side: Side
+    role: Role
     engine: str
     since: float
 
@@ -113,8 +112,8 @@ class Suspects:
             return Standing.CLEAR
         return Standing.CONDEMNED if len(record.deaths) >= _DEATHS else Standing.SUSPECT
 
-    def is_risk(self, case: Case, side: Side) -> bool:
-        """Whether the request must be tried apart from others on this side.
+    def is_risk(self, case: Case, role: Role) -> bool:
+        """Whether the request must be tried apart from others in this role.
 
         What prefill survives decode may die of, but not the other way round: decode computes what
         prefill computed, and more.
@@ -122,7 +121,7 @@ class Suspects:
         record = self._record(case)
         if record is None:
             return False
-        return side == "decode" or side in record.deaths.values()
+        return role == "decode" or role in record.deaths.values()
 
     def has_ended_decode(self, case: Case) -> bool:
         """Whether it is suspected of what happened at decode."""
@@ -130,7 +129,7 @@ class Suspects:
         return record is not None and "decode" in record.deaths.values()
 
     def died(
-        self, case: Case, side: Side, engine: str, *, began: float, answering: bool = False
+        self, case: Case, role: Role, engine: str, *, began: float, answering: bool = False
     ) -> Standing:
         """An engine died that had this request. Call it before :meth:`end_trial`.
 
@@ -145,7 +144,7 @@ class Suspects:
             return self.standing(case)
         record = self._record(case) or _Record(now)
         if not record.deaths or death.is_named(case):
-            record.deaths[death.number] = side
+            record.deaths[death.number] = role
         record.until = now + REMEMBERED_S
         self._records.pop(case.content, None)
         self._records[case.content] = record
@@ -158,8 +157,8 @@ class Suspects:
         if death is not None and began > death.at:
             del self._deaths[engine]
 
-    def passed(self, case: Case, side: Side) -> None:
-        """The side's work is done and its engine alive: its deaths had another cause.
+    def passed(self, case: Case, role: Role) -> None:
+        """The role's work is done and its engine alive: its deaths had another cause.
 
         Decode ends with everything computed, and clears the request of all.
         """
@@ -169,30 +168,30 @@ class Suspects:
         record.deaths = {
             number: where
             for number, where in record.deaths.items()
-            if side != "decode" and where != side
+            if role != "decode" and where != role
         }
         if not record.deaths:
             del self._records[case.content]
 
-    def begin_trial(self, case: Case, side: Side, engine: str) -> bool:
+    def begin_trial(self, case: Case, role: Role, engine: str) -> bool:
         """Takes an engine for a suspect; False: another suspect is being tried there."""
         now = self._clock()
         if any(trial.engine == engine and now - trial.since < TRIAL_S for trial in self._trials):
             return False
-        self._trials.append(_Trial(case, side, engine, now))
+        self._trials.append(_Trial(case, role, engine, now))
         return True
 
-    def resume_trial(self, case: Case, side: Side) -> str | None:
-        """The engine of a side that is taken for a suspect; it is sent there only now."""
-        trial = self._trial(case, side)
+    def resume_trial(self, case: Case, role: Role) -> str | None:
+        """The engine of a role that is taken for a suspect; it is sent there only now."""
+        trial = self._trial(case, role)
         if trial is None:
             return None
         trial.since = self._clock()
         return trial.engine
 
-    def end_trial(self, case: Case, side: Side) -> bool:
+    def end_trial(self, case: Case, role: Role) -> bool:
         """Its first output came, or it ended in another way; whether an engine was taken for it."""
-        trial = self._trial(case, side)
+        trial = self._trial(case, role)
         if trial is None:
             return False
         self._trials.remove(trial)
@@ -200,8 +199,8 @@ class Suspects:
 
     # ------------------------------------------------------------------------------------------
 
-    def _trial(self, case: Case, side: Side) -> _Trial | None:
-        own = (trial for trial in self._trials if trial.case is case and trial.side == side)
+    def _trial(self, case: Case, role: Role) -> _Trial | None:
+        own = (trial for trial in self._trials if trial.case is case and trial.role == role)
         return next(own, None)
 
     def _record(self, case: Case) -> _Record | None:

@@ -8,38 +8,38 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from deployments.errors import Condemned, NoReplica
-from deployments.router.caller import Caller
-from deployments.router.suspects import TRIAL_S, Case, Side, Standing, Suspects
+from deployments.role import ROLES, Role
+from deployments.router.replica_client import ReplicaClient
+from deployments.router.suspects import TRIAL_S, Case, Standing, Suspects
 
-_SIDES: tuple[Side, Side] = ("prefill", "decode")
 _TO_RISK_ONE = 2
 
 
 class Trials:
-    """The queues of suspects before the engines of each side. All from one event loop.
+    """The queues of suspects before the engines of each role. All from one event loop.
 
     Args:
-        caller: calls replicas.
+        client: calls replicas.
         clock: seconds that only go forward.
 
     Attributes:
         suspects: who has to wait here.
     """
 
-    def __init__(self, caller: Caller, clock: Callable[[], float]) -> None:
+    def __init__(self, client: ReplicaClient, clock: Callable[[], float]) -> None:
         self.suspects = Suspects(clock)
-        self._caller = caller
-        self._lines: dict[Side, asyncio.Lock] = {side: asyncio.Lock() for side in _SIDES}
-        self._in_line: dict[Side, int] = dict.fromkeys(_SIDES, 0)
+        self._client = client
+        self._lines: dict[Role, asyncio.Lock] = {role: asyncio.Lock() for role in ROLES}
+        self._in_line: dict[Role, int] = dict.fromkeys(ROLES, 0)
         self._ended = asyncio.Event()
-        # That a side had nobody but these, and when that was.
-        self._nobody: dict[Side, tuple[frozenset[str], float]] = {}
+        # That a role had nobody but these, and when that was.
+        self._nobody: dict[Role, tuple[frozenset[str], float]] = {}
         self._clock = clock
 
     async def replica_for(
         self,
         case: Case,
-        side: Side,
+        role: Role,
         exclude: frozenset[str],
         before_waiting: Callable[[], None] = lambda: None,
     ) -> str | None:
@@ -47,7 +47,7 @@ class Trials:
 
         A suspect waits, first come first served, for a replica that has just said that it is well
         and on which no other one is being tried. It has it until :meth:`over`; it must not ask for
-        another one of that side before.
+        another one of that role before.
 
         Args:
             before_waiting: called before a suspect waits for others, perhaps more than once.
@@ -57,21 +57,21 @@ class Trials:
             NoReplica: none took the question in time.
             ReplicaLost: the one that was asked is not well; the request was not there.
         """
-        if not self.suspects.is_risk(case, side):
+        if not self.suspects.is_risk(case, role):
             return None
-        if self._in_line[side]:
+        if self._in_line[role]:
             before_waiting()
-        self._in_line[side] += 1
+        self._in_line[role] += 1
         since = self._clock()
         try:
-            async with self._lines[side]:
-                self._require_somebody(side, exclude, since)
-                return await self._first_in_line(case, side, exclude, before_waiting)
+            async with self._lines[role]:
+                self._require_somebody(role, exclude, since)
+                return await self._first_in_line(case, role, exclude, before_waiting)
         except NoReplica:
-            self._nobody[side] = (exclude, self._clock())
+            self._nobody[role] = (exclude, self._clock())
             raise
         finally:
-            self._in_line[side] -= 1
+            self._in_line[role] -= 1
 
     async def may_leave_prefill(self, case: Case) -> bool:
         """Whether decode may compute a prompt that no prefill replica is there for.
@@ -80,32 +80,32 @@ class Trials:
         """
         if self.suspects.standing(case) is Standing.CLEAR:
             return True
-        return await self._caller.replicas("decode") >= _TO_RISK_ONE
+        return await self._client.replicas("decode") >= _TO_RISK_ONE
 
-    def over(self, case: Case, side: Side) -> None:
+    def over(self, case: Case, role: Role) -> None:
         """A request's trial has ended, in whichever way; without one, nothing happens."""
-        if self.suspects.end_trial(case, side):
+        if self.suspects.end_trial(case, role):
             self._ended.set()
             self._ended = asyncio.Event()
 
     # ------------------------------------------------------------------------------------------
 
-    def _require_somebody(self, side: Side, exclude: frozenset[str], since: float) -> None:
+    def _require_somebody(self, role: Role, exclude: frozenset[str], since: float) -> None:
         """One of those in line finds out for all that nobody is there."""
-        others, at = self._nobody.get(side, (exclude, -math.inf))
+        others, at = self._nobody.get(role, (exclude, -math.inf))
         if at >= since and others <= exclude:
-            raise NoReplica(side, at - since)
+            raise NoReplica(role, at - since)
 
     async def _first_in_line(
-        self, case: Case, side: Side, exclude: frozenset[str], before_waiting: Callable[[], None]
+        self, case: Case, role: Role, exclude: frozenset[str], before_waiting: Callable[[], None]
     ) -> str | None:
-        while self.suspects.is_risk(case, side):
+        while self.suspects.is_risk(case, role):
             if self.suspects.standing(case) is Standing.CONDEMNED:
                 raise Condemned
             asked = self._clock()
-            replica_id = await self._caller.well(side, exclude)
+            replica_id = await self._client.well(role, exclude)
             self.suspects.alive(replica_id, asked)
-            if self.suspects.begin_trial(case, side, replica_id):
+            if self.suspects.begin_trial(case, role, replica_id):
                 return replica_id
             before_waiting()
             ended = self._ended

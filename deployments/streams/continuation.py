@@ -9,19 +9,13 @@ See docs/adr/0012-streams-go-on.md.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pydantic import BaseModel
 
 from deployments.errors import ContinuationMismatch
+from deployments.streams.framing import DONE, content_of, framed, tells_error
 from deployments.streams.generation import Method, Output, Sent
-
-STREAM_ERROR = 'data: {"error"'
-"""How an event begins that tells of an error."""
-
-_DATA = "data: "
-_DONE = "data: [DONE]"
 
 # Fields that may have any value. All others must have their default: what a new field does to a
 # stream that is cut in two is not known. Left out with intent:
@@ -98,21 +92,22 @@ class StreamParts:
 
         Raises:
             ContinuationMismatch: see there.
+            AnswerUnreadable: the event is not of vLLM's.
         """
-        if event.startswith(_DONE):
+        if event == DONE:
             if self._ending is None:
                 return Output(event, self._replica_id)
             self._ending.append(event)
             return None
-        if event.startswith(STREAM_ERROR):
+        content = None if tells_error(event) else content_of(event)
+        if content is None:
             return Output(event, self._replica_id)
-        content = json.loads(event.removeprefix(_DATA))
         if self._sent.created is not None:
             content["created"] = self._sent.created
         if "prompt_token_ids" in content:
             content["prompt_token_ids"] = None
         if not content.get("choices"):
-            self._append(_framed(content))
+            self._append(framed(content))
             return None
         return self._choice(content, content["choices"][0])
 
@@ -144,13 +139,13 @@ class StreamParts:
         if name in holder:
             holder[name] = new_text
         if choice.get("finish_reason") is not None:
-            self._append(_framed(content))
+            self._append(framed(content))
             return None
         # Of a stream that goes on, and of tokens that the parser keeps: nothing to be seen.
         goes_on = self._sent.created is not None
         silent = not new_text and not more and (goes_on or (not opening and name not in holder))
         return Output(
-            "" if silent else _framed(content),
+            "" if silent else framed(content),
             self._replica_id,
             token_ids=tuple(new_ids),
             text=new_text,
@@ -177,7 +172,3 @@ class StreamParts:
             raise ContinuationMismatch("the continued stream does not begin with the text sent")
         self._known_text = known[both:]
         return text[both:]
-
-
-def _framed(content: dict[str, Any]) -> str:
-    return f"{_DATA}{json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

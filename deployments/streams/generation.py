@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from transfer.ticket import Ticket
+from deployments.streams.answer import Complete, Item
+from transfer.ticket import Ticket, UnreadableTicket
 
 if TYPE_CHECKING:
     # Ray and vLLM stay out of a process that calls replicas otherwise than by Serve handles.
@@ -82,26 +82,13 @@ class PrefillAnswer:
 
     Attributes:
         replica_id: who holds the blocks.
-        ticket: as it came, not checked; None if the prompt left none.
-        error: the reason why the request was refused, in OpenAI's form.
+        ticket: None if the prompt left none.
+        error: the reason why the request was refused.
     """
 
     replica_id: str
-    ticket: Any = None
-    error: Any | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class WholeAnswer:
-    """An answer that is not a stream, as it goes to the client.
-
-    Attributes:
-        content: JSON.
-    """
-
-    content: bytes
-    status: int = 200
-    headers: Mapping[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
+    ticket: Ticket | UnreadableTicket | None = None
+    error: Complete | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +96,18 @@ class Output:
     """A part of a decode replica's answer.
 
     Attributes:
-        content: a :class:`WholeAnswer`, or server-sent events, framed; may be empty. If
-            ``refused``, whatever the replica says it with.
+        content: a complete answer, or server-sent events, framed; may be empty.
         replica_id: who decodes.
         unread: nothing but this: the ticket will not be read, the prompt is computed here.
-        refused: ``content`` is an error: the request itself is at fault, and no other replica
-            would take it.
         token_ids: the tokens of the answer that came with it.
         text: the text of the answer in it.
         created: the stream's ``created``.
         resumable: after this part the stream can go on elsewhere: all tokens so far were told.
     """
 
-    content: Any
+    content: Item
     replica_id: str = ""
     unread: bool = False
-    refused: bool = False
     token_ids: tuple[int, ...] = ()
     text: str = ""
     created: int | None = None

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
-from deployments.streams.cancellation import is_cancelled
+from deployments.cancellation import is_cancelled
 
 T = TypeVar("T")
 

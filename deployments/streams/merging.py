@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deployments.errors import AnswerUnreadable
+from deployments.streams.framing import DONE, content_of, each, framed
+from deployments.streams.json_object import json_object
 
-DONE = "data: [DONE]\n\n"
-
-_DATA = "data: "
-_EVENT_END = "\n\n"
 _TOTALS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
@@ -67,8 +65,7 @@ class MergedStream:
         Raises:
             AnswerUnreadable: an event is not of a completion.
         """
-        whole = filter(None, events.split(_EVENT_END))
-        return "".join(self._event(prompt, event) for event in whole)
+        return "".join(self._event(prompt, event) for event in each(events))
 
     def end(self) -> str:
         """What comes after the last event of all prompts."""
@@ -85,14 +82,14 @@ class MergedStream:
         return self._framed(last) + DONE
 
     def _event(self, prompt: int, event: str) -> str:
-        if self.failed or event + _EVENT_END == DONE:
+        if self.failed or event == DONE:
             return ""
-        if not event.startswith(_DATA):
-            return event + _EVENT_END
-        content = _object(event.removeprefix(_DATA))
+        content = content_of(event)
+        if content is None:
+            return event
         if "error" in content:
             self.failed = True
-            return event + _EVENT_END
+            return event
         if self._first is None:
             self._first, self._created = prompt, content.get("created")
         choices = _choices(content)
@@ -107,24 +104,13 @@ class MergedStream:
     def _framed(self, content: dict[str, Any]) -> str:
         if self._created is not None:
             content["created"] = self._created
-        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-        return f"{_DATA}{text}{_EVENT_END}"
+        return framed(content)
 
 
 def _completion(answer: bytes) -> dict[str, Any]:
-    document = _object(answer)
+    document = json_object(answer)
     _choices(document)
     return document
-
-
-def _object(text: str | bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise AnswerUnreadable(f"an answer is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise AnswerUnreadable("an answer is not a JSON object")
-    return content
 
 
 def _choices(content: Mapping[str, Any]) -> list[dict[str, Any]]:

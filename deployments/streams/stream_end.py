@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-LAST_EVENT = "data: [DONE]\n\n"
+from deployments.errors import AnswerUnreadable
+from deployments.streams.framing import ERROR_START, content_of, each
 
 # Within a text these quotes would have a backslash before them.
-_TELLS = re.compile(r'"finish_reason":\s*"|^data: \{"error"', re.MULTILINE)
-_EVENT_END = "\n\n"
+_TELLS = re.compile(rf'"finish_reason":\s*"|^{re.escape(ERROR_START)}', re.MULTILINE)
 
 
 class StreamEnd:
     """Looks for the end of every choice.
 
     A stream that breaks off in its server may still be closed in good order: vLLM sends
-    ``[DONE]`` and nothing else where KV failed to load and ``kv_load_failure_policy`` is
+    its last event and nothing else where KV failed to load and ``kv_load_failure_policy`` is
     ``fail``, its default.
 
     Args:
@@ -34,21 +33,21 @@ class StreamEnd:
         """Takes whole events, framed. Parses none but those that tell of an end."""
         if not _TELLS.search(events):
             return
-        for event in events.split(_EVENT_END):
+        for event in each(events):
             if _TELLS.search(event):
-                self._take_end(event.removeprefix("data: "))
+                self._take_end(event)
 
     @property
     def sound(self) -> bool:
         """Whether every choice has a ``finish_reason``, or the stream told of an error itself."""
         return self._failed or len(self._ended) >= self._left
 
-    def _take_end(self, text: str) -> None:
+    def _take_end(self, event: str) -> None:
         try:
-            content = json.loads(text)
-        except ValueError:
+            content = content_of(event)
+        except AnswerUnreadable:
             return
-        if not isinstance(content, Mapping):
+        if content is None:
             return
         self._failed = self._failed or "error" in content
         choices = content.get("choices")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -32,12 +32,16 @@ from deployments.ray_internals.models import (
     ModelCard,
 )
 from deployments.ray_internals.protocol import RawRequestInfo
+from deployments.replicas.request_faults import as_refusal
+from deployments.role import ROLES, Role
 from deployments.router.admission import Admission, AdmissionPolicy
 from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy
 from deployments.router.router_event import RouterEvent
+from deployments.streams.answer import Refusal, WholeAnswer
 from deployments.streams.continuation import may_go_on
-from deployments.streams.generation import GenerationRequest, Method, Sent, WholeAnswer
+from deployments.streams.event_stream import EventStream
+from deployments.streams.generation import GenerationRequest, Method, Sent
 from deployments.streams.prompts import prompts_in
 from serve_app.api_keys import ApiKeys
 from serve_app.edge.body_limits import BodyLimits
@@ -77,7 +81,7 @@ class Ingress(OpenAiIngress):
             :func:`~serve_app.ingress.prompt_logprobs.prompt_logprobs` counts them.
         max_tokenize_length: characters to be tokenized, or tokens to be detokenized, in a request.
         pick_timeout_s: how long a request waits for a replica that can take it.
-        health_timeout_s: how long ``/health`` waits for a side's answer.
+        health_timeout_s: how long ``/health`` waits for the answer of a role.
         api_keys: those that the app asks for.
         cache_salt_by_key: clients of different keys share no KV; goes with ``api_keys``.
 
@@ -120,7 +124,7 @@ class Ingress(OpenAiIngress):
         self._health_timeout_s = health_timeout_s
         self._cache_salt_by_key = cache_salt_by_key
         self._scrape = Shared(scrape, keep_s=SCRAPE_KEPT_S)
-        self._health = Shared(self._sides, keep_s=0.0)
+        self._health = Shared(self._roles, keep_s=0.0)
 
     async def completions(self, body: request_models.Completion, request: Request) -> Response:
         """OpenAI's completions."""
@@ -154,20 +158,19 @@ class Ingress(OpenAiIngress):
 
     async def health(self) -> Response:
         """200 only if a prefill and a decode replica can really serve, else 503 saying which."""
-        sides = await self._health.get()
-        healthy = all(state == "ok" for state in sides.values())
+        roles = await self._health.get()
+        healthy = all(state == "ok" for state in roles.values())
         return JSONResponse(
-            {"status": "ok" if healthy else "unavailable", **sides},
+            {"status": "ok" if healthy else "unavailable", **roles},
             status_code=200 if healthy else 503,
         )
 
     async def status(self) -> Response:
         """Every replica's transfer totals since start, and what is pinned now."""
-        sides = ("prefill", "decode")
         answers = await asyncio.gather(
-            *(self._caller.status(side, self._health_timeout_s) for side in sides)
+            *(self._caller.status(role, self._health_timeout_s) for role in ROLES)
         )
-        return JSONResponse(dict(zip(sides, answers, strict=True)))
+        return JSONResponse(dict(zip(ROLES, answers, strict=True)))
 
     async def metrics(self) -> Response:
         """Prometheus text: Baton's, vLLM's and Serve's metrics of all nodes."""
@@ -177,12 +180,11 @@ class Ingress(OpenAiIngress):
 
     # ------------------------------------------------------------------------------------------
 
-    async def _sides(self) -> dict[str, str]:
-        roles = ("prefill", "decode")
-        results = await asyncio.gather(*(self._ready(role) for role in roles))
-        return dict(zip(roles, results, strict=True))
+    async def _roles(self) -> dict[Role, str]:
+        states = await asyncio.gather(*(self._ready(role) for role in ROLES))
+        return dict(zip(ROLES, states, strict=True))
 
-    async def _ready(self, role: str) -> str:
+    async def _ready(self, role: Role) -> str:
         try:
             await self._caller.ready(role, self._health_timeout_s)
         except (NoReplica, ReplicaLost) as error:
@@ -196,7 +198,7 @@ class Ingress(OpenAiIngress):
             return refused
         self._salt(body, request)
         reason = bypass_reason(body)
-        chunks = self._coordinator.run(
+        answer = await self._coordinator.answer(
             GenerationRequest(
                 method,
                 body,
@@ -206,14 +208,13 @@ class Ingress(OpenAiIngress):
             ),
             bypass=reason is not None,
         )
-        first = await anext(aiter(chunks))
-        if isinstance(first, WholeAnswer | ErrorResponse):
-            async for _ in chunks:
-                logger.error("a complete answer was followed by more: %r", _)
-            if isinstance(first, ErrorResponse):
-                return _error(first, body)
-            return Response(first.content, first.status, dict(first.headers))
-        return StreamingResponse(as_events(_closing(first, chunks)), media_type="text/event-stream")
+        match answer:
+            case EventStream():
+                return StreamingResponse(as_events(answer), media_type="text/event-stream")
+            case WholeAnswer():
+                return Response(answer.content, answer.status, dict(answer.headers))
+            case Refusal():
+                return _refused(answer, body)
 
     async def _ask_decode(self, method: str, body: Any, request: Request) -> Response:
         """Has a decode replica answer, as Ray's ingress does."""
@@ -224,7 +225,7 @@ class Ingress(OpenAiIngress):
             async with aclosing(answers):
                 answer = await anext(answers)
         if isinstance(answer, ErrorResponse):
-            return _error(answer, body)
+            return _refused(as_refusal(answer), body)
         return JSONResponse(answer.model_dump())
 
     async def _get_model_id(self, model: str | None) -> str:
@@ -322,16 +323,14 @@ def ingress_app(
     return make_fastapi_ingress(Ingress, endpoint_map=endpoints, app=app)
 
 
-def _error(error: ErrorResponse, body: Any) -> JSONResponse:
+def _refused(refusal: Refusal, body: Any) -> JSONResponse:
     """An engine's refusal, as the client gets it.
 
     Many of vLLM's say which field is wrong only in words, of which it is the first.
     """
-    info = error.error
-    status = int(info.code or 400)
-    first = info.message.partition(" ")[0].strip("`")
-    param = info.param or (first if first in type(body).model_fields else None)
-    return error_response(status, info.message, param=param)
+    first = refusal.message.partition(" ")[0].strip("`")
+    param = refusal.param or (first if first in type(body).model_fields else None)
+    return error_response(refusal.code, refusal.message, param=param)
 
 
 _EVENTS = Counter(
@@ -343,18 +342,3 @@ _EVENTS = Counter(
 
 def _count(event: RouterEvent) -> None:
     _EVENTS.inc(tags={"event": event.value})
-
-
-async def _closing(first: Any, chunks: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-    """``first`` and the rest; closes ``chunks`` when the client goes away."""
-    try:
-        yield first
-        async for chunk in chunks:
-            yield chunk
-    finally:
-        await _close(chunks)
-
-
-async def _close(chunks: Any) -> None:
-    async with aclosing(chunks):
-        pass

@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
-from deployments.callers.http_servers import Role
+from deployments.role import Role
 from serve_app.origins import require_origin
 from serve_app.proxy.endpoint import HEAD_TIMEOUT_S, STOP_TIMEOUT_S, Proxy, ProxyOptions
 from transfer.addressing import host_and_port, is_http_url

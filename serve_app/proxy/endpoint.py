@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -16,13 +16,16 @@ from aiohttp import web
 
 from deployments.callers.http_body import PATHS, JsonBody, answers
 from deployments.callers.http_caller import HttpCaller
-from deployments.callers.http_servers import HttpServers, Role
+from deployments.callers.http_servers import HttpServers
 from deployments.callers.prefill_body import not_clamped
 from deployments.callers.ticket_notices import TicketNotices
 from deployments.errors import ServiceUnavailable
+from deployments.role import ROLES, Role
 from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy
-from deployments.streams.generation import GenerationRequest, Method, WholeAnswer
+from deployments.streams.answer import Refusal, WholeAnswer
+from deployments.streams.event_stream import EventStream
+from deployments.streams.generation import GenerationRequest, Method
 from serve_app.edge.body_limits import Bodies, Body, BodyLimits, BodyRefused
 from serve_app.edge.bypass import bypass_reason
 from serve_app.edge.cross_origin import CrossOrigin
@@ -58,7 +61,6 @@ _HEALTH_TIMEOUT_S: Final = 5.0
 # vLLM closes connections that were idle for 5 s; a request must not meet that on its way.
 _IDLE_S: Final = 2.0
 _PASSED_ON: Final = ("Authorization", "traceparent", "tracestate", PRIORITY_HEADER)
-_ROLES: Final[tuple[Role, Role]] = ("prefill", "decode")
 
 # A server whose machine is gone says nothing; the kernel asks it after 5 s of silence.
 _KEEP_ALIVE: Final = (
@@ -74,7 +76,7 @@ class ProxyOptions:
     """What a proxy does.
 
     Attributes:
-        servers: URLs by side, without a slash at their end; a side that names none is found
+        servers: URLs by role, without a slash at their end; a role that names none is found
             through ``discovery``.
         discovery: finds servers, and owners of tickets that will not be read; not closed here.
         api_key: sent to servers when the client sends none; empty: nothing is sent then.
@@ -152,15 +154,15 @@ class Proxy:
             raise ServiceUnavailable(f"{url} does not answer: {error}") from error
 
     async def _health(self, request: web.Request) -> web.Response:
-        """200 only if a server of each side is healthy, else 503 saying which is not."""
-        states = await asyncio.gather(*(self._side(role) for role in _ROLES))
-        sides = dict(zip(_ROLES, states, strict=True))
-        healthy = all(state == "ok" for state in sides.values())
+        """200 only if a server of each role is healthy, else 503 saying which is not."""
+        states = await asyncio.gather(*(self._state(role) for role in ROLES))
+        roles = dict(zip(ROLES, states, strict=True))
+        healthy = all(state == "ok" for state in roles.values())
         return web.json_response(
-            {"status": "ok" if healthy else "unavailable", **sides}, status=200 if healthy else 503
+            {"status": "ok" if healthy else "unavailable", **roles}, status=200 if healthy else 503
         )
 
-    async def _side(self, role: Role) -> str:
+    async def _state(self, role: Role) -> str:
         urls = self._servers.urls(role)
         if not urls:
             return f"no {role} server is known"
@@ -218,22 +220,22 @@ class Proxy:
         body = JsonBody(fields, self._headers(request))
         reason = bypass_reason(body) or not_clamped(fields)
         asked = GenerationRequest(method, body, client_id=_client_id(body, request))
-        chunks = self._coordinator.run(asked, bypass=reason is not None)
-        async with aclosing(chunks):
-            first = await anext(chunks)
-            if isinstance(first, WholeAnswer):
+        answer = await self._coordinator.answer(asked, bypass=reason is not None)
+        match answer:
+            case EventStream():
+                async with aclosing(answer):
+                    return await _stream(answer, request)
+            case WholeAnswer():
                 return web.Response(
-                    body=first.content, status=first.status, headers=dict(first.headers)
+                    body=answer.content, status=answer.status, headers=dict(answer.headers)
                 )
-            stream = web.StreamResponse(
-                headers={"Content-Type": "text/event-stream; charset=utf-8"}
-            )
-            await stream.prepare(request)
-            async with aclosing(_with_first(first, chunks)) as everything:
-                async for events in as_events(everything):
-                    await stream.write(events.encode())
-            await stream.write_eof()
-            return stream
+            case Refusal():
+                error = {"error": answer.error()}
+                return web.Response(
+                    body=json.dumps(error).encode(),
+                    status=answer.code,
+                    content_type="application/json",
+                )
 
     def _headers(self, request: web.Request) -> dict[str, str]:
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
@@ -263,10 +265,14 @@ def _client_id(body: JsonBody, request: web.Request) -> str:
     return given if isinstance(given, str) else ""
 
 
-async def _with_first(first: Any, chunks: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-    yield first
-    async for chunk in chunks:
-        yield chunk
+async def _stream(events: EventStream, request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    await response.prepare(request)
+    async with aclosing(as_events(events)) as texts:
+        async for text in texts:
+            await response.write(text.encode())
+    await response.write_eof()
+    return response
 
 
 def _bad_request(fault: Fault) -> web.HTTPBadRequest:

@@ -20,7 +20,7 @@ def test_the_router_knows_hints_where_serve_loads_it(tmp_path: Path) -> None:
         "import sys\n"
         "from ray import cloudpickle\n"
         "router = cloudpickle.loads(open(sys.argv[1], 'rb').read())\n"
-        "from deployments.replicas.route_hint import RouteHint\n"
+        "from deployments.route_hint import RouteHint\n"
         "assert router.choose_replicas.__globals__['RouteHint'] is RouteHint\n"
     )
     done = subprocess.run(

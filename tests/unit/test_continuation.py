@@ -133,6 +133,11 @@ def parts(method: Method, sent: Sent, events: list[str]) -> list[Output]:
     return taken if end is None else [*taken, end]
 
 
+def events_of(output: Output) -> str:
+    assert isinstance(output.content, str)
+    return output.content
+
+
 def read(text: str) -> list[Any]:
     data = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     return [item if item == "[DONE]" else json.loads(item) for item in data]
@@ -140,7 +145,7 @@ def read(text: str) -> list[Any]:
 
 def client_text(outputs: list[Output]) -> str:
     texts = []
-    for item in (item for output in outputs for item in read(output.content)):
+    for item in (item for output in outputs for item in read(events_of(output))):
         if item != "[DONE]" and item["choices"]:
             choice = item["choices"][0]
             texts.append(choice.get("text") or choice.get("delta", {}).get("content") or "")
@@ -166,7 +171,7 @@ def test_client_sees_no_token_ids_and_the_end_comes_at_once() -> None:
         ((), ""),
     ]
     assert all(output.resumable and output.replica_id == "d1" for output in outputs)
-    seen = [read(output.content) for output in outputs]
+    seen = [read(events_of(output)) for output in outputs]
     assert [len(items) for items in seen] == [1, 1, 1, 3]
     assert seen[3][2] == "[DONE]"
     assert seen[0][0]["prompt_token_ids"] is None
@@ -177,13 +182,13 @@ def test_client_sees_no_token_ids_and_the_end_comes_at_once() -> None:
         "token_ids": None,
     }
     assert first.created == second.created == third.created == 100
-    assert last.content.count("data: ") == 3
+    assert events_of(last).count("data: ") == 3
 
 
 def test_prompts_tokens_are_not_shown_either() -> None:
     (output,) = parts("completions", Sent(), [event("completions", "a", [5])])
 
-    assert read(output.content)[0]["choices"][0]["prompt_token_ids"] is None
+    assert read(events_of(output))[0]["choices"][0]["prompt_token_ids"] is None
 
 
 @pytest.mark.parametrize("method", ["chat", "completions"])
@@ -219,10 +224,10 @@ def test_stream_cut_anywhere_any_number_of_times_is_one_answer(
             if output is not None:
                 transcript.add(output)
                 seen.append(output)
-        if seen and "[DONE]" in seen[-1].content:
+        if seen and "[DONE]" in events_of(seen[-1]):
             break
     assert client_text(seen) == "".join(texts)
-    items = [item for output in seen for item in read(output.content)]
+    items = [item for output in seen for item in read(events_of(output))]
     assert items.count("[DONE]") == 1
     told = [item for item in items if item != "[DONE]"]
     assert len({item["created"] for item in told}) == 1
@@ -264,7 +269,7 @@ def test_more_than_text_goes_through_but_cannot_go_on(odd: str) -> None:
     assert before.resumable
     assert not during.resumable
     assert not after.resumable
-    assert read(during.content)[0]["choices"][0]["delta"] == read(odd)[0]["choices"][0]["delta"]
+    assert read(events_of(during))[0]["choices"][0]["delta"] == read(odd)[0]["choices"][0]["delta"]
 
 
 def test_tokens_that_the_parser_keeps_are_told_but_not_shown() -> None:

@@ -8,20 +8,24 @@ from typing import Any
 
 import pytest
 
-from deployments.errors import NoReplica, Overloaded, ServiceUnavailable
+from deployments.errors import AnswerUnreadable, NoReplica, Overloaded, ServiceUnavailable
 from deployments.router.admission import Admission, AdmissionPolicy
 from deployments.router.coordinator import Coordinator
 from deployments.router.router_event import RouterEvent
+from deployments.streams.answer import WholeAnswer
+from deployments.streams.event_stream import EventStream
 from deployments.streams.generation import Output, PrefillAnswer, Sent
 from tests.support.scripted.replicas import (
     BAD,
     CHUNKS,
+    HANG,
     INFO,
     POLICY,
     SHARED,
     T1,
     T2,
     FakeCaller,
+    answer_of,
     drive,
     generation,
     lost,
@@ -50,10 +54,34 @@ def test_ticket_of_prefill_goes_to_decode_and_chunks_to_the_client() -> None:
 
 
 def test_complete_response_is_passed_on() -> None:
-    response = object()
+    response = WholeAnswer(b"{}")
     caller = FakeCaller([PrefillAnswer("p1", T1)], [[response]])
 
     assert served(caller) == [response]
+
+
+def test_decode_comes_to_its_end_before_a_complete_response_is_passed_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    response = WholeAnswer(b"{}")
+    caller = FakeCaller([PrefillAnswer("p1", SHARED)], [[response, "data: more\n\n"]])
+
+    assert served(caller) == [response]
+    # All readers have read: there is nothing to give up.
+    assert caller.aborted == []
+    assert caplog.messages == ["a complete answer was followed by more: 'data: more\\n\\n'"]
+
+
+def test_an_answer_that_never_comes_is_an_error() -> None:
+    caller = FakeCaller([PrefillAnswer("p1", T1)], [[Output("", "d1")]])
+
+    assert served(caller, raises=ServiceUnavailable) == []
+
+
+def test_a_complete_answer_in_mid_stream_breaks_the_stream() -> None:
+    caller = FakeCaller([PrefillAnswer("p1", T1)], [[CHUNKS[0], WholeAnswer(b"{}"), HANG]])
+
+    assert served(caller, raises=AnswerUnreadable) == []
 
 
 def test_bypass_goes_to_decode_alone() -> None:
@@ -192,11 +220,11 @@ def test_router_counts_what_is_out_of_the_ordinary() -> None:
     async def main() -> None:
         admission = Admission(AdmissionPolicy(max_requests=1))
         coordinator = Coordinator(caller, POLICY, admission, events.append)
-        chunks = coordinator.run(generation(sent=Sent()))
-        assert await anext(chunks)
+        answer = await coordinator.answer(generation(sent=Sent()))
+        assert isinstance(answer, EventStream)
         with pytest.raises(Overloaded):
-            await anext(coordinator.run(generation()))
-        assert len([chunk async for chunk in chunks]) == 2
+            await coordinator.answer(generation())
+        assert len([events async for events in answer]) == 3
         await coordinator.drain()
 
     drive(main())
@@ -227,7 +255,7 @@ def test_a_request_that_cannot_be_split_leaves_no_place_taken(
         coordinator = Coordinator(FakeCaller(), POLICY, Admission(AdmissionPolicy(max_requests=1)))
         for _ in range(2):
             with pytest.raises(RecursionError):
-                await anext(coordinator.run(generation()))
+                await coordinator.answer(generation())
 
     drive(main())
 
@@ -241,8 +269,7 @@ def test_client_does_not_wait_for_notices_but_drain_does() -> None:
     async def main() -> None:
         caller.held = asyncio.Event()
         coordinator = Coordinator(caller, POLICY)
-        items = [item async for item in coordinator.run(generation())]
-        assert items == [BAD]
+        assert await answer_of(coordinator, generation()) == [BAD]
         draining = asyncio.ensure_future(coordinator.drain())
         await asyncio.sleep(0.01)
         assert not draining.done()
@@ -277,8 +304,7 @@ def test_requests_do_not_see_each_other() -> None:
     async def main() -> None:
         coordinator = Coordinator(caller, POLICY)
         for _ in range(2):
-            items = [item async for item in coordinator.run(generation())]
-            assert items == CHUNKS
+            assert await answer_of(coordinator, generation()) == CHUNKS
 
     drive(main())
     assert caller.calls() == [

@@ -8,6 +8,7 @@ import pytest
 
 from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy
+from deployments.streams.event_stream import EventStream
 from deployments.streams.generation import PrefillAnswer
 from tests.support.scripted.replicas import (
     CHUNKS,
@@ -27,8 +28,7 @@ def left_while_waiting(caller: FakeCaller, policy: RetryPolicy = POLICY) -> None
 
     async def main() -> None:
         coordinator = Coordinator(caller, policy)
-        chunks = coordinator.run(generation())
-        waiting = asyncio.ensure_future(anext(chunks))
+        waiting = asyncio.ensure_future(coordinator.answer(generation()))
         for _ in range(20):
             await asyncio.sleep(0)
         assert not waiting.done()
@@ -74,9 +74,10 @@ def test_client_leaves_in_mid_stream_while_a_chunk_is_awaited() -> None:
     caller = FakeCaller([PrefillAnswer("p1", T1)], [[CHUNKS[0], HANG]])
 
     async def main() -> None:
-        chunks = Coordinator(caller, POLICY).run(generation())
-        assert await anext(chunks) == CHUNKS[0]
-        waiting = asyncio.ensure_future(anext(chunks))
+        answer = await Coordinator(caller, POLICY).answer(generation())
+        assert isinstance(answer, EventStream)
+        assert await anext(answer) == CHUNKS[0]
+        waiting = asyncio.ensure_future(anext(answer))
         await asyncio.sleep(0)
 
         waiting.cancel()
@@ -93,11 +94,12 @@ def test_closing_in_mid_stream_ends_the_decode_call_before_it_returns() -> None:
     caller = FakeCaller([PrefillAnswer("p1", T1)], [[CHUNKS[0], HANG]])
 
     async def main() -> None:
-        chunks = Coordinator(caller, POLICY).run(generation())
-        assert await anext(chunks) == CHUNKS[0]
+        answer = await Coordinator(caller, POLICY).answer(generation())
+        assert isinstance(answer, EventStream)
+        assert await anext(answer) == CHUNKS[0]
         assert caller.open_calls == 1
 
-        await chunks.aclose()
+        await answer.aclose()
 
         assert caller.open_calls == 0
 
@@ -105,11 +107,31 @@ def test_closing_in_mid_stream_ends_the_decode_call_before_it_returns() -> None:
     assert caller.aborted == []
 
 
-def test_closing_before_the_start_calls_nobody() -> None:
+def test_closing_a_stream_of_which_nothing_was_taken_ends_the_decode_call() -> None:
+    caller = FakeCaller([PrefillAnswer("p1", SHARED)], [[CHUNKS[0], HANG]])
+
+    async def main() -> None:
+        coordinator = Coordinator(caller, POLICY)
+        answer = await coordinator.answer(generation())
+        assert isinstance(answer, EventStream)
+
+        await answer.aclose()
+
+        assert caller.open_calls == 0
+        await coordinator.drain()
+
+    drive(main())
+    assert caller.aborted == [("p1", SHARED)]
+
+
+def test_a_client_that_left_before_the_start_calls_nobody() -> None:
     caller = FakeCaller([], [])
 
     async def main() -> None:
-        await Coordinator(caller, POLICY).run(generation()).aclose()
+        asking = asyncio.ensure_future(Coordinator(caller, POLICY).answer(generation()))
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
 
     drive(main())
     assert caller.log == []

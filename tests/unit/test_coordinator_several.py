@@ -11,13 +11,15 @@ from ray.llm._internal.serve.core.configs.openai_api_models import CompletionReq
 from deployments.errors import NoReplica, ServiceUnavailable
 from deployments.router.coordinator import Coordinator
 from deployments.router.router_event import RouterEvent
-from deployments.streams.generation import PrefillAnswer, WholeAnswer
+from deployments.streams.answer import WholeAnswer
+from deployments.streams.generation import PrefillAnswer
 from tests.support.scripted.replicas import (
     BAD,
     POLICY,
     T1,
     T2,
     FakeCaller,
+    answer_of,
     drive,
     generation,
     lost,
@@ -48,12 +50,12 @@ def served(
     async def main() -> None:
         coordinator = Coordinator(caller, POLICY, None, events.append, prompts_at_once=at_once)
         body = CompletionRequest(model="m", prompt=["a", "a"], stream=stream)
-        chunks = coordinator.run(generation(body))
+        answer = answer_of(coordinator, generation(body))
         if raises is not None:
             with pytest.raises(raises):
-                items.extend([item async for item in chunks])
+                await answer
         else:
-            items.extend([item async for item in chunks])
+            items.extend(await answer)
         await coordinator.drain()
 
     drive(main())
@@ -134,8 +136,12 @@ def test_refusal_of_one_prompt_refuses_all(refusal: Any) -> None:
             WholeAnswer(b"no", 400),
             {"message": "no", "type": "server_error", "param": None, "code": 503},
         ),
+        (
+            WholeAnswer(b"[" * 2000, 400),
+            {"message": "[" * 2000, "type": "server_error", "param": None, "code": 503},
+        ),
     ],
-    ids=["Serve", "HTTP", "no JSON"],
+    ids=["Serve", "HTTP", "no JSON", "too deep"],
 )
 def test_refusal_in_mid_stream_is_an_event(refusal: Any, error: dict[str, Any]) -> None:
     caller = FakeCaller(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -15,7 +14,8 @@ from deployments.errors import NoReplica, ServiceUnavailable
 from deployments.router.admission import Admission, AdmissionPolicy, PromptSize
 from deployments.router.coordinator import Coordinator
 from deployments.router.router_event import RouterEvent
-from deployments.streams.generation import GenerationRequest, PrefillAnswer, Sent, WholeAnswer
+from deployments.streams.answer import Refusal
+from deployments.streams.generation import GenerationRequest, PrefillAnswer, Sent
 from tests.support.scripted.replicas import (
     CHUNKS,
     HANG,
@@ -23,6 +23,7 @@ from tests.support.scripted.replicas import (
     T1,
     T2,
     FakeCaller,
+    answer_of,
     drive,
     generation,
     lost,
@@ -45,7 +46,7 @@ def answers(caller: FakeCaller, *requests: GenerationRequest) -> list[Any]:
         coordinator = Coordinator(caller, POLICY)
         for request in requests:
             try:
-                told.append([item async for item in coordinator.run(request)])
+                told.append(await answer_of(coordinator, request))
             except ServiceUnavailable as error:
                 told.append(error)
         await coordinator.drain()
@@ -57,9 +58,8 @@ def answers(caller: FakeCaller, *requests: GenerationRequest) -> list[Any]:
 
 def is_refused(items: Any) -> bool:
     (answer,) = items
-    error = json.loads(answer.content)["error"]
-    assert (error["code"], error["type"]) == (500, "server_error")
-    return isinstance(answer, WholeAnswer) and answer.status == 500
+    assert isinstance(answer, Refusal)
+    return (answer.code, answer.type) == (500, "server_error")
 
 
 def test_two_engines_and_no_more_of_the_own_side_only() -> None:
@@ -186,13 +186,12 @@ def test_one_killer_among_several_prompts_refuses_all() -> None:
 class Client:
     """A request under way, and what it got."""
 
-    def __init__(self, items: AsyncGenerator[Any, None]) -> None:
+    def __init__(self, coordinator: Coordinator, request: GenerationRequest) -> None:
         self.items: list[Any] = []
-        self.task = asyncio.ensure_future(self._take(items))
+        self.task = asyncio.ensure_future(self._take(coordinator, request))
 
-    async def _take(self, items: AsyncGenerator[Any, None]) -> None:
-        async for item in items:
-            self.items.append(item)
+    async def _take(self, coordinator: Coordinator, request: GenerationRequest) -> None:
+        self.items.extend(await answer_of(coordinator, request))
 
 
 async def rounds() -> None:
@@ -204,7 +203,7 @@ def test_suspects_are_tried_one_after_the_other() -> None:
     async def main() -> None:
         world, events = World(), list[RouterEvent]()
         coordinator = Coordinator(world, POLICY, None, events.append)
-        clients = [Client(coordinator.run(of(name))) for name in ("a", "b", "killer", "c")]
+        clients = [Client(coordinator, of(name)) for name in ("a", "b", "killer", "c")]
         await rounds()
         assert len(world.prefills) == 4
         died = world.kill("prefill")
@@ -244,7 +243,7 @@ def test_a_client_that_leaves_makes_room_for_the_next_suspect() -> None:
     async def main() -> None:
         world = World()
         coordinator = Coordinator(world, POLICY)
-        clients = [Client(coordinator.run(of(name))) for name in ("a", "b", "c")]
+        clients = [Client(coordinator, of(name)) for name in ("a", "b", "c")]
         await rounds()
         died = world.kill("prefill")
         for call in list(world.prefills):
@@ -269,7 +268,7 @@ def test_who_is_condemned_while_it_waits_is_not_tried() -> None:
     async def main() -> None:
         world = World()
         coordinator = Coordinator(world, POLICY)
-        clients = [Client(coordinator.run(of("killer"))) for _ in range(3)]
+        clients = [Client(coordinator, of("killer")) for _ in range(3)]
         await rounds()
         died = world.kill("prefill")
         for call in list(world.prefills):
@@ -290,13 +289,13 @@ def test_the_time_in_line_for_a_trial_is_not_taken_for_prefills() -> None:
     async def main() -> None:
         world, admission = World(), Admission(AdmissionPolicy())
         coordinator = Coordinator(world, POLICY, admission)
-        clients = [Client(coordinator.run(of("slow")))]
+        clients = [Client(coordinator, of("slow"))]
         await rounds()
         (call,) = world.prefills
         call.done.set_exception(lost(world.kill("prefill"), "prefill"))
         await asyncio.sleep(0.1)
         # Of the same content, and in line behind its trial.
-        clients.append(Client(coordinator.run(of("slow"))))
+        clients.append(Client(coordinator, of("slow")))
         await asyncio.sleep(0.1)
         for _ in clients:
             (call,) = world.prefills

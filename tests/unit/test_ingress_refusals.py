@@ -61,11 +61,19 @@ def test_malformed_json_is_refused(endpoint: Endpoint, path: str) -> None:
         ("/v1/completions", {**BEAMS, "length_penalty": -5000}, "length_penalty"),
         ("/v1/chat/completions", {**CHAT, **BEAMS, "length_penalty": "1e9"}, "length_penalty"),
         ("/v1/completions", {**COMPLETION, "prompt": []}, "prompt"),
-        ("/v1/completions", {**COMPLETION, "kv_transfer_params": TICKET}, "kv_transfer_params"),
+        (
+            "/v1/completions",
+            {**COMPLETION, "kv_transfer_params": TICKET.to_params()},
+            "kv_transfer_params",
+        ),
         ("/v1/chat/completions", {**CHAT, "messages": []}, "messages"),
         ("/v1/chat/completions", {"model": "demo"}, "messages"),
         ("/v1/chat/completions", {**CHAT, "n": "two"}, "n"),
-        ("/v1/chat/completions", {**CHAT, "kv_transfer_params": TICKET}, "kv_transfer_params"),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "kv_transfer_params": TICKET.to_params()},
+            "kv_transfer_params",
+        ),
         ("/v1/chat/completions", {**CHAT, "messages": [SMELL]}, CONTENT),
         ("/tokenize", {"model": "demo", "prompt": 5}, "prompt"),
         ("/tokenize", {"model": "demo", "prompt": "x", "kv_transfer_params": {}}, KV_PARAMS),
@@ -241,7 +249,7 @@ def test_more_requests_than_allowed_get_429_with_retry_after(
     assert int(response.headers["retry-after"]) >= 1
     error = response.json()["error"]
     assert (error["type"], error["code"]) == ("rate_limit_error", 429)
-    assert endpoint.caller.sides() == ["prefill", "decode"]
+    assert endpoint.caller.roles() == ["prefill", "decode"]
 
 
 @pytest.mark.parametrize(

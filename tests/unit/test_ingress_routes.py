@@ -8,12 +8,9 @@ import json
 from typing import Any
 
 import pytest
-from ray.llm._internal.serve.core.configs.openai_api_models import (
-    ErrorInfo,
-    ErrorResponse,
-)
 
 from deployments.errors import NoReplica, ReplicaLost
+from deployments.streams.answer import Refusal
 from tests.support.scripted.ingress import (
     ANSWER,
     CHAT,
@@ -53,7 +50,7 @@ def test_adapters_are_listed_and_served_like_the_model(
     assert [card["id"] for card in listed["data"]] == ["demo", "pirate", "org/sailor:v2"]
     assert (card.status_code, card.json()["id"]) == (200, name)
     assert (tokens.status_code, tokens.json()["tokens"]) == (200, [1])
-    assert endpoint.caller.sides() == ["prefill", "decode", "prefill", "decode", "decode"]
+    assert endpoint.caller.roles() == ["prefill", "decode", "prefill", "decode", "decode"]
     assert {body.model for _, _, body in endpoint.caller.calls} == {name}
 
 
@@ -87,7 +84,7 @@ def test_complete_answer_goes_through_prefill_and_decode(
     # Replicas know it by a name of Baton's own.
     assert len({request.request_id for _, _, request in endpoint.caller.calls}) == 1
     assert len(endpoint.caller.calls[0][2].request_id) == 32
-    assert endpoint.caller.calls[1][2].kv_transfer_params == TICKET
+    assert endpoint.caller.calls[1][2].kv_transfer_params == TICKET.to_params()
 
 
 def test_stream_is_sent_as_events(endpoint: Endpoint) -> None:
@@ -116,7 +113,7 @@ def test_request_that_cannot_use_foreign_blocks_goes_to_decode_alone(
     response = endpoint.ask("POST", "/v1/completions", json=body)
 
     assert response.status_code == 200
-    assert endpoint.caller.sides() == ["decode"]
+    assert endpoint.caller.roles() == ["decode"]
 
 
 @pytest.mark.parametrize(
@@ -163,8 +160,7 @@ def test_as_many_as_are_allowed_pass(endpoint: Endpoint, asked: dict[str, Any]) 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_refusal_of_an_engine_keeps_its_status(endpoint: Endpoint, stream: bool) -> None:
-    error = ErrorResponse(error=ErrorInfo(message="too long", type="BadRequestError", code=400))
-    endpoint.caller.chunks = [error]
+    endpoint.caller.chunks = [Refusal("too long", "BadRequestError", code=400)]
 
     response = endpoint.ask("POST", "/v1/completions", json={**COMPLETION, "stream": stream})
 
@@ -181,9 +177,7 @@ def test_refusal_of_an_engine_keeps_its_status(endpoint: Endpoint, stream: bool)
 def test_refusal_of_an_engine_names_the_field_that_its_words_begin_with(
     endpoint: Endpoint, message: str, param: str | None
 ) -> None:
-    endpoint.caller.chunks = [
-        ErrorResponse(error=ErrorInfo(message=message, type="BadRequestError", code=400))
-    ]
+    endpoint.caller.chunks = [Refusal(message, "BadRequestError", code=400)]
 
     error = endpoint.ask("POST", "/v1/completions", json=COMPLETION).json()["error"]
 
@@ -255,4 +249,4 @@ def test_client_that_leaves_in_mid_stream_ends_the_decode_call(endpoint: Endpoin
         assert endpoint.caller.decoding == 0
 
     asyncio.run(main())
-    assert endpoint.caller.sides() == ["prefill", "decode"]
+    assert endpoint.caller.roles() == ["prefill", "decode"]

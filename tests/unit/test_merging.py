@@ -17,7 +17,8 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.outputs import CompletionOutput, RequestOutput
 
 from deployments.errors import AnswerUnreadable
-from deployments.streams.merging import DONE, MergedStream, merged_answer
+from deployments.streams.framing import DONE
+from deployments.streams.merging import MergedStream, merged_answer
 from deployments.streams.prompts import samples_of
 
 CREATED = 1_700_000_000
@@ -194,7 +195,9 @@ def test_an_error_in_a_stream_is_the_last_thing_in_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [b"{", b"[]", b"5", b"{}", b'{"choices": 5}', b'{"choices": [5]}']
+    "answer",
+    [b"{", b"[]", b"5", b"{}", b'{"choices": 5}', b'{"choices": [5]}', b"[" * 100_000],
+    ids=["broken", "list", "number", "empty", "no list", "no choices", "too deep"],
 )
 def test_what_is_no_completion_cannot_be_read(answer: bytes) -> None:
     with pytest.raises(AnswerUnreadable):

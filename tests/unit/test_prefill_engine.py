@@ -17,6 +17,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from deployments.replicas.engine import BatonEngine
 from deployments.streams.generation import GenerationRequest, Method
+from tests.support.scripted.tickets import make_ticket
 
 # The engine is imported here, and with it Ray and vLLM.
 pytestmark = [
@@ -71,7 +72,7 @@ def prefill(method: Method, **fields: Any) -> tuple[Serving, list[dict[str, Any]
         prompt: Any, sampling_params: Any, request_id: str, **more: Any
     ) -> AsyncGenerator[Any, None]:
         calls.append({"prompt": prompt, "sampling_params": sampling_params, **more})
-        yield SimpleNamespace(kv_transfer_params={"handoff_id": "h"})
+        yield SimpleNamespace(kv_transfer_params=make_ticket().to_params())
 
     serving = Serving()
     engine: Any = BatonEngine.__new__(BatonEngine)
@@ -86,8 +87,7 @@ def prefill(method: Method, **fields: Any) -> tuple[Serving, list[dict[str, Any]
     made: Any = ChatCompletionRequest if method == "chat" else CompletionRequest
     body = made(**fields)
     done = asyncio.run(engine.prefill(GenerationRequest(method, body), "h"))
-    assert done.error is None
-    assert done.ticket == {"handoff_id": "h"}
+    assert done == make_ticket()
     return serving, calls, body
 
 

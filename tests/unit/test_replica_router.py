@@ -13,7 +13,7 @@ import pytest
 from ray.serve._private.request_router.common import RequestRoutingContext
 
 from deployments.replicas.replica_router import HintedRouter
-from deployments.replicas.route_hint import RouteHint
+from deployments.route_hint import RouteHint
 
 
 def replicas(*names: str) -> list[Any]:

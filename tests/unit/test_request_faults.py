@@ -10,7 +10,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from deployments.replicas.request_faults import refusing
+from deployments.replicas.request_faults import as_refusal, refusing
 
 
 def told(*script: Any) -> list[Any]:
@@ -47,6 +47,8 @@ def test_what_a_plain_server_refuses_is_a_refusal(
     assert refused.error.code == code
     assert refused.error.param == param
     assert str(error.args[0]) in refused.error.message
+    told_on = as_refusal(refused)
+    assert (told_on.code, told_on.param, told_on.message) == (code, param, refused.error.message)
 
 
 @pytest.mark.parametrize("error", [EngineDeadError(), EngineGenerateError(), KeyError("bug")])

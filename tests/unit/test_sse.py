@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from serve_app.edge.sse import DONE, as_events
+from deployments.streams.event_stream import EventStream
+from deployments.streams.framing import DONE
+from serve_app.edge.sse import as_events
 
 ONE, TWO = 'data: {"text": "one"}\n\n', 'data: {"text": "two"}\n\n'
 
@@ -22,7 +24,7 @@ async def stream(*chunks: Any) -> AsyncGenerator[Any, None]:
 
 def events(*chunks: Any) -> list[str]:
     async def main() -> list[str]:
-        return [event async for event in as_events(stream(*chunks))]
+        return [event async for event in as_events(EventStream("", stream(*chunks)))]
 
     return asyncio.run(main())
 
@@ -61,10 +63,29 @@ def test_events_go_out_one_by_one() -> None:
             await waiting.wait()
             yield TWO
 
-        sent = as_events(chunks())
+        sent = as_events(EventStream("", chunks()))
         assert await anext(sent) == ONE
         waiting.set()
         assert [event async for event in sent] == [TWO, DONE]
+
+    asyncio.run(main())
+
+
+def test_whoever_stops_reading_closes_the_stream() -> None:
+    async def main() -> None:
+        closed = asyncio.Event()
+
+        async def chunks() -> AsyncGenerator[str, None]:
+            try:
+                yield ONE
+                yield TWO
+            finally:
+                closed.set()
+
+        sent = as_events(EventStream("", chunks()))
+        assert await anext(sent) == ONE
+        await sent.aclose()
+        assert closed.is_set()
 
     asyncio.run(main())
 

@@ -30,6 +30,7 @@ DONE = "data: [DONE]\n\n"
         (1, ['data: {"finish_reason": "x"\n\n'], False),
         (1, ['data: [{"finish_reason": "x"}]\n\n'], False),
         (1, ['data: {"choices": {"finish_reason": "x"}}\n\n'], False),
+        (1, ['data: {"finish_reason": "x", "deep": ' + "[" * 100_000 + "\n\n"], False),
     ],
 )
 def test_every_choice_needs_a_reason(choices: int, parts: list[str], sound: bool) -> None:

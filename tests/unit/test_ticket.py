@@ -17,8 +17,10 @@ from transfer.ticket import (
     TICKET_VERSION,
     Medium,
     Ticket,
-    handoff_id_of,
+    UnreadableTicket,
     prompt_hash,
+    read_ticket,
+    ticket_request,
 )
 from transfer.types import Credentials
 
@@ -241,14 +243,28 @@ def test_any_params_give_a_ticket_or_protocol_error(params: Any) -> None:
 
 @given(json_values | st.fixed_dictionaries({"handoff_id": json_values}))
 def test_whatever_names_a_handoff_can_be_told_to_its_owner(params: Any) -> None:
-    name = handoff_id_of(params)
+    name = read_ticket(params).handoff_id
 
-    assert name is None or params["handoff_id"] == name
+    assert name == "" or params["handoff_id"] == name
+
+
+def test_a_ticket_that_can_be_read() -> None:
+    assert read_ticket(GOOD) == Ticket.from_params(GOOD)
 
 
 def test_the_id_of_a_ticket_that_cannot_be_read() -> None:
-    assert handoff_id_of({**GOOD, "version": 99}) == GOOD["handoff_id"]
-    assert handoff_id_of({}) is handoff_id_of([GOOD]) is handoff_id_of({"handoff_id": 5}) is None
+    said = read_ticket({**GOOD, "version": 99})
+    assert isinstance(said, UnreadableTicket)
+    assert said.handoff_id == GOOD["handoff_id"]
+    assert "version 99" in said.fault
+    for params in ({}, [GOOD], {"handoff_id": 5}, None):
+        assert read_ticket(params).handoff_id == ""
+
+
+def test_what_asks_for_a_ticket() -> None:
+    flags = {"do_remote_decode": True, "do_remote_prefill": False}
+    assert ticket_request(2) == {**flags, "readers": 2}
+    assert ticket_request(1, "a" * 32) == {**flags, "readers": 1, "handoff_id": "a" * 32}
 
 
 @given(

@@ -12,7 +12,7 @@ from typing import Any
 from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentBroadcastResponse
 
-from deployments.replicas.route_hint import RouteHint
+from deployments.route_hint import RouteHint
 
 Script = Callable[..., Awaitable[Any]]
 """What a replica does when it is called: with the method's name and the arguments."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,6 @@ import pytest
 from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     CompletionResponse,
-    ErrorResponse,
     ModelCard,
     TokenizeResponse,
 )
@@ -21,13 +20,15 @@ from ray.llm._internal.serve.core.ingress.ingress import make_fastapi_ingress
 
 from deployments.router.admission import AdmissionPolicy
 from deployments.router.request_state import RetryPolicy
-from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
+from deployments.streams.answer import Complete, WholeAnswer
+from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
 from serve_app.api_keys import ApiKeys
 from serve_app.edge.body_limits import BodyLimits
 from serve_app.ingress.endpoint import Ingress, ingress_app
 from tests.support.scripted.tickets import make_ticket
+from transfer.ticket import Ticket, UnreadableTicket
 
-TICKET: dict[str, Any] = make_ticket().to_params()
+TICKET = make_ticket()
 ONE, DONE = 'data: {"text": "one"}\n\n', "data: [DONE]\n\n"
 ANSWER = "answer"
 """In a script: a completion with the name by which the replica knows the request."""
@@ -48,12 +49,12 @@ class FakeCaller:
     prefilled: PrefillAnswer = field(default_factory=lambda: PrefillAnswer("p1", TICKET))
     chunks: Sequence[Any] = ()
     calls: list[tuple[str, str, Any]] = field(default_factory=list)
-    aborted: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    aborted: list[tuple[str, Ticket | UnreadableTicket]] = field(default_factory=list)
     not_ready: dict[str, Exception] = field(default_factory=dict)
     decoding: int = 0
     begun: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def check(self, request: GenerationRequest) -> Any | None:
+    async def check(self, request: GenerationRequest) -> Complete | None:
         self.calls.append(("check", request.method, request.body))
         return None
 
@@ -77,12 +78,12 @@ class FakeCaller:
                     await asyncio.Event().wait()
                 if chunk == ANSWER:
                     chunk = _answer(request.body.request_id)
-                yield Output(chunk, "d1", refused=isinstance(chunk, ErrorResponse))
+                yield Output(chunk, "d1")
         finally:
             self.decoding -= 1
 
-    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
-        self.aborted.append((replica_id, dict(ticket)))
+    async def abort(self, replica_id: str, ticket: Ticket | UnreadableTicket) -> int:
+        self.aborted.append((replica_id, ticket))
         return 1
 
     async def ready(self, role: str, timeout_s: float) -> str:
@@ -90,8 +91,8 @@ class FakeCaller:
             raise self.not_ready[role]
         return f"{role}-1"
 
-    def sides(self) -> list[str]:
-        return [side for side, _, _ in self.calls]
+    def roles(self) -> list[str]:
+        return [role for role, _, _ in self.calls]
 
 
 def _answer(request_id: str) -> WholeAnswer:

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from ray.llm._internal.serve.core.configs.openai_api_models import (
-    CompletionRequest,
-    ErrorInfo,
-    ErrorResponse,
-)
+from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
 from deployments.errors import ReplicaLost
+from deployments.role import Role
 from deployments.router.coordinator import Coordinator
 from deployments.router.request_state import RetryPolicy
-from deployments.router.suspects import Side
+from deployments.streams.answer import Complete, Refusal
+from deployments.streams.event_stream import EventStream
 from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, Sent
 from tests.support.scripted.tickets import make_ticket
+from transfer.ticket import Ticket, UnreadableTicket, read_ticket
 
-T1: dict[str, Any] = make_ticket("1").to_params()
-T2: dict[str, Any] = make_ticket("2").to_params()
-SHARED: dict[str, Any] = make_ticket("3", readers=2).to_params()
-BAD = ErrorResponse(error=ErrorInfo(message="temperature: too hot", type="bad", code=400))
+T1, T2, SHARED = make_ticket("1"), make_ticket("2"), make_ticket("3", readers=2)
+BAD = Refusal("temperature: too hot", "bad", code=400)
 CHUNKS = ["data: one\n\n", "data: two\n\n", "data: [DONE]\n\n"]
 INFO = RawRequestInfo(headers={"x-request-id": "r1"})
 HANG = "hang"
@@ -42,7 +40,7 @@ class FakeCaller:
         checks: what each check of several prompts says.
         wells: who says that it is well, each time that is asked; by default ``prefill`` or
             ``decode`` with the number of the question.
-        asked_well: sides and exclusions of these questions.
+        asked_well: roles and exclusions of these questions.
         onlys: the one replica that each call was for.
         decoders: decode replicas that are well.
         held: unset, notices to owners do not come back.
@@ -58,12 +56,12 @@ class FakeCaller:
     log: list[tuple[Any, ...]] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     sent: list[Sent | None] = field(default_factory=list)
-    aborted: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    aborted: list[tuple[str, Ticket | UnreadableTicket]] = field(default_factory=list)
     abort_error: Exception | None = None
     held: asyncio.Event | None = None
     open_calls: int = 0
 
-    async def check(self, request: GenerationRequest) -> Any | None:
+    async def check(self, request: GenerationRequest) -> Complete | None:
         self.log.append(("check", request.method, request.http, set()))
         step = self.checks.pop(0) if self.checks else None
         if isinstance(step, Exception):
@@ -100,25 +98,25 @@ class FakeCaller:
                 if isinstance(step, Output):
                     yield step
                     continue
-                yield Output(step, "d1", refused=isinstance(step, ErrorResponse))
+                yield Output(step, "d1")
         finally:
             self.open_calls -= 1
 
-    async def well(self, side: Side, exclude: frozenset[str]) -> str:
-        self.asked_well.append((side, set(exclude)))
-        step = self.wells.pop(0) if self.wells else f"{side}-{len(self.asked_well)}"
+    async def well(self, role: Role, exclude: frozenset[str]) -> str:
+        self.asked_well.append((role, set(exclude)))
+        step = self.wells.pop(0) if self.wells else f"{role}-{len(self.asked_well)}"
         if isinstance(step, Exception):
             raise step
         return str(step)
 
-    async def replicas(self, side: Side) -> int:
-        assert side == "decode"
+    async def replicas(self, role: Role) -> int:
+        assert role == "decode"
         return self.decoders
 
-    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
+    async def abort(self, replica_id: str, ticket: Ticket | UnreadableTicket) -> int:
         if self.held is not None:
             await self.held.wait()
-        self.aborted.append((replica_id, dict(ticket)))
+        self.aborted.append((replica_id, ticket))
         if self.abort_error is not None:
             raise self.abort_error
         return 1
@@ -133,9 +131,10 @@ class FakeCaller:
     def calls(self) -> list[tuple[str, set[str]]]:
         return [(entry[0], entry[3]) for entry in self.log]
 
-    def brought(self) -> list[Any]:
-        """``kv_transfer_params`` of every call."""
-        return [request.kv_transfer_params for request in self.requests]
+    def brought(self) -> list[Ticket | UnreadableTicket | None]:
+        """The ticket of every call."""
+        all_params = [request.kv_transfer_params for request in self.requests]
+        return [None if params is None else read_ticket(params) for params in all_params]
 
 
 POLICY = RetryPolicy(attempts=3, backoff_s=0.0)
@@ -160,6 +159,17 @@ def drive(coroutine: Coroutine[Any, Any, None]) -> None:
     asyncio.run(main())
 
 
+async def answer_of(
+    coordinator: Coordinator, request: GenerationRequest, *, bypass: bool = False
+) -> list[Any]:
+    """All that a request gets."""
+    answer = await coordinator.answer(request, bypass=bypass)
+    if not isinstance(answer, EventStream):
+        return [answer]
+    async with aclosing(answer):
+        return [events async for events in answer]
+
+
 def served(
     caller: FakeCaller,
     *,
@@ -173,12 +183,12 @@ def served(
 
     async def main() -> None:
         coordinator = Coordinator(caller, POLICY)
-        chunks = coordinator.run(generation(request, sent), bypass=bypass)
+        answer = answer_of(coordinator, generation(request, sent), bypass=bypass)
         if raises is not None:
             with pytest.raises(raises):
-                items.extend([item async for item in chunks])
+                await answer
         else:
-            items.extend([item async for item in chunks])
+            items.extend(await answer)
         await coordinator.drain()
 
     drive(main())
@@ -186,7 +196,7 @@ def served(
     return items
 
 
-def lost(replica_id: str, role: str = "decode", *, held: bool = True) -> ReplicaLost:
+def lost(replica_id: str, role: Role = "decode", *, held: bool = True) -> ReplicaLost:
     return ReplicaLost(role, replica_id, "it died", held=held)
 
 

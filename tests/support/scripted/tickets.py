@@ -50,6 +50,19 @@ _PASSABLE = st.sampled_from(
 """What some field or other of a ticket takes."""
 
 
+def instead_of(params: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Any JSON in place of a ticket: anything else, or the ticket changed, or a part of it."""
+    names = st.sampled_from(sorted(params))
+    return (
+        JSON
+        | st.dictionaries(names, JSON, max_size=4)
+        | changed_params(params)
+        | st.sets(names, min_size=1, max_size=2).map(
+            lambda left_out: {name: params[name] for name in params.keys() - left_out}
+        )
+    )
+
+
 def changed_params(params: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
     """A ticket's, with other values, and perhaps what is no part of it."""
     fields = st.sampled_from([*params, "do_remote_decode", "other"])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.router.suspects import Side
-from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer, WholeAnswer
+from deployments.role import Role
+from deployments.streams.answer import Complete, Item, WholeAnswer
+from deployments.streams.generation import GenerationRequest, Output, PrefillAnswer
 from tests.support.scripted.tickets import make_ticket
-from transfer.ticket import handoff_id_of
+from transfer.ticket import Ticket, UnreadableTicket, read_ticket
 
 
 @dataclass(eq=False)
@@ -33,11 +34,11 @@ class DecodeCall:
     outputs: int = 0
 
     @property
-    def ticket(self) -> Mapping[str, Any] | None:
-        params: Mapping[str, Any] | None = self.request.body.kv_transfer_params
-        return params
+    def ticket(self) -> Ticket | None:
+        params = self.request.body.kv_transfer_params
+        return None if params is None else Ticket.from_params(params)
 
-    def content(self, *, last: bool) -> Any:
+    def content(self, *, last: bool) -> Item:
         """What a replica would say next: an event, or the whole answer."""
         body = self.request.body
         choices = [
@@ -69,7 +70,7 @@ class World:
 
     # ---- what the coordinator calls --------------------------------------------------------------
 
-    async def check(self, request: GenerationRequest) -> Any | None:
+    async def check(self, request: GenerationRequest) -> Complete | None:
         return None
 
     async def prefill(
@@ -102,46 +103,46 @@ class World:
         finally:
             self.decodes.remove(call)
 
-    async def well(self, side: Side, exclude: frozenset[str]) -> str:
-        return self.engine(side)
+    async def well(self, role: Role, exclude: frozenset[str]) -> str:
+        return self.engine(role)
 
-    async def replicas(self, side: Side) -> int:
+    async def replicas(self, role: Role) -> int:
         return self.decoders
 
-    async def abort(self, replica_id: str, ticket: Mapping[str, Any]) -> int:
-        self.told.append(ticket["handoff_id"])
+    async def abort(self, replica_id: str, ticket: Ticket | UnreadableTicket) -> int:
+        self.told.append(ticket.handoff_id)
         return self._forget(ticket)
 
     # ---- what a test does ------------------------------------------------------------------------
 
-    def engine(self, side: Side) -> str:
-        """The engine of a side that is alive."""
-        return f"{side}-{self._starts[side]}"
+    def engine(self, role: Role) -> str:
+        """The engine of a role that is alive."""
+        return f"{role}-{self._starts[role]}"
 
-    def kill(self, side: Side) -> str:
+    def kill(self, role: Role) -> str:
         """Ends it, and starts another one; its name."""
-        name = self.engine(side)
-        self._starts[side] += 1
+        name = self.engine(role)
+        self._starts[role] += 1
         return name
 
-    def offer(self, readers: int, **changes: Any) -> dict[str, Any]:
+    def offer(self, readers: int, **changes: Any) -> Ticket | UnreadableTicket:
         """Pins a prompt; returns its ticket, with ``changes`` as a broken owner might make them."""
         self._offered += 1
         name = f"{self._offered:032x}"
         self.pinned[name] = readers
-        return {**make_ticket(handoff_id=name, readers=readers).to_params(), **changes}
+        ticket = make_ticket(handoff_id=name, readers=readers)
+        return read_ticket({**ticket.to_params(), **changes})
 
-    def read(self, ticket: Mapping[str, Any] | None, readers: int = 1) -> None:
+    def read(self, ticket: Ticket | None, readers: int = 1) -> None:
         """Readers read; the last one releases."""
-        name = None if ticket is None else ticket["handoff_id"]
+        name = "" if ticket is None else ticket.handoff_id
         if name in self.pinned:
             self.pinned[name] -= readers
             if self.pinned[name] <= 0:
                 del self.pinned[name]
 
-    def _forget(self, ticket: Any) -> int:
-        name = handoff_id_of(ticket)
-        return int(name is not None and self.pinned.pop(name, None) is not None)
+    def _forget(self, ticket: Ticket | UnreadableTicket | None) -> int:
+        return int(ticket is not None and self.pinned.pop(ticket.handoff_id, None) is not None)
 
     def _count(self) -> None:
         self.most_under_way = max(self.most_under_way, len(self.prefills) + len(self.decodes))

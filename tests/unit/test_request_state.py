@@ -17,17 +17,18 @@ from deployments.router.request_state import (
     Event,
     FirstChunk,
     GiveUp,
-    Handoff,
     Instruction,
     Prefilled,
     PrefillLost,
     Refused,
+    RequestState,
     RetryPolicy,
     Stage,
     Start,
     TicketUnread,
     Unwanted,
 )
+from deployments.streams.answer import Refusal
 from tests.support.scripted.tickets import make_ticket
 from transfer.ticket import Ticket
 
@@ -35,6 +36,8 @@ POLICY = RetryPolicy(attempts=3, backoff_s=0.1, backoff_max_s=0.3, jitter=0.0)
 T1, T2 = make_ticket("1"), make_ticket("2")
 TWO_READERS = make_ticket("3", readers=2)
 PREFILLED = Prefilled("p1", TWO_READERS)
+BAD, TOO_LONG = Refusal("bad", code=400), Refusal("too long", code=400)
+KILLER = Refusal("killer", code=500)
 GIVE_UP = GiveUp("p1", TWO_READERS)
 
 
@@ -86,16 +89,16 @@ PATHS: dict[str, list[Step]] = {
     ],
     "unwanted after prefill died": [
         (Start(), [prefill()]),
-        (Unwanted("killer"), [Answer("killer")]),
+        (Unwanted(KILLER), [Answer(KILLER)]),
         (ClientGone(), []),
     ],
     "unwanted after decode died": [
         *TO_DECODE,
-        (Unwanted("killer"), [GIVE_UP, Answer("killer")]),
+        (Unwanted(KILLER), [GIVE_UP, Answer(KILLER)]),
     ],
     "unwanted in mid-stream": [
         *TO_STREAM,
-        (Unwanted("killer"), [GIVE_UP, Answer("killer", streaming=True)]),
+        (Unwanted(KILLER), [GIVE_UP, Answer(KILLER, streaming=True)]),
     ],
     "no prefill replica": [(Start(), [prefill()]), (PrefillLost(None), [decode()])],
     "the last prefill replica lost": [
@@ -103,11 +106,11 @@ PATHS: dict[str, list[Step]] = {
         (PrefillLost("p0"), [prefill("p0", pause_s=0.1)]),
         (PrefillLost(None), [decode()]),
     ],
-    "refused by prefill": [(Start(), [prefill()]), (Refused("bad"), [Answer("bad")])],
-    "refused by decode": [*TO_DECODE, (Refused("bad"), [GIVE_UP, Answer("bad")])],
+    "refused by prefill": [(Start(), [prefill()]), (Refused(BAD), [Answer(BAD)])],
+    "refused by decode": [*TO_DECODE, (Refused(BAD), [GIVE_UP, Answer(BAD)])],
     "refused by decode, nothing to give up": [
         (Start(bypass=True), [decode()]),
-        (Refused("bad"), [Answer("bad")]),
+        (Refused(BAD), [Answer(BAD)]),
     ],
     "decode lost before the first chunk": [
         *TO_DECODE,
@@ -195,7 +198,7 @@ PATHS: dict[str, list[Step]] = {
     "stream whose continuation is refused": [
         *TO_STREAM,
         (DecodeLost("d0", resumable=True), [GIVE_UP, prefill()]),
-        (Refused("too long"), [Answer("too long", streaming=True)]),
+        (Refused(TOO_LONG), [Answer(TOO_LONG, streaming=True)]),
     ],
     "client leaves a stream that was to go on": [
         *TO_STREAM,
@@ -246,10 +249,10 @@ PATHS: dict[str, list[Step]] = {
 
 @pytest.mark.parametrize("steps", PATHS.values(), ids=PATHS.keys())
 def test_path(steps: list[Step]) -> None:
-    handoff = Handoff(POLICY, lambda: 0.0)
+    state = RequestState(POLICY, lambda: 0.0)
 
     for number, (event, instructions) in enumerate(steps):
-        assert handoff.on(event) == instructions, f"step {number}: {event}"
+        assert state.on(event) == instructions, f"step {number}: {event}"
 
 
 @pytest.mark.parametrize(
@@ -265,18 +268,18 @@ def test_path(steps: list[Step]) -> None:
         ([Start(), PREFILLED], PREFILLED),
         ([Start(), PREFILLED], PrefillLost("p1")),
         ([Start(), PREFILLED, FirstChunk()], FirstChunk()),
-        ([Start(), PREFILLED, FirstChunk()], Refused("bad")),
+        ([Start(), PREFILLED, FirstChunk()], Refused(BAD)),
     ],
 )
 def test_events_that_cannot_happen_are_faults_of_the_caller(
     before: list[Event], event: Event
 ) -> None:
-    handoff = Handoff(POLICY, lambda: 0.0)
+    state = RequestState(POLICY, lambda: 0.0)
     for earlier in before:
-        handoff.on(earlier)
+        state.on(earlier)
 
     with pytest.raises(ValueError, match="cannot happen"):
-        handoff.on(event)
+        state.on(event)
 
 
 # ---- pauses --------------------------------------------------------------------------------------
@@ -320,7 +323,7 @@ class AnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.attempts = 3
         policy = RetryPolicy(self.attempts, backoff_s=0.1, backoff_max_s=0.15, jitter=0.5)
-        self.handoff = Handoff(policy, lambda: 0.5)
+        self.state = RequestState(policy, lambda: 0.5)
         self.running: CallPrefill | CallDecode | None = None
         self.calls: list[CallPrefill | CallDecode] = []
         self.rounds: list[list[CallPrefill]] = [[]]
@@ -337,7 +340,7 @@ class AnyOrder(RuleBasedStateMachine):
     def tell(self, event: Event, *, ends_call: bool = True) -> None:
         if ends_call:
             self.running, self.streaming = None, False
-        for instruction in self.handoff.on(event):
+        for instruction in self.state.on(event):
             match instruction:
                 case GiveUp(replica_id=replica_id, ticket=ticket):
                     self.given_up.append((replica_id, ticket.handoff_id))
@@ -357,7 +360,7 @@ class AnyOrder(RuleBasedStateMachine):
         return set() if ticket is None else {ticket.handoff_id}
 
     def finished(self) -> bool:
-        return self.handoff.stage is Stage.FINISHED
+        return self.state.stage is Stage.FINISHED
 
     def prefilling(self) -> bool:
         return isinstance(self.running, CallPrefill)
@@ -367,7 +370,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     # -- events --
 
-    @precondition(lambda self: self.handoff.stage is Stage.NEW)
+    @precondition(lambda self: self.state.stage is Stage.NEW)
     @rule(bypass=st.booleans())
     def start(self, bypass: bool) -> None:
         self.bypass = bypass
@@ -404,13 +407,13 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.running is not None)
     @rule()
     def is_unwanted(self) -> None:
-        self.tell(Unwanted("killer"))
+        self.tell(Unwanted(KILLER))
         assert self.running is None
 
     @precondition(lambda self: self.running is not None and not self.streaming)
     @rule()
     def refused(self) -> None:
-        self.tell(Refused("bad request"))
+        self.tell(Refused(BAD))
 
     @precondition(lambda self: self.decoding() and not self.streaming)
     @rule()
@@ -488,7 +491,7 @@ class AnyOrder(RuleBasedStateMachine):
             [
                 PrefillLost("a"),
                 PrefillLost(None),
-                Refused("late"),
+                Refused(BAD),
                 FirstChunk(),
                 DecodeLost("v", resumable=True),
                 DecodeLost(None),
@@ -519,7 +522,7 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def never_stuck(self) -> None:
         """What is not over waits for a call, which ends in one way or another."""
-        if self.handoff.stage not in (Stage.NEW, Stage.FINISHED):
+        if self.state.stage not in (Stage.NEW, Stage.FINISHED):
             assert self.running is not None
         if self.finished() and self.client_here:
             assert self.sent or self.answers, "no answer"

@@ -11,11 +11,11 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RequestCancelledError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from deployments.background import Background
 from deployments.callers import replica_caller as replica
 from deployments.callers.replica_caller import ReplicaCaller
 from deployments.errors import NoReplica, ReplicaLost
 from deployments.replicas.health import TransferUnhealthy
-from deployments.router.background import Background
 from tests.support.scripted.handles import FakeHandle, Script, answers, fails, hangs
 from tests.support.scripted.replicas import drive, generation
 
