@@ -123,8 +123,11 @@ class BatonWorker:
         self._ranges = memory.ranges
         for piece in memory.ranges:
             self._engine.register(piece.address, piece.length, piece.dmabuf)
-        discovery.ready(self._settings.transfer.connect_timeout_s * 5)
+        within_s = self._settings.transfer.connect_timeout_s * 5
+        discovery.ready(within_s)
         self._engine.start()
+        # Its record is written now: whoever hears that this engine is up can find it.
+        discovery.ready(within_s)
         if memory.host_blocks is not None:
             self._staging = Staging(
                 memory.host_blocks, layout, self._digests, str(self._peer), self._engine.wake
