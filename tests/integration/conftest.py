@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 
 from tests.support.servers.etcd_server import EtcdServer
 from tests.support.servers.etcd_sessions import TTL_S, Session, admin
+from tests.support.servers.vllm_server import RUNNING
 from transfer.discovery import make_discovery
 from transfer.discovery.base import Discovery
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Shows what the engines of a failed test said."""
+    report = yield
+    if report.failed:
+        for server in RUNNING:
+            report.sections.append((f"log of the engine at {server.url}", server.log_tail()))
+    return report
 
 
 @pytest.fixture(scope="module")

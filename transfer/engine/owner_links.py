@@ -210,8 +210,10 @@ class OwnerLinks:
         self._retire(link)
 
     def _connect(self, credentials: Credentials, deadline: float) -> Link:
-        left_s = deadline - time.monotonic()
-        record = self._discovery.wait_for(self._owner, max(0.0, min(_DISCOVERY_WAIT_S, left_s)))
+        wait_s = min(
+            deadline - time.monotonic(), max(_DISCOVERY_WAIT_S, self._settings.connect_timeout_s)
+        )
+        record = self._discovery.wait_for(self._owner, max(0.0, wait_s))
         control = self._transports.control.open_control(
             self._transports.control_address(record.addresses),
             self._reader,

@@ -30,7 +30,8 @@ _TRIES = 2
 _FIRST_PAUSE_S = 0.005
 _LONGEST_PAUSE_S = 0.1
 _NOT_READY_S = 10.0
-"""How long an owner may take to offer what its ticket promised: a step of its model."""
+"""How long an owner may take to offer what its ticket promised: a step of its model. More where it
+may take longer to connect."""
 
 # What a planner may raise when it is handed a peer's layout that makes no sense to it.
 _PLANNER_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -56,6 +57,7 @@ class Read:
         links: to the owner.
         memory: what may be written to.
         budget: of all reads, for bytes that are on their way.
+        connect_timeout_s: of the engine's settings.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Read:
         links: OwnerLinks,
         memory: MemoryTable,
         budget: ByteBudget,
+        connect_timeout_s: float,
     ) -> None:
         self._handle = order.handle
         self._credentials = order.credentials
@@ -71,6 +74,7 @@ class Read:
         self._links = links
         self._memory = memory
         self._budget = budget
+        self._not_ready_s = max(_NOT_READY_S, 5 * connect_timeout_s)
         self._plan: ReadPlan | None = None
         self._all_read = False
         self._read_id = ""
@@ -78,7 +82,7 @@ class Read:
     def run(self) -> None:
         """Return when the owner confirmed; raise whatever else ends the read."""
         tries_left = _TRIES - 1
-        ready_by = min(self._handle.deadline, time.monotonic() + _NOT_READY_S)
+        ready_by = min(self._handle.deadline, time.monotonic() + self._not_ready_s)
         pause_s = _FIRST_PAUSE_S
         while True:
             self._handle.advance(TransferState.CONNECTING)

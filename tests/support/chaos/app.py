@@ -184,7 +184,7 @@ def chaos_app(
             # 290 MB while it meets new lengths of prompts: other growth would not be seen.
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
             # Else glibc raises it when such a kernel is freed, and gaps between them stay.
-            "MALLOC_MMAP_THRESHOLD_": "131072",
+            "MALLOC_MMAP_THRESHOLD_": "262144",
         }
         app = stack.enter_context(BatonApp(config, folder / "up.log", environment))
         questions = [

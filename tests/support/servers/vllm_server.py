@@ -20,6 +20,7 @@ from typing import Any, Self
 from tests.support.servers.lifeline import start_tied
 
 START_TIMEOUT_S = 240.0
+LOG_TAIL = 6000
 
 CPU_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -109,6 +110,10 @@ class VllmServer:
         ]
         self._process: subprocess.Popen[bytes] | None = None
 
+    def log_tail(self) -> str:
+        """The last lines that it wrote, to be shown when a test fails."""
+        return self._log.read_text(errors="replace")[-LOG_TAIL:] if self._log.exists() else ""
+
     def start(self) -> None:
         """Starts the process; :meth:`wait` waits for it to answer."""
         root = Path(__file__).resolve().parents[3]
@@ -127,7 +132,7 @@ class VllmServer:
                     return
             except OSError:
                 time.sleep(0.25)
-        raise RuntimeError(f"vLLM did not start:\n{self._log.read_text()[-6000:]}")
+        raise RuntimeError(f"vLLM did not start:\n{self.log_tail()}")
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -163,6 +168,7 @@ class VllmServer:
 
     def __enter__(self) -> Self:
         self.start()
+        RUNNING.append(self)
         return self
 
     def __exit__(
@@ -171,4 +177,9 @@ class VllmServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        RUNNING.remove(self)
         self.kill()
+
+
+RUNNING: list[VllmServer] = []
+"""Those within their ``with`` block."""

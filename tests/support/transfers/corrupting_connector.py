@@ -1,13 +1,22 @@
-"""A connector whose reads can be made to arrive damaged: the fault that digests are for."""
+"""A connector whose reads can be made to arrive damaged: the fault that digests are for.
+
+Its engines' processes sleep where vLLM's spin. The engines of a rank each and their schedulers are
+six processes that wait for messages in a loop of ``sched_yield`` for a second after every one; on
+two processors, beside other load, such a host was seen to leave all of them, etcd's threads
+included, without a processor for 15 to 30 s. Leases are lost by that, and reads given up, which is
+right but not what the tests with this connector are about.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from vllm.distributed.device_communicators import shm_broadcast
 
 from transfer.connector.connector import BatonConnector
 from transfer.connector.memory.kv_memory import KVMemory
@@ -18,6 +27,13 @@ from transfer.connector.working.start import start_worker
 FOLDER = "BATON_TEST_CORRUPT"
 """Environment variable that names a folder. A file in it, named like a rank, damages the next
 read that arrives there by one bit, and is deleted by that."""
+
+
+def _nap() -> None:
+    time.sleep(0.0005)
+
+
+shm_broadcast.sched_yield = _nap
 
 
 class DamagedOnArrival(Direct):

@@ -112,8 +112,11 @@ def start_worker(
         path = path_of(memory, str(peer), engine.wake)
         closing.callback(path.close)
         closing.callback(engine.close)
-        discovery.ready(settings.transfer.connect_timeout_s * 5)
+        within_s = settings.transfer.connect_timeout_s * 5
+        discovery.ready(within_s)
         engine.start()
+        # Its record is written now: whoever hears that this engine is up can find it.
+        discovery.ready(within_s)
         logger.info("transfer engine up: %r", engine)
         return BatonWorker(
             peer,
