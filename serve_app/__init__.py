@@ -1,1 +1,1 @@
-"""The application: configuration, ingress and router, and the `baton` command."""
+"""The application: its settings, its two fronts, and the `baton` command."""

@@ -82,7 +82,7 @@ class DeadlineExceeded(RetryableError):
 
 
 class TransferCancelled(FatalError):
-    """The caller cancelled the transfer, or the engine was closed."""
+    """Who asked for the transfer cancelled it, or the engine was closed."""
 
 
 class TlsRefused(FatalError):

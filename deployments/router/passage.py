@@ -227,14 +227,14 @@ class _Renamed:
 
     def __init__(self, own: str, client_id: str) -> None:
         self._own = own
-        self._told = json.dumps(client_id or own)[1:-1]
+        self._for_client = json.dumps(client_id or own)[1:-1]
 
     def __call__(self, item: Item) -> Item:
         match item:
             case str():
-                return item.replace(self._own, self._told)
+                return item.replace(self._own, self._for_client)
             case WholeAnswer():
-                content = item.content.replace(self._own.encode(), self._told.encode())
+                content = item.content.replace(self._own.encode(), self._for_client.encode())
                 return replace(item, content=content)
             case Refusal():
                 return item

@@ -58,7 +58,7 @@ class OwnerKeys:
         if keys is not None and keys.cover(spans):
             self._control.begin_read(credentials, spans, read_id, timeout_s)
         else:
-            keys, fresh = self._told(credentials, spans, read_id, timeout_s), True
+            keys, fresh = self._ask_for_keys(credentials, spans, read_id, timeout_s), True
         return AdmittedRead(credentials.handoff_id, read_id, keys, fresh, deadline)
 
     def forget(self) -> None:
@@ -66,7 +66,7 @@ class OwnerKeys:
         with self._lock:
             self._known = None
 
-    def _told(
+    def _ask_for_keys(
         self, credentials: Credentials, spans: SpanArray, read_id: str, timeout_s: float
     ) -> KeyMap:
         answers = self._control.begin_read(credentials, spans, read_id, timeout_s, keys_of=SCHEME)
