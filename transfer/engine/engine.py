@@ -22,25 +22,13 @@ from transfer.engine.owner import Owner
 from transfer.engine.read import ReadOrder
 from transfer.engine.readers import PeerReaders, closed_error
 from transfer.engine.timer import DeadlineTimer
-from transfer.errors import (
-    ConfigurationError,
-    Phase,
-    RegistrationError,
-    TransferCancelled,
-)
+from transfer.errors import ConfigurationError, Phase, RegistrationError, TransferCancelled
 from transfer.settings import TransferSettings
 from transfer.spans import check_spans
 from transfer.transports.base import Listener
 from transfer.transports.rdma.transport import RdmaTransport
 from transfer.transports.registry import Transports
-from transfer.types import (
-    Credentials,
-    DmaBuf,
-    PeerId,
-    PeerInfo,
-    Planner,
-    WorkerRecord,
-)
+from transfer.types import Credentials, DmaBuf, PeerId, PeerInfo, Planner, WorkerRecord
 
 logger = logging.getLogger(__name__)
 
