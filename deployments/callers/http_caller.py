@@ -235,8 +235,8 @@ async def _whole(response: aiohttp.ClientResponse) -> WholeAnswer:
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[str]:
     """Whole server-sent events, as many as have come."""
     whole = WholeEvents()
-    async for piece in content.iter_any():
-        if events := whole.take(piece):
+    async for received in content.iter_any():
+        if events := whole.take(received):
             yield events
 
 

@@ -38,9 +38,9 @@ class DecodeServer(BatonServer):
         self._links = Links(links)
         await super().__init__(llm_config, **kwargs)
 
-    def engine_told(self, statuses: list[dict[str, Any]], now: float) -> None:
-        super().engine_told(statuses, now)
-        for owner in self._links.told(statuses, now):
+    def take_statuses(self, statuses: list[dict[str, Any]], now: float) -> None:
+        super().take_statuses(statuses, now)
+        for owner in self._links.take(statuses, now):
             logger.warning(
                 "reads from engine %s fail again and again; its prompts are computed here", owner
             )

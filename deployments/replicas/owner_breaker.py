@@ -44,7 +44,7 @@ class Links:
         self._policy = policy
         self._links: dict[tuple[str, int], _Link] = {}
 
-    def told(self, statuses: Iterable[Mapping[str, Any]], now: float) -> list[str]:
+    def take(self, statuses: Iterable[Mapping[str, Any]], now: float) -> list[str]:
         """Takes the reader's status of all ranks, which counts reads since its start.
 
         Returns:

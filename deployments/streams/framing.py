@@ -54,12 +54,12 @@ def content_of(event: str) -> dict[str, Any] | None:
 
 
 class WholeEvents:
-    """Puts whole events together from pieces of bytes, however these are cut."""
+    """Puts whole events together from bytes, wherever these are cut."""
 
     def __init__(self) -> None:
         self._rest = b""
 
-    def take(self, piece: bytes) -> str:
-        """The events that are whole with this piece; may be none."""
-        whole, end, self._rest = (self._rest + piece).rpartition(_END.encode())
+    def take(self, received: bytes) -> str:
+        """The events that are whole with what was received now; may be none."""
+        whole, end, self._rest = (self._rest + received).rpartition(_END.encode())
         return (whole + end).decode()
