@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -29,8 +28,6 @@ from transfer.transports.base import Listener
 from transfer.transports.rdma.transport import RdmaTransport
 from transfer.transports.registry import Transports
 from transfer.types import Credentials, DmaBuf, PeerId, PeerInfo, Planner, WorkerRecord
-
-logger = logging.getLogger(__name__)
 
 _MAX_LAYOUT_BYTES = 1 << 20
 _LAST_NOTICES_S = 1.0
