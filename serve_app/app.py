@@ -15,7 +15,7 @@ from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
 from deployments.ray_internals.models import to_model_metadata
 from deployments.replicas.decode import DecodeServer
-from deployments.replicas.owner_breaker import LinkPolicy
+from deployments.replicas.owner_breaker import BreakerPolicy
 from deployments.replicas.prefill import PrefillServer
 from deployments.replicas.replica_router import HintedRouter
 from deployments.role import Role
@@ -71,7 +71,7 @@ def build_app(args: dict[str, Any]) -> Application:
         name_prefix="Decode:",
         bind_kwargs={
             "engine_timeout_s": settings.decode.engine_timeout_s,
-            "links": LinkPolicy(
+            "breakers": BreakerPolicy(
                 failures=settings.router.link_failures, pause_s=settings.router.link_pause_s
             ),
         },

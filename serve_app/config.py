@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -16,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from deployments.role import Role
 from serve_app.adapters import served_adapters
 from serve_app.mooncake_args import with_mooncake
 from serve_app.origins import require_origin
@@ -24,8 +23,6 @@ from transfer.discovery import check_discovery
 from transfer.errors import ConfigurationError
 from transfer.secret import SecretReference
 from transfer.speculation import drafting_layers, shares_answers
-
-IMPORT_PATH = "serve_app.app:build_app"
 
 _RESERVED_ENGINE_KEYS = {
     "model": "set model.source",
@@ -310,7 +307,7 @@ class Settings(Section):
                     )
         return self
 
-    def side(self, role: Literal["prefill", "decode"]) -> SideSettings:
+    def side(self, role: Role) -> SideSettings:
         """The settings of one side."""
         return self.prefill if role == "prefill" else self.decode
 
@@ -341,45 +338,6 @@ def parse_settings(args: Any) -> Settings:
                 message = f"unknown key; {_known_keys(fault['loc'])}"
             lines.append(f"{path}: {message}")
         raise SettingsError("\n".join(lines)) from error
-
-
-def load_document(path: Path | str) -> dict[str, Any]:
-    """Reads a Serve config file.
-
-    Raises:
-        SettingsError: not there, not YAML, or not a Serve config with Baton in it.
-    """
-    file = Path(path)
-    try:
-        document = yaml.safe_load(file.read_text())
-    except FileNotFoundError as error:
-        raise SettingsError(f"{file}: there is no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{file}: is not YAML: {error}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
-        raise SettingsError(f"{file}: a Serve config with a list `applications` is expected")
-    if _application(document) is None:
-        raise SettingsError(f"{file}: no application has import_path: {IMPORT_PATH}")
-    return document
-
-
-def load_settings(path: Path | str) -> Settings:
-    """The settings in a Serve config file.
-
-    Raises:
-        SettingsError: as :func:`load_document` and :func:`parse_settings`.
-    """
-    application = _application(load_document(path))
-    return parse_settings((application or {}).get("args"))
-
-
-def _application(document: dict[str, Any]) -> dict[str, Any] | None:
-    for application in document["applications"]:
-        if isinstance(application, dict) and application.get("import_path") == IMPORT_PATH:
-            return application
-    return None
 
 
 def _check_engine(engine: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from transfer.errors import ConfigurationError, Phase
@@ -11,7 +10,7 @@ from transfer.mooncake import cluster_settings
 from transfer.mooncake_file import mooncake_from, read_mooncake
 
 
-def with_mooncake(args: Any, environment: Mapping[str, str] = os.environ) -> Any:
+def with_mooncake(args: Any) -> Any:
     """``args`` with ``discovery`` and ``transfer`` as the file says; as they are without one.
 
     The file is named by ``transfer.mooncake_config``, or by ``MOONCAKE_CONFIG_PATH`` if there is no
@@ -26,7 +25,7 @@ def with_mooncake(args: Any, environment: Mapping[str, str] = os.environ) -> Any
     transfer = dict(args.get("transfer") or {})
     path = transfer.pop("mooncake_config", None)
     if path is None:
-        config = None if "discovery" in args else mooncake_from(environment)
+        config = None if "discovery" in args else mooncake_from(os.environ)
     elif not isinstance(path, str) or not path:
         raise _bad(f"transfer.mooncake_config: is {path!r:.60}, must be the path of a file")
     elif "discovery" in args:

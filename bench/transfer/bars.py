@@ -6,16 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from bench.transfer.cases import (
-    ANEW,
-    BAR_BLOCKS,
-    BAR_TOTAL,
-    KIB,
-    MANY,
-    Case,
-    case_of,
-    human_bytes,
-)
+from bench.transfer.cases import ANEW, BAR_BLOCKS, BAR_TOTAL, KIB, MANY, Case, case_of, human_bytes
 from bench.transfer.results import Outcome, Run
 
 TCP, SHM = "baton tcp", "baton shm"

@@ -50,7 +50,6 @@ class Child:
                 preexec_fn=die_with_parent,
             )
         self._pending = b""
-        self._killed = False
 
     @property
     def pid(self) -> int:
@@ -89,7 +88,6 @@ class Child:
 
     def kill(self) -> None:
         """End it, whatever it does. Idempotent."""
-        self._killed = True
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from deployments.ray_internals.models import ErrorResponse
-from deployments.replicas.owner_breaker import LinkPolicy, Links
+from deployments.replicas.owner_breaker import BreakerPolicy, OwnerBreakers
 from deployments.replicas.request_faults import as_refusal
 from deployments.replicas.resumption import SENT_TOKEN_IDS
 from deployments.replicas.server import BatonServer, own_replica_id, require_alive
@@ -33,14 +33,14 @@ class DecodeServer(BatonServer):
     """
 
     async def __init__(  # type: ignore[misc]
-        self, llm_config: Any, *, links: LinkPolicy, **kwargs: Any
+        self, llm_config: Any, *, breakers: BreakerPolicy, **kwargs: Any
     ) -> None:
-        self._links = Links(links)
+        self._breakers = OwnerBreakers(breakers)
         await super().__init__(llm_config, **kwargs)
 
-    def engine_told(self, statuses: list[dict[str, Any]], now: float) -> None:
-        super().engine_told(statuses, now)
-        for owner in self._links.told(statuses, now):
+    def take_statuses(self, statuses: list[dict[str, Any]], now: float) -> None:
+        super().take_statuses(statuses, now)
+        for owner in self._breakers.take(statuses, now):
             logger.warning(
                 "reads from engine %s fail again and again; its prompts are computed here", owner
             )
@@ -94,7 +94,7 @@ class DecodeServer(BatonServer):
                 "ticket of request %s refused: %s", request.body.request_id, ticket.fault
             )
             return False
-        return self._links.may_read(ticket.engine_id, time.monotonic())
+        return self._breakers.may_read(ticket.engine_id, time.monotonic())
 
 
 async def _unbatched(batches: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:

@@ -26,7 +26,7 @@ class EngineHealth:
         self._answered = now
         self._fault: str | None = None
 
-    def told(self, statuses: Sequence[dict[str, Any]], now: float) -> None:
+    def take(self, statuses: Sequence[dict[str, Any]], now: float) -> None:
         """Takes the transfer status of all ranks."""
         self._answered = now
         self._fault = _fault(statuses)

@@ -13,7 +13,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class LinkPolicy:
+class BreakerPolicy:
     """When to stop reading from an owner.
 
     Attributes:
@@ -33,18 +33,18 @@ class _Link:
     stopped: float | None = None
 
 
-class Links:
-    """The links from all owners to one reader. Not thread-safe.
+class OwnerBreakers:
+    """The breakers of one reader, one for each link from an owner. Not thread-safe.
 
     Args:
         policy: when to stop.
     """
 
-    def __init__(self, policy: LinkPolicy) -> None:
+    def __init__(self, policy: BreakerPolicy) -> None:
         self._policy = policy
         self._links: dict[tuple[str, int], _Link] = {}
 
-    def told(self, statuses: Iterable[Mapping[str, Any]], now: float) -> list[str]:
+    def take(self, statuses: Iterable[Mapping[str, Any]], now: float) -> list[str]:
         """Takes the reader's status of all ranks, which counts reads since its start.
 
         Returns:

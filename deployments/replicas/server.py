@@ -81,9 +81,9 @@ class BatonServer(LLMServer):
         await self.check_health()
         return own_replica_id()
 
-    def engine_told(self, statuses: list[dict[str, Any]], now: float) -> None:
-        """Takes what the engine tells of itself every second."""
-        self._health.told(statuses, now)
+    def take_statuses(self, statuses: list[dict[str, Any]], now: float) -> None:
+        """Takes what the ranks of the engine tell of themselves every second."""
+        self._health.take(statuses, now)
 
     async def check_health(self) -> None:
         """Fails when the engine is dead, does not answer, or cannot hand anything over."""
@@ -94,7 +94,7 @@ class BatonServer(LLMServer):
         """Asks the engine again and again; ends when it is dead."""
         try:
             while True:
-                self.engine_told(await self.engine.transfer_status(), time.monotonic())
+                self.take_statuses(await self.engine.transfer_status(), time.monotonic())
                 await asyncio.sleep(WATCH_PERIOD_S)
         except EngineDeadError as dead:
             logger.error("the engine is dead: %s", dead)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias
@@ -56,8 +55,6 @@ from serve_app.ingress.http_errors import add_error_handlers, error_response, fa
 from serve_app.ingress.metrics import SCRAPE_KEPT_S, scrape
 from serve_app.ingress.prompt_logprobs import prompt_logprobs
 from serve_app.ingress.shared import Shared
-
-logger = logging.getLogger("ray.serve")  # Serve keeps this one's lines
 
 Body: TypeAlias = ChatCompletionRequest | CompletionRequest
 

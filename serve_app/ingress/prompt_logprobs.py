@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from deployments.ray_internals.models import (
-    ChatCompletionRequest,
-    CompletionRequest,
-)
+from deployments.ray_internals.models import ChatCompletionRequest, CompletionRequest
 from deployments.router.admission import PromptSize
 
 _ALL: Final = 1 << 17

@@ -22,13 +22,8 @@ from typing import Any, Final
 
 import yaml
 
-from serve_app.config import (
-    IMPORT_PATH,
-    Settings,
-    SettingsError,
-    load_document,
-    load_settings,
-)
+from serve_app.config import Settings, SettingsError
+from serve_app.config_file import IMPORT_PATH, load_document, load_settings
 from serve_app.launch.demo_model import DEMO_SOURCE, ModelError, ensure_demo_model, resolve_model
 from serve_app.launch.etcd_binary import find_etcd
 from serve_app.launch.no_proxy import LOOPBACK, without_proxy

@@ -78,13 +78,13 @@ def descendants() -> set[int]:
     return found - zombies
 
 
-def end_descendants(grace_s: float = TERM_GRACE_S) -> None:
-    """Ends every descendant: SIGTERM, and SIGKILL for what is left after ``grace_s`` seconds.
+def end_descendants() -> None:
+    """Ends every descendant: SIGTERM, and SIGKILL for what is left after ``TERM_GRACE_S``.
 
     This process must be a subreaper. Looks again until none is left, because processes may start
     others, or replace those that ended, while they are being ended.
     """
-    kill_from = time.monotonic() + grace_s
+    kill_from = time.monotonic() + TERM_GRACE_S
     asked: set[int] = set()
     while True:
         _reap_all()

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from serve_app.api_keys import ApiKeys
-from serve_app.config import Settings, SettingsError, load_document, load_settings
+from serve_app.config import Settings, SettingsError
+from serve_app.config_file import load_document, load_settings
 from serve_app.launch.demo_model import ModelError, resolve_model
 from serve_app.launch.etcd_binary import find_etcd
 from serve_app.launch.model_kind import config_folder, model_fault

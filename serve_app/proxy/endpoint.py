@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -42,8 +41,6 @@ from serve_app.edge.request_edge import (
 from serve_app.edge.sse import as_events
 from transfer.discovery.base import Discovery
 from transfer.settings import TransferSettings
-
-logger = logging.getLogger(__name__)
 
 BODY_LIMITS: Final = BodyLimits(
     max_body_bytes=16 << 20, max_bytes_in_flight=256 << 20, timeout_s=60.0

@@ -12,13 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.network.raw_connections import Message, welcome
-from tests.support.transfers.engines import (
-    Buffer,
-    engine_pair,
-    fails,
-    succeeds,
-    wait_until,
-)
+from tests.support.transfers.engines import Buffer, engine_pair, fails, succeeds, wait_until
 from transfer.engine.handoff import Offer
 from transfer.errors import PeerUnreachable, Phase
 from transfer.settings import TransferSettings

@@ -11,7 +11,7 @@ from serve_app.proxy.command import notice_settings
 from tests.support.scripted.tickets import make_ticket
 from tests.support.servers.certificates import Authority, TlsFiles
 from tests.support.transfers.engines import Pair, engine_pair, take_ended
-from transfer.discovery import StaticDiscovery
+from transfer.discovery.static import StaticDiscovery
 from transfer.errors import TlsRefused
 from transfer.settings import TransferSettings
 from transfer.ticket import Ticket

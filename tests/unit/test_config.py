@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.config import (
-    SettingsError,
-    parse_settings,
-)
+from serve_app.config import SettingsError, parse_settings
 from tests.support.servers.app_settings import GOOD, changed, fault, faults
 from transfer.settings import TransferSettings
 

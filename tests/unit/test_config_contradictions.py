@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.config import (
-    Settings,
-    parse_settings,
-)
+from serve_app.config import Settings, parse_settings
 from tests.support.servers.app_settings import GOOD, changed, fault
 
 

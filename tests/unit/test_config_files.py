@@ -9,13 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from serve_app.config import (
-    IMPORT_PATH,
-    SettingsError,
-    load_document,
-    load_settings,
-    parse_settings,
-)
+from serve_app.config import SettingsError, parse_settings
+from serve_app.config_file import IMPORT_PATH, load_document, load_settings
 from tests.support.servers.app_settings import GOOD, changed, fault
 
 # ---- files ---------------------------------------------------------------------------------------

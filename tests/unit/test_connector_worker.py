@@ -91,9 +91,7 @@ def test_an_offer_is_pinned_till_it_ends(rank: int) -> None:
     side.worker.carry_out(BatonMetadata(offers=[OFFER]))
     assert side.worker.status()["pinned_blocks"] == 2
     assert side.worker.take_finished() == (None, None)
-    side.engine.ended = [
-        EndedHandoff(TICKET.handoff_id, 1, HandoffState.RELEASED, "all read", 2, age_s=1.0)
-    ]
+    side.engine.ended = [EndedHandoff(TICKET.handoff_id, HandoffState.RELEASED, "all read")]
 
     assert side.worker.take_finished() == ({"prefill-1"}, None)
 

@@ -13,7 +13,8 @@ from ray.serve.deployment import Application, Deployment
 from deployments.replicas.decode import DecodeServer
 from deployments.replicas.prefill import PrefillServer
 from serve_app import app
-from serve_app.config import SettingsError, load_document, parse_settings
+from serve_app.config import SettingsError, parse_settings
+from serve_app.config_file import load_document
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DEMO = "config.yaml"

@@ -15,7 +15,7 @@ def health(now: float = 100.0) -> EngineHealth:
 
 def test_engine_that_answers_is_healthy() -> None:
     engine = health()
-    engine.told([FINE, {**FINE, "rank": 1}], 110.0)
+    engine.take([FINE, {**FINE, "rank": 1}], 110.0)
 
     engine.require(110.0)
     engine.require(170.0)
@@ -33,17 +33,17 @@ def test_faults_show_at_once_and_go_when_they_are_over(
     statuses: list[dict[str, Any]], fault: str
 ) -> None:
     engine = health()
-    engine.told(statuses, 101.0)
+    engine.take(statuses, 101.0)
     with pytest.raises(TransferUnhealthy, match=fault):
         engine.require(101.0)
 
-    engine.told([FINE], 102.0)
+    engine.take([FINE], 102.0)
     engine.require(102.0)
 
 
 def test_long_step_is_no_illness_but_silence_is() -> None:
     engine = health()
-    engine.told([FINE], 100.0)
+    engine.take([FINE], 100.0)
     engine.require(159.0)
     with pytest.raises(TransferUnhealthy, match="not answered for 61 s"):
         engine.require(161.0)

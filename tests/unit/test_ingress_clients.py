@@ -6,10 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-from ray.llm._internal.serve.core.configs.openai_api_models import (
-    ErrorInfo,
-    ErrorResponse,
-)
+from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
 
 from serve_app.api_keys import ApiKeys
 from serve_app.ingress.cache_salt import cache_salt, salt_of_key

@@ -13,12 +13,7 @@ from hypothesis import strategies as st
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.support.transfers.kv_pools import Model, make_pool
-from transfer.connector.kv.layout import (
-    MAX_LAYOUT_BYTES,
-    KVLayout,
-    LayerView,
-    describe,
-)
+from transfer.connector.kv.layout import MAX_LAYOUT_BYTES, KVLayout, LayerView, describe
 from transfer.connector.kv.packing import Packing, cpu_packing, token_major
 from transfer.connector.kv.pairing import block_spans_of
 from transfer.errors import ConfigurationError, LayoutMismatch, ProtocolError

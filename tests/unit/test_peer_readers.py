@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -28,14 +29,25 @@ def directory() -> Directory:
     return Directory()
 
 
+@contextmanager
+def readers_of(
+    directory: Directory, settings: TransferSettings | None = None
+) -> Iterator[PeerReaders]:
+    settings = settings or TransferSettings()
+    transports = Transports(settings)
+    own = PeerInfo(PeerId("reader", 0), "r-1", "same", b"")
+    made = PeerReaders(own, directory, transports, MemoryTable(transports), settings)
+    try:
+        yield made
+    finally:
+        made.shut()
+        made.join(1.0)
+
+
 @pytest.fixture
 def readers(directory: Directory) -> Iterator[PeerReaders]:
-    transports = Transports(TransferSettings())
-    own = PeerInfo(PeerId("reader", 0), "r-1", "same", b"")
-    made = PeerReaders(own, directory, transports, MemoryTable(transports), TransferSettings())
-    yield made
-    made.shut()
-    made.join(1.0)
+    with readers_of(directory) as made:
+        yield made
 
 
 def order(owner: PeerId = OWNER) -> ReadOrder:
@@ -78,6 +90,29 @@ def test_reads_from_a_start_that_is_gone_fail_at_once(
     readers.owner_started(OWNER, "start-2")
     fails(one.handle, PeerUnreachable, "it started anew")
     answer.set()
+
+
+@pytest.mark.parametrize(
+    ("connect_timeout_s", "waits_s"),
+    [(0.5, 2.0), (5.0, 5.0), (60.0, 10.0)],  # the last: no longer than the read may take
+)
+def test_an_owner_that_nobody_knows_is_waited_for(
+    directory: Directory,
+    monkeypatch: pytest.MonkeyPatch,
+    connect_timeout_s: float,
+    waits_s: float,
+) -> None:
+    waited_s: list[float] = []
+
+    def wait_for(peer: PeerId, timeout_s: float) -> WorkerRecord:
+        waited_s.append(timeout_s)
+        raise PeerUnknown("not there", phase=Phase.DISCOVER)
+
+    monkeypatch.setattr(directory, "wait_for", wait_for)
+    with readers_of(directory, TransferSettings(connect_timeout_s=connect_timeout_s)) as readers:
+        readers.submit(one := order())
+        fails(one.handle, PeerUnknown)
+    assert waited_s[0] == pytest.approx(waits_s, abs=1.0)
 
 
 def test_who_is_shut_takes_nothing_more(readers: PeerReaders) -> None:

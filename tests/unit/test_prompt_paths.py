@@ -99,9 +99,7 @@ def test_blocks_are_not_free_before_the_path_is_through_with_them(
     engine: ScriptedEngine, path: ScriptedPath, offers: PromptOffers
 ) -> None:
     offers.start(OFFER)
-    engine.ended = [
-        EndedHandoff(ID, 1, HandoffState.EXPIRED, "nobody came", num_blocks=2, age_s=20.0)
-    ]
+    engine.ended = [EndedHandoff(ID, HandoffState.EXPIRED, "nobody came")]
     assert offers.take_ended() == []
     assert offers.num_blocks == 2
 

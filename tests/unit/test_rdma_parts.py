@@ -12,12 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfer.errors import (
-    ConfigurationError,
-    ProtocolError,
-    RetryableError,
-    TransportUnavailable,
-)
+from transfer.errors import ConfigurationError, ProtocolError, RetryableError, TransportUnavailable
 from transfer.spans import total_bytes
 from transfer.transports.rdma.completion import Status, error_of
 from transfer.transports.rdma.handshake import (

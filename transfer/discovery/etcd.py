@@ -29,12 +29,7 @@ from transfer.discovery.own_records import OwnRecords
 from transfer.discovery.record import workers_prefix
 from transfer.discovery.settings import EtcdSettings
 from transfer.discovery.view import PeerView
-from transfer.errors import (
-    ConfigurationError,
-    PeerUnreachable,
-    Phase,
-    TransferCancelled,
-)
+from transfer.errors import ConfigurationError, PeerUnreachable, Phase, TransferCancelled
 from transfer.types import PeerId, WorkerRecord
 
 log = logging.getLogger(__name__)

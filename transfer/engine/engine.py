@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -22,27 +21,13 @@ from transfer.engine.owner import Owner
 from transfer.engine.read import ReadOrder
 from transfer.engine.readers import PeerReaders, closed_error
 from transfer.engine.timer import DeadlineTimer
-from transfer.errors import (
-    ConfigurationError,
-    Phase,
-    RegistrationError,
-    TransferCancelled,
-)
+from transfer.errors import ConfigurationError, Phase, RegistrationError, TransferCancelled
 from transfer.settings import TransferSettings
 from transfer.spans import check_spans
 from transfer.transports.base import Listener
 from transfer.transports.rdma.transport import RdmaTransport
 from transfer.transports.registry import Transports
-from transfer.types import (
-    Credentials,
-    DmaBuf,
-    PeerId,
-    PeerInfo,
-    Planner,
-    WorkerRecord,
-)
-
-logger = logging.getLogger(__name__)
+from transfer.types import Credentials, DmaBuf, PeerId, PeerInfo, Planner, WorkerRecord
 
 _MAX_LAYOUT_BYTES = 1 << 20
 _LAST_NOTICES_S = 1.0

@@ -13,14 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 
-from transfer.engine.handoff import (
-    EndedHandoff,
-    Handoff,
-    HandoffState,
-    Offer,
-    Permit,
-    Release,
-)
+from transfer.engine.handoff import EndedHandoff, Handoff, HandoffState, Offer, Permit, Release
 from transfer.errors import HandoffNotReady, HandoffRefused, Phase, RegistrationError
 from transfer.spans import check_spans, coverage, empty_spans, lies_within
 from transfer.types import Claim, PeerId, ReaderProcess, SpanArray

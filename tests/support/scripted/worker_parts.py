@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import torch
@@ -64,7 +64,6 @@ class ScriptedEngine:
         self.handles: list[TransferHandle] = []
         self.planners: list[Planner] = []
         self.released: list[Credentials] = []
-        self.renewed: list[Credentials] = []
         self.waits_s: list[float] = []
         self.healthy = True
         self.registered = True
@@ -95,9 +94,6 @@ class ScriptedEngine:
     def wait_for_end(self, timeout_s: float) -> bool:
         self.waits_s.append(timeout_s)
         return True
-
-    def submit_renew(self, owner: PeerId, credentials: Sequence[Credentials]) -> None:
-        self.renewed += credentials
 
     def submit_release(self, owner: PeerId, credentials: Credentials, used: bool) -> None:
         self.released.append(credentials)

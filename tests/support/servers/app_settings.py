@@ -7,10 +7,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.config import (
-    SettingsError,
-    parse_settings,
-)
+from serve_app.config import SettingsError, parse_settings
 
 GOOD: dict[str, Any] = {
     "model": {"id": "demo", "source": "baton-demo"},

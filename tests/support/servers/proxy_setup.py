@@ -16,10 +16,7 @@ from aiohttp.test_utils import TestServer
 from deployments.router.request_state import RetryPolicy
 from serve_app.edge.body_limits import BodyLimits
 from serve_app.proxy.endpoint import BODY_LIMITS, HEAD_TIMEOUT_S, Proxy, ProxyOptions
-from tests.support.scripted.servers import (
-    Server,
-    Step,
-)
+from tests.support.scripted.servers import Server, Step
 from transfer.discovery.static import StaticDiscovery
 from transfer.types import PeerId, WorkerRecord
 

@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transfer.connector.metadata import WorkerHandshake
 from transfer.printable import printable
-from transfer.ticket import (
-    MAX_READERS,
-    MAX_TEXT_CHARS,
-    Medium,
-    Ticket,
-    is_handoff_id,
-    prompt_hash,
-)
+from transfer.ticket import MAX_READERS, MAX_TEXT_CHARS, Medium, Ticket, is_handoff_id, prompt_hash
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

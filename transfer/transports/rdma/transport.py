@@ -9,13 +9,7 @@ import time
 from transfer.errors import Phase, TransportUnavailable
 from transfer.settings import TransferSettings
 from transfer.spans import coverage, slice_plan, total_bytes
-from transfer.transports.base import (
-    ControlChannel,
-    DataChannel,
-    Listener,
-    OwnerService,
-    Transport,
-)
+from transfer.transports.base import ControlChannel, DataChannel, Listener, OwnerService, Transport
 from transfer.transports.rdma.handshake import SCHEME
 from transfer.transports.rdma.keys import KeyMap, cut_at_keys
 from transfer.transports.rdma.lane_pool import LanePool

@@ -22,13 +22,7 @@ from functools import partial
 
 import numpy as np
 
-from transfer.errors import (
-    FatalError,
-    PeerUnreachable,
-    Phase,
-    TransferError,
-    TransportUnavailable,
-)
+from transfer.errors import FatalError, PeerUnreachable, Phase, TransferError, TransportUnavailable
 from transfer.settings import TransferSettings
 from transfer.spans import (
     by_remote_address,
