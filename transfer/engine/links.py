@@ -208,10 +208,8 @@ class PeerLinks:
         self._retire(link)
 
     def _connect(self, credentials: Credentials, deadline: float) -> Link:
-        wait_s = min(
-            deadline - time.monotonic(), max(_DISCOVERY_WAIT_S, self._settings.connect_timeout_s)
-        )
-        record = self._discovery.wait_for(self._owner, max(0.0, wait_s))
+        left_s = deadline - time.monotonic()
+        record = self._discovery.wait_for(self._owner, max(0.0, min(_DISCOVERY_WAIT_S, left_s)))
         control = self._transports.control.open_control(
             self._transports.control_address(record.addresses),
             self._caller,

@@ -39,8 +39,7 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _NOTICE_TIMEOUT_S = 5.0
 _NOT_READY_S = 10.0
-"""How long an owner may take to offer what its ticket promised: a step of its model. More where it
-may take longer to connect."""
+"""How long an owner may take to offer what its ticket promised: a step of its model."""
 
 # What a planner may raise when it is handed a peer's layout that makes no sense to it.
 _PLANNER_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -78,7 +77,6 @@ class PeerReader:
         self._links = links
         self._memory = memory
         self._budget = budget
-        self._not_ready_s = max(_NOT_READY_S, 5 * settings.connect_timeout_s)
         self._lock = threading.Lock()
         # Each with the owner's incarnation that it reads from.
         self._handles: dict[TransferHandle, str] = {}
@@ -158,15 +156,7 @@ class PeerReader:
     def _read(self, handle: TransferHandle, credentials: Credentials, planner: Planner) -> None:
         unforeseen = True
         try:
-            _Read(
-                handle,
-                credentials,
-                planner,
-                self._links,
-                self._memory,
-                self._budget,
-                self._not_ready_s,
-            ).run()
+            _Read(handle, credentials, planner, self._links, self._memory, self._budget).run()
             unforeseen = False
             handle.finish(None)
         except TransferError as error:
@@ -216,7 +206,6 @@ class _Read:
         links: PeerLinks,
         memory: MemoryTable,
         budget: ByteBudget,
-        not_ready_s: float,
     ) -> None:
         self._handle = handle
         self._credentials = credentials
@@ -224,7 +213,6 @@ class _Read:
         self._links = links
         self._memory = memory
         self._budget = budget
-        self._not_ready_s = not_ready_s
         self._plan: ReadPlan | None = None
         self._all_read = False
         self._read_id = ""
@@ -232,7 +220,7 @@ class _Read:
     def run(self) -> None:
         """Return when the owner confirmed; raise whatever else ends the read."""
         tries_left = _TRIES - 1
-        ready_by = min(self._handle.deadline, time.monotonic() + self._not_ready_s)
+        ready_by = min(self._handle.deadline, time.monotonic() + _NOT_READY_S)
         pause_s = _FIRST_PAUSE_S / 20
         while True:
             self._handle.advance(TransferState.CONNECTING)
