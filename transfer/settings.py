@@ -29,9 +29,7 @@ class TransferSettings:
         max_inflight_bytes: bytes of all reads that may be on their way at once; a read bigger
             than that runs alone.
         ticket_ttl_s: how long an offer lives without renewal.
-        connect_timeout_s: for one connection, handshake included, at either end. An owner that
-            discovery does not know is waited for as long too, or 2 s if that is longer, and an
-            offer that is still on its way five times as long, or 10 s.
+        connect_timeout_s: for one connection, handshake included, at either end.
         read_deadline_s: default for a whole read, from submission to confirmation.
         stall_timeout_s: a peer that moves nothing for so long in the middle of a message is cut.
         transports: ``auto``, or the schemes that data may go by, for example ``["tcp"]``: this

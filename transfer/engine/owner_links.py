@@ -26,8 +26,7 @@ from transfer.types import Credentials, PeerId, PeerInfo, ReaderProcess
 logger = logging.getLogger(__name__)
 
 _DISCOVERY_WAIT_S = 2.0
-"""How long an owner that discovery does not know is waited for. More where it may take longer to
-connect."""
+"""How long an owner that discovery does not know is waited for."""
 _BREAKING = (PeerUnreachable, DeadlineExceeded, OwnerUnproven, ProtocolError)
 
 
@@ -77,7 +76,6 @@ class OwnerLinks:
 
     Args:
         own: who connects, as owners hear it.
-        connect_timeout_s: of the engine's settings.
     """
 
     def __init__(
@@ -86,14 +84,12 @@ class OwnerLinks:
         own: PeerInfo,
         discovery: Discovery,
         transports: Transports,
-        connect_timeout_s: float,
     ) -> None:
         self._owner = owner
         self._reader = ReaderProcess(own.peer, own.incarnation)
         self._layout_hash = own.layout_hash
         self._discovery = discovery
         self._transports = transports
-        self._discovery_wait_s = max(_DISCOVERY_WAIT_S, connect_timeout_s)
         # One at a time connects; the lock is never held while a link is used.
         self._connecting = threading.Lock()
         self._lock = threading.Lock()
@@ -215,7 +211,7 @@ class OwnerLinks:
         self._retire(link)
 
     def _connect(self, credentials: Credentials, deadline: float) -> Link:
-        wait_s = min(deadline - time.monotonic(), self._discovery_wait_s)
+        wait_s = min(deadline - time.monotonic(), _DISCOVERY_WAIT_S)
         record = self._discovery.wait_for(self._owner, max(0.0, wait_s))
         control = self._transports.control.open_control(
             self._transports.control_address(record.addresses),

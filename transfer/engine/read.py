@@ -57,7 +57,6 @@ class Read:
         links: to the owner.
         memory: what may be written to.
         budget: of all reads, for bytes that are on their way.
-        connect_timeout_s: of the engine's settings.
     """
 
     def __init__(
@@ -66,7 +65,6 @@ class Read:
         links: OwnerLinks,
         memory: MemoryTable,
         budget: ByteBudget,
-        connect_timeout_s: float,
     ) -> None:
         self._handle = order.handle
         self._credentials = order.credentials
@@ -74,7 +72,6 @@ class Read:
         self._links = links
         self._memory = memory
         self._budget = budget
-        self._not_ready_s = max(_NOT_READY_S, 5 * connect_timeout_s)
         self._plan: ReadPlan | None = None
         self._all_read = False
         self._read_id = ""
@@ -82,7 +79,7 @@ class Read:
     def run(self) -> None:
         """Return when the owner confirmed; raise whatever else ends the read."""
         tries_left = _TRIES - 1
-        ready_by = min(self._handle.deadline, time.monotonic() + self._not_ready_s)
+        ready_by = min(self._handle.deadline, time.monotonic() + _NOT_READY_S)
         pause_s = _FIRST_PAUSE_S
         while True:
             self._handle.advance(TransferState.CONNECTING)

@@ -48,7 +48,6 @@ class PeerReader:
         self._links = links
         self._memory = memory
         self._budget = budget
-        self._connect_timeout_s = settings.connect_timeout_s
         self._lock = threading.Lock()
         # Each with the owner's incarnation that it reads from.
         self._handles: dict[TransferHandle, str] = {}
@@ -128,7 +127,7 @@ class PeerReader:
         handle = order.handle
         unforeseen = True
         try:
-            Read(order, self._links, self._memory, self._budget, self._connect_timeout_s).run()
+            Read(order, self._links, self._memory, self._budget).run()
             unforeseen = False
             handle.finish(None)
         except TransferError as error:

@@ -108,13 +108,7 @@ class PeerReaders:
                 raise closed_error()
             reader = self._readers.get(owner)
             if reader is None:
-                links = OwnerLinks(
-                    owner,
-                    self._own,
-                    self._discovery,
-                    self._transports,
-                    self._settings.connect_timeout_s,
-                )
+                links = OwnerLinks(owner, self._own, self._discovery, self._transports)
                 reader = PeerReader(owner, links, self._memory, self._budget, self._settings)
                 self._readers[owner] = reader
             yield reader

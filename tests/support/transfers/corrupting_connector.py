@@ -1,23 +1,15 @@
-"""A connector whose reads can be made to arrive damaged: the fault that digests are for.
-
-Its engines' processes sleep where vLLM's spin. The engines of a rank each and their schedulers are
-six processes that wait for messages in a loop of ``sched_yield`` for a second after every one; on
-two processors, beside other load, such a host was seen to leave all of them, etcd's threads
-included, without a processor for 15 to 30 s. Leases are lost by that, and reads given up, which is
-right but not what the tests with this connector are about.
-"""
+"""A connector whose reads can be made to arrive damaged: the fault that digests are for."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from vllm.distributed.device_communicators import shm_broadcast
 
+from tests.support.transfers.napping_ranks import nap_instead_of_spinning
 from transfer.connector.connector import BatonConnector
 from transfer.connector.memory.kv_memory import KVMemory
 from transfer.connector.working.block_path import BlockPath, PromptBlocks
@@ -28,12 +20,7 @@ FOLDER = "BATON_TEST_CORRUPT"
 """Environment variable that names a folder. A file in it, named like a rank, damages the next
 read that arrives there by one bit, and is deleted by that."""
 
-
-def _nap() -> None:
-    time.sleep(0.0005)
-
-
-shm_broadcast.sched_yield = _nap
+nap_instead_of_spinning()
 
 
 class DamagedOnArrival(Direct):
