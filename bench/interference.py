@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from bench.transfer.host import Machine, load
-from bench.transfer.tables import load as load_text
-from bench.transfer.tables import table
+from bench.transfer.reporting.tables import load as load_text
+from bench.transfer.reporting.tables import table
 from transfer.discovery.static import StaticDiscovery
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handoff import Offer

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.transfer.cases import Case
-from bench.transfer.results import Outcome, Run, Sample
+from bench.transfer.reporting.results import Outcome, Run, Sample
 
 
 @dataclass(frozen=True)

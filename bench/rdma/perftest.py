@@ -17,7 +17,7 @@ from bench.transfer.contestants import Contestant
 from bench.transfer.host import busy_seconds
 from bench.transfer.ports import free_port, wait_for_listener
 from bench.transfer.processes import ChildFailed, die_with_parent
-from bench.transfer.results import Sample
+from bench.transfer.reporting.results import Sample
 from transfer.transports.rdma.rails import Rail
 
 _LISTEN_TIMEOUT_S = 60.0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bench.transfer.bars import Bar, faster
 from bench.transfer.cases import KIB, MIB, STREAMS, Case, Profile
-from bench.transfer.results import Run
+from bench.transfer.reporting.bars import Bar, faster
+from bench.transfer.reporting.results import Run
 
 BATON = "baton rdma"
 PERFTEST = "ib_read_bw"

@@ -11,9 +11,17 @@ from bench.rdma.measurement import Measurement
 from bench.rdma.profile import BATON, PERFTEST, judge
 from bench.transfer.cases import Case, human_bytes
 from bench.transfer.host import Machine, load
-from bench.transfer.results import Outcome, Run
-from bench.transfer.tables import bars_table, cell, cpu, failures_table, latency, rate, table
-from bench.transfer.tables import load as load_text
+from bench.transfer.reporting.results import Outcome, Run
+from bench.transfer.reporting.tables import (
+    bars_table,
+    cell,
+    cpu,
+    failures_table,
+    latency,
+    rate,
+    table,
+)
+from bench.transfer.reporting.tables import load as load_text
 
 _HOW = """\
 Both read out of another process's memory on the same device with one-sided reads over two queue

@@ -11,11 +11,11 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.transfer import report
 from bench.transfer.before import build_of
 from bench.transfer.cases import Profile, full, quick, smoke
 from bench.transfer.contestants import ROOT, builds, contestants
-from bench.transfer.results import Run
+from bench.transfer.reporting import report
+from bench.transfer.reporting.results import Run
 from bench.transfer.runner import measure
 
 
@@ -83,7 +83,7 @@ def _plot(environments: Path, curves: report.Curves, picture: Path) -> bool:
     if not python.exists():
         print(f"no plot: no {python}", file=sys.stderr)
         return False
-    command = [str(python), "-m", "bench.transfer.plot", str(picture.absolute())]
+    command = [str(python), "-m", "bench.transfer.reporting.plot", str(picture.absolute())]
     data = json.dumps(asdict(curves))
     return subprocess.run(command, input=data, text=True, cwd=ROOT).returncode == 0
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.transfer.bars import BEFORE
 from bench.transfer.cases import MIB, Case
 from bench.transfer.host import busy_seconds, cpu_seconds_of
 from bench.transfer.ports import free_port, wait_for_listener
 from bench.transfer.processes import Child, ChildFailed, die_with_parent
-from bench.transfer.results import Sample
+from bench.transfer.reporting.bars import BEFORE
+from bench.transfer.reporting.results import Sample
 
 ROOT = Path(__file__).resolve().parents[2]
 _MODULES = "bench.transfer.systems"

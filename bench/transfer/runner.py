@@ -9,7 +9,7 @@ from bench.transfer import host
 from bench.transfer.cases import Case, Profile
 from bench.transfer.contestants import Contestant
 from bench.transfer.processes import ChildFailed
-from bench.transfer.results import Outcome, Run
+from bench.transfer.reporting.results import Outcome, Run
 
 
 def measure(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.network.link_relays import Link, Relays
+from tests.support.processes.waiting import wait_until
 from tests.support.transfers.engines import (
     Pair,
     engine_pair,
@@ -15,7 +16,6 @@ from tests.support.transfers.engines import (
     live_offers,
     succeeds,
     take_ended,
-    wait_until,
 )
 from transfer.engine.handle import TransferState
 from transfer.engine.handoff import HandoffState

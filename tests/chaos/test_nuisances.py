@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.chaos.app import MODEL, ChaosApp, chaos_app
-from tests.support.load.app_processes import Usage
 from tests.support.load.nuisances import Nuisance, Nuisances
 from tests.support.load.questions import Ended
+from tests.support.processes.app_processes import Usage
 
 MINUTES = float(os.environ.get("NUISANCE_MINUTES", "10"))
 SEED = int(os.environ.get("NUISANCE_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)

@@ -1,6 +1,6 @@
 """Everything of Baton that reads bytes of other processes, with examples of what it should read.
 
-One list for the quick search in tests/unit/test_wire_fuzz.py and the long one of `make fuzz`.
+One list for the quick search in tests/unit (test_wire_fuzz.py) and the long one of `make fuzz`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.load.leaks import nothing_left
+from tests.support.processes.leaks import nothing_left
 from tests.support.transfers.cases import TransferCase, need_rdma_devices, rdma_case
 from tests.support.transfers.engines import Pair, engine_pair
 from tests.support.transfers.rdma_ends import Ends

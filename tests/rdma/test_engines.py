@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.support.processes.waiting import wait_until
 from tests.support.transfers.cases import TransferCase
 from tests.support.transfers.engines import (
     Buffer,
@@ -14,7 +15,6 @@ from tests.support.transfers.engines import (
     fails,
     make_engine,
     succeeds,
-    wait_until,
 )
 from tests.support.transfers.owner_process import owner_process
 from tests.support.transfers.stalling_lanes import StallingLanes

@@ -13,13 +13,13 @@ from typing import Self
 from transfer.discovery.base import Discovery, PeerEvent, PeerEventKind
 from transfer.engine.handle import TransferHandle
 from transfer.engine.handoff import EndedHandoff, Offer
-from transfer.engine.handoffs import HandoffTable
 from transfer.engine.huge_pages import prefer_huge_pages
 from transfer.engine.memory import MemoryRegion, MemoryTable, check_range
-from transfer.engine.notices import release_notice, renewal_notices
-from transfer.engine.owner import Owner
-from transfer.engine.read import ReadOrder
-from transfer.engine.readers import PeerReaders, closed_error
+from transfer.engine.owning.handoffs import HandoffTable
+from transfer.engine.owning.owner import Owner
+from transfer.engine.reading.notices import release_notice, renewal_notices
+from transfer.engine.reading.read import ReadOrder
+from transfer.engine.reading.readers import PeerReaders, closed_error
 from transfer.engine.timer import DeadlineTimer
 from transfer.errors import ConfigurationError, Phase, RegistrationError, TransferCancelled
 from transfer.settings import TransferSettings

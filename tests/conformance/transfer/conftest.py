@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.load.leaks import nothing_left
+from tests.support.processes.leaks import nothing_left
 from tests.support.servers.certificates import Authority, TlsFiles
 from tests.support.transfers.cases import (
     TransferCase,

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 
 from tests.support.network.stalling_proxy import StallingProxy
+from tests.support.processes.waiting import SLOWNESS, wait_until
 from tests.support.transfers.cases import TransferCase
 from tests.support.transfers.engines import (
-    SLOWNESS,
     Directory,
     Pair,
     engine_pair,
@@ -22,11 +22,10 @@ from tests.support.transfers.engines import (
     never_planned,
     succeeds,
     take_ended,
-    wait_until,
 )
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.engine.handoff import HandoffState, Offer
-from transfer.engine.owner import Owner
+from transfer.engine.owning.owner import Owner
 from transfer.errors import (
     ConfigurationError,
     DeadlineExceeded,

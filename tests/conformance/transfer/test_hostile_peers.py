@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.support.network import raw_connections
 from tests.support.network.false_owner import FalseOwner
 from tests.support.network.raw_connections import RawReader, until_closed
+from tests.support.processes.waiting import wait_until
 from tests.support.transfers.cases import TransferCase
 from tests.support.transfers.engines import (
     Pair,
@@ -22,7 +23,6 @@ from tests.support.transfers.engines import (
     live_offers,
     succeeds,
     take_ended,
-    wait_until,
 )
 from transfer.errors import PeerUnreachable, ProtocolError, TransferError
 from transfer.transports.tcp.wire import protocol as wire

@@ -7,16 +7,10 @@ import time
 
 import pytest
 
-from tests.support.load.leaks import open_descriptors, rdma_resources
+from tests.support.processes.leaks import open_descriptors, rdma_resources
+from tests.support.processes.waiting import SLOWNESS, wait_until
 from tests.support.transfers.cases import TransferCase
-from tests.support.transfers.engines import (
-    SLOWNESS,
-    Pair,
-    engine_pair,
-    succeeds,
-    take_ended,
-    wait_until,
-)
+from tests.support.transfers.engines import Pair, engine_pair, succeeds, take_ended
 from tests.support.transfers.reader_process import HALF_WAY_BYTES, READER, reader_process
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferState

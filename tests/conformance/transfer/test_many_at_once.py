@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.processes.waiting import wait_until
 from tests.support.transfers.cases import TransferCase
 from tests.support.transfers.engines import (
     Buffer,
@@ -21,7 +22,6 @@ from tests.support.transfers.engines import (
     live_offers,
     succeeds,
     take_ended,
-    wait_until,
 )
 from tests.support.transfers.fault_points import FaultPoints
 from transfer import faults

@@ -10,6 +10,7 @@ import pytest
 from tests.support.network import raw_connections
 from tests.support.network.meddling_relay import MeddlingRelay, forged, greet_only
 from tests.support.network.raw_connections import Message, RawReader, receive, until_closed
+from tests.support.processes.waiting import wait_until
 from tests.support.transfers.cases import TransferCase
 from tests.support.transfers.engines import (
     Pair,
@@ -19,7 +20,6 @@ from tests.support.transfers.engines import (
     never_planned,
     succeeds,
     take_ended,
-    wait_until,
 )
 from transfer.engine.handle import TransferHandle
 from transfer.errors import HandoffRefused, OwnerUnproven, ProtocolError

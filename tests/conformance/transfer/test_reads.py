@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.support.processes.waiting import SLOWNESS
 from tests.support.transfers.cases import TransferCase, why_no_process_memory
 from tests.support.transfers.engines import (
-    SLOWNESS,
     Buffer,
     Pair,
     engine_pair,

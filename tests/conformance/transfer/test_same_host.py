@@ -12,16 +12,9 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.processes.waiting import wait_until
 from tests.support.transfers.cases import TransferCase, why_no_process_memory
-from tests.support.transfers.engines import (
-    Buffer,
-    Pair,
-    engine_pair,
-    fails,
-    succeeds,
-    take_ended,
-    wait_until,
-)
+from tests.support.transfers.engines import Buffer, Pair, engine_pair, fails, succeeds, take_ended
 from transfer.engine.handle import TransferState
 from transfer.errors import (
     ConfigurationError,

@@ -13,16 +13,10 @@ import pytest
 from tests.support.network import raw_connections
 from tests.support.network.raw_connections import RawReader, receive, until_closed
 from tests.support.network.strangers import strangers
+from tests.support.processes.waiting import wait_until
 from tests.support.servers.certificates import TlsFiles
 from tests.support.transfers.cases import TransferCase
-from tests.support.transfers.engines import (
-    Buffer,
-    Pair,
-    engine_pair,
-    live_offers,
-    succeeds,
-    wait_until,
-)
+from tests.support.transfers.engines import Buffer, Pair, engine_pair, live_offers, succeeds
 from transfer.transports.interrupt import Interrupt
 from transfer.transports.tcp.places import MAX_STRANGERS
 from transfer.transports.tcp.transport import TcpTransport

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from tests.support.network.stalling_proxy import StallingProxy
+from tests.support.processes.waiting import SLOWNESS, wait_until
 from tests.support.servers.certificates import Authority, TlsFiles
 from tests.support.transfers.cases import TransferCase
 from tests.support.transfers.engines import (
-    SLOWNESS,
     Buffer,
     Directory,
     Pair,
@@ -29,7 +29,6 @@ from tests.support.transfers.engines import (
     live_offers,
     make_engine,
     succeeds,
-    wait_until,
 )
 from transfer.addressing import parse_address
 from transfer.errors import ConfigurationError, TlsRefused

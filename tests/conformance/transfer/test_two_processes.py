@@ -12,16 +12,9 @@ import numpy as np
 import pytest
 
 from tests.support.network.stalling_proxy import StallingProxy
+from tests.support.processes.waiting import SLOWNESS, wait_until
 from tests.support.transfers.cases import TransferCase
-from tests.support.transfers.engines import (
-    SLOWNESS,
-    Buffer,
-    Directory,
-    fails,
-    make_engine,
-    succeeds,
-    wait_until,
-)
+from tests.support.transfers.engines import Buffer, Directory, fails, make_engine, succeeds
 from tests.support.transfers.owner_process import OwnerReport, owner_process
 from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState

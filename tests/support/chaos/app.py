@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.support.load.app_processes import AppProcesses, Usage
 from tests.support.load.questions import Ended, Load, Question, ask
 from tests.support.load.reference import reference_texts
-from tests.support.load.world import World
 from tests.support.network.link_relays import WorkerRelays
+from tests.support.processes.app_processes import AppProcesses, Usage
+from tests.support.processes.world import World
 from tests.support.servers.baton_app import BatonApp, write_config
 from tests.support.servers.etcd_cluster import EtcdCluster
 from tests.support.transfers.fault_points import FaultPoints

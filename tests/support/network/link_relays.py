@@ -15,7 +15,7 @@ from enum import Enum
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tests.support.load.world import World
+from tests.support.processes.world import World
 from transfer.addressing import parse_address
 from transfer.discovery.etcd_client import EtcdUnavailable
 from transfer.discovery.etcd_connector import EtcdConnector

@@ -15,7 +15,7 @@ from typing import Any, Self
 import psutil
 import yaml
 
-from tests.support.servers.lifeline import start_tied
+from tests.support.processes.lifeline import start_tied
 from tests.support.servers.vllm_server import free_port, get
 
 ROOT = Path(__file__).resolve().parents[3]

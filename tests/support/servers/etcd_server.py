@@ -17,7 +17,7 @@ from typing import Self
 import pyetcd
 
 from serve_app.launch.etcd_binary import find_etcd
-from tests.support.servers.lifeline import start_tied
+from tests.support.processes.lifeline import start_tied
 
 START_TIMEOUT_S = 15.0
 

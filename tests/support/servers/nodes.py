@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support.servers.lifeline import start_tied
+from tests.support.processes.lifeline import start_tied
 
 ROOT = Path(__file__).resolve().parents[3]
 

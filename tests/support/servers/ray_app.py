@@ -20,7 +20,7 @@ from serve_app.launch.parent_death import Keeper, run_guarded
 from serve_app.launch.serve_driver import read_status
 from serve_app.launch.services import Progress, Service, ServiceError, ServiceRunner
 from serve_app.launch.surroundings import free_ports
-from tests.support.servers.lifeline import start_tied
+from tests.support.processes.lifeline import start_tied
 from tests.support.servers.vllm_server import CPU_ENV, free_port
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
+from tests.support.processes.reporting_process import report, reporting_process
 from tests.support.scripted.tickets import make_ticket
-from tests.support.transfers.reporting_process import report, reporting_process
 from transfer.discovery import make_discovery
 from transfer.types import PeerId, WorkerRecord
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.support.servers.lifeline import start_tied
+from tests.support.processes.lifeline import start_tied
 
 START_TIMEOUT_S = 240.0
 LOG_TAIL = 6000

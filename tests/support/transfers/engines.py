@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.support.processes.waiting import SLOWNESS
 from tests.support.transfers.handoffs import live
 from transfer.discovery.base import Discovery, Listener, PeerEvent, PeerEventKind
 from transfer.engine.engine import TransferEngine
@@ -26,9 +26,6 @@ from transfer.spans import block_spans
 from transfer.types import Credentials, PeerId, PeerInfo, Planner, ReadPlan, SpanArray, WorkerRecord
 
 LAYOUT_HASH = "same"
-
-SLOWNESS = 5 if os.environ.get("RDMA_VM") else 1
-"""Time limits are so many times longer in the emulated machine of tests/rdma."""
 
 
 class Directory(Discovery):
@@ -223,16 +220,6 @@ def take_ended(engine: TransferEngine, timeout_s: float = 5.0 * SLOWNESS) -> lis
 def live_offers(engine: TransferEngine) -> list[Handoff]:
     """Its own hand-offs that are not over, oldest first."""
     return live(engine._table)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0 * SLOWNESS) -> bool:
-    """Poll ``condition``."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True
 
 
 def fails(handle: TransferHandle, kind: type[TransferError], match: str = ".*") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from transfer.engine.handoff import Handoff, Offer, Permit
-from transfer.engine.handoffs import HandoffTable
+from transfer.engine.owning.handoffs import HandoffTable
 from transfer.spans import block_spans
 from transfer.types import Claim, PeerId, ReaderProcess, SpanArray
 

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tests.support.processes.reporting_process import report, reporting_process
 from tests.support.transfers.engines import LAYOUT_HASH, Buffer, Directory, make_engine
-from tests.support.transfers.reporting_process import report, reporting_process
 from transfer.engine.handoff import Offer
 from transfer.settings import TransferSettings
 from transfer.types import Credentials, PeerId, WorkerRecord

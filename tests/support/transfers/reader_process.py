@@ -19,17 +19,10 @@ import numpy as np
 import pytest
 
 from tests.support.network.stalling_proxy import StallingProxy
+from tests.support.processes.reporting_process import report, reporting_process
+from tests.support.processes.waiting import SLOWNESS, wait_until
 from tests.support.transfers.cases import TransferCase
-from tests.support.transfers.engines import (
-    LAYOUT_HASH,
-    SLOWNESS,
-    Buffer,
-    Directory,
-    Pair,
-    make_engine,
-    wait_until,
-)
-from tests.support.transfers.reporting_process import report, reporting_process
+from tests.support.transfers.engines import LAYOUT_HASH, Buffer, Directory, Pair, make_engine
 from transfer.engine.handle import TransferState
 from transfer.spans import block_spans
 from transfer.transports.rdma.lane import Lane
