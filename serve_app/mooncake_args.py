@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from transfer.errors import ConfigurationError, Phase
-from transfer.mooncake import cluster_settings
-from transfer.mooncake_file import mooncake_from, read_mooncake
+from transfer.mooncake.config import cluster_settings
+from transfer.mooncake.file import mooncake_from, read_mooncake
 
 
 def with_mooncake(args: Any) -> Any:

@@ -10,8 +10,8 @@ from typing import Any, Final, NoReturn
 
 from transfer.addressing import host_and_port, is_every_address
 from transfer.errors import ConfigurationError, Phase
-from transfer.mooncake import ROLE_VARIABLE, own_end, worker_settings
-from transfer.mooncake_file import PATH_VARIABLE, is_own_address, mooncake_from
+from transfer.mooncake.config import ROLE_VARIABLE, own_end, worker_settings
+from transfer.mooncake.file import PATH_VARIABLE, is_own_address, mooncake_from
 
 MODULE: Final = "vllm.entrypoints.openai.api_server"
 """What the ``vllm`` command runs; works with distributions that lack the command."""

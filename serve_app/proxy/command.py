@@ -17,7 +17,7 @@ from serve_app.proxy.endpoint import HEAD_TIMEOUT_S, STOP_TIMEOUT_S, Proxy, Prox
 from transfer.addressing import host_and_port, is_http_url
 from transfer.discovery import make_discovery
 from transfer.errors import ConfigurationError, Phase
-from transfer.mooncake_file import PATH_VARIABLE, mooncake_from
+from transfer.mooncake.file import PATH_VARIABLE, mooncake_from
 from transfer.settings import TransferSettings
 
 KEY_VARIABLE = "OPENAI_API_KEY"

@@ -14,8 +14,8 @@ from vllm.distributed.parallel_state import (
 
 from transfer.connector.block_settings import TRANSFER_KEYS, BlockSettings, read_transfer
 from transfer.errors import ConfigurationError, Phase
-from transfer.mooncake import ROLE_VARIABLE, MooncakeSettings, own_end, worker_settings
-from transfer.mooncake_file import PATH_VARIABLE, is_own_address, mooncake_from, read_mooncake
+from transfer.mooncake.config import ROLE_VARIABLE, MooncakeSettings, own_end, worker_settings
+from transfer.mooncake.file import PATH_VARIABLE, is_own_address, mooncake_from, read_mooncake
 from transfer.settings import TransferSettings
 
 _KEYS = ("discovery", "transfer", "host_staging", "die_with_parent")

@@ -11,7 +11,7 @@ import pytest
 from transfer.addressing import Address
 from transfer.discovery import check_discovery, make_discovery
 from transfer.errors import ConfigurationError
-from transfer.mooncake import (
+from transfer.mooncake.config import (
     End,
     MooncakeSettings,
     cluster_settings,
@@ -19,7 +19,7 @@ from transfer.mooncake import (
     parse_mooncake,
     worker_settings,
 )
-from transfer.mooncake_file import is_own_address, mooncake_from, read_mooncake
+from transfer.mooncake.file import is_own_address, mooncake_from, read_mooncake
 from transfer.settings import TransferSettings
 from transfer.types import PeerId
 

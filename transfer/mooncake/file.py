@@ -1,4 +1,4 @@
-"""Finds and reads ``mooncake.json``; :mod:`transfer.mooncake` says what is in it."""
+"""Finds and reads ``mooncake.json``; :mod:`transfer.mooncake.config` says what is in it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from transfer.errors import ConfigurationError, Phase
-from transfer.mooncake import MooncakeConfig, parse_mooncake
+from transfer.mooncake.config import MooncakeConfig, parse_mooncake
 
 PATH_VARIABLE = "MOONCAKE_CONFIG_PATH"
 
