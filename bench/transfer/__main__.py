@@ -54,7 +54,7 @@ def _measured(options: argparse.Namespace) -> Run:
     with tempfile.TemporaryDirectory(prefix="bench-transfer-") as name, ExitStack() as stack:
         scratch = Path(name)
         if options.before:
-            chosen = chosen.with_new_connections()
+            chosen = chosen.for_builds()
             (scratch / "before").mkdir()
             packages = stack.enter_context(build_of(options.before, scratch / "before"))
             systems = builds(scratch, chosen.pool_bytes, packages)

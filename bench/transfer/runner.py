@@ -23,7 +23,7 @@ def measure(
 
     In every round each system has one turn, and every round begins with another one, so that
     what else the machine does hits all alike. Between turns a system's processes are stopped:
-    some spin when idle.
+    some spin when idle. They serve for all cases, unless the profile wants fresh ones.
 
     Args:
         limit_s: rounds and cases that would begin later than that are left out.
@@ -44,7 +44,7 @@ def measure(
                 f"[{number}/{len(profile.cases)}] {case}, load {host.load()[0]:.1f}, "
                 f"{time.monotonic() - start:.0f} s so far"
             )
-            _measure_case(run, case, able, start + limit_s, say)
+            _measure_case(run, profile, case, able, start + limit_s, say)
     finally:
         for system in able:
             system.close()
@@ -55,6 +55,7 @@ def measure(
 
 def _measure_case(
     run: Run,
+    profile: Profile,
     case: Case,
     systems: Sequence[Contestant],
     deadline: float,
@@ -71,10 +72,13 @@ def _measure_case(
             outcome.failure = "not run: out of time"
         elif _prepared(system, case, outcome):
             taking_part.append(system)
-    for number in range(run.rounds * case.turns):
+    turns = max(profile.turns, case.turns)
+    for number in range(profile.rounds * turns):
         if time.monotonic() > deadline:
             say(f"  out of time after {number} turns")
             break
+        if profile.fresh and number and number % turns == 0:
+            taking_part = [system for system in taking_part if _renewed(system, case, run.outcomes)]
         turn = number % len(taking_part) if taking_part else 0
         for system in [*taking_part[turn:], *taking_part[:turn]]:
             outcome = run.outcomes[case, system.name]
@@ -93,6 +97,11 @@ def _measure_case(
         done = run.outcome(case, system.name)
         if done is not None:
             say(f"  {system.name:27} {summary(done)}")
+
+
+def _renewed(system: Contestant, case: Case, outcomes: dict[tuple[Case, str], Outcome]) -> bool:
+    system.kill()
+    return _prepared(system, case, outcomes[case, system.name])
 
 
 def _prepared(system: Contestant, case: Case, outcome: Outcome) -> bool:

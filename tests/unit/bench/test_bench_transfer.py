@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.transfer.cases import ANEW, KIB, MIB, Case, case_of, full, quick
-from bench.transfer.contestants import builds, contestants
+from bench.transfer.cases import ANEW, KIB, MIB, Case, Profile, case_of, full, quick
+from bench.transfer.contestants import Contestant, builds, contestants
 from bench.transfer.memory import Pool, Scatter, scatter
 from bench.transfer.reporting import report
 from bench.transfer.reporting.bars import BEFORE, SHM, TCP, Bar, Verdict, judge
 from bench.transfer.reporting.results import Outcome, Run, Sample
+from bench.transfer.runner import measure
 
 CASE = Case(12 * KIB, 40)
 SIXTY_FOUR = case_of(64 * KIB, 128 * MIB)
@@ -114,7 +115,59 @@ def test_only_builds_of_ours_connect_anew(tmp_path: Path) -> None:
     systems = [*builds(tmp_path, MIB, tmp_path), *contestants(tmp_path, MIB, tmp_path)]
     able = [system.name for system in systems if not system.skips(ANEW)]
     assert able == [TCP, f"{TCP}{BEFORE}", SHM, f"{SHM}{BEFORE}", TCP, SHM]
-    assert ANEW in quick().with_new_connections().cases
+    assert ANEW in quick().for_builds().cases
+
+
+class Counted(Contestant):
+    """Counts its starts, and the samples that each of them gave."""
+
+    missing = ""
+    streams_matter = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.samples: list[int] = []
+        self._runs = False
+
+    def skips(self, case: Case) -> bool:
+        return False
+
+    def load(self, case: Case) -> None:
+        if not self._runs:
+            self.samples.append(-1)  # the first is the one whose bytes are all checked
+        self._runs = True
+
+    def sample(self, *, all_bytes: bool) -> Sample:
+        self.samples[-1] += 1
+        return Sample([0.1], 1, 1, 0.0, 0.0, 0.0, 0.1)
+
+    def kill(self) -> None:
+        self._runs = False
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def unload(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("profile", "samples"),
+    [
+        (Profile("plain", (CASE,), 3), [3]),
+        (Profile("fresh", (CASE,), 3, turns=2, fresh=True), [2, 2, 2]),
+    ],
+)
+def test_every_round_has_processes_of_its_own_where_that_is_wanted(
+    profile: Profile, samples: list[int]
+) -> None:
+    systems = [Counted("one"), Counted("other")]
+    run = measure(profile, systems, limit_s=60.0, say=lambda line: None)
+    for system in systems:
+        assert system.samples == samples
+        assert len(run.outcomes[CASE, system.name].samples) == sum(samples)
 
 
 def test_the_report_shows_failures_with_their_reason() -> None:
