@@ -97,6 +97,7 @@ def start_worker(
             num_slots=memory.num_slots,
         )
         discovery = make_discovery(settings.discovery)
+        closing.callback(discovery.close)
         engine = TransferEngine(
             peer=peer,
             incarnation=incarnation,

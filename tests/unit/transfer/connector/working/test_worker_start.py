@@ -80,11 +80,12 @@ def test_a_worker_that_cannot_start_leaves_nothing_behind(
 
     monkeypatch.setattr(kind, "close", close_and_say_so)
     monkeypatch.setattr(KVRange, "close", lambda kv_range: closed.append(kv_range))
+    monkeypatch.setattr(NobodyAnswers, "close", lambda discovery: closed.append(NobodyAnswers))
     settings = ConnectorSettings(host_staging=staging)
     with pytest.raises(PeerUnreachable):
         start.start_worker(CONFIG, NUM_BLOCKS, settings, kv_caches, path_of)
 
     assert [type(path) for path in paths] == [kind]
     assert ranges
-    assert closed == [*paths, *reversed(ranges)]
+    assert closed == [*paths, NobodyAnswers, *reversed(ranges)]
     assert set(threading.enumerate()) == threads
