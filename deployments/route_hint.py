@@ -27,6 +27,11 @@ class RouteHint:
     until_s: float = math.inf
     offered: set[str] = field(default_factory=set, compare=False)
 
+    @property
+    def admits_all(self) -> bool:
+        """Whether any replica may get the call."""
+        return self.only is None and not self.exclude
+
     def admits(self, replica_id: str) -> bool:
         """Whether a replica may get the call."""
         return replica_id == self.only if self.only is not None else replica_id not in self.exclude

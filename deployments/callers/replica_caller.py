@@ -264,7 +264,7 @@ class ReplicaCaller:
                     selection = await stack.enter_async_context(handle.choose_replica(limited))
         except TimeoutError as error:
             # Where replicas are but the one that was chosen hangs, another try may find another.
-            if hint == RouteHint() and not limited.offered:
+            if hint.admits_all and not limited.offered:
                 self._missing.add(role)
             raise NoReplica(role, timeout_s) from error
         except asyncio.CancelledError as error:

@@ -37,8 +37,8 @@ class Transports:
         allowed = settings.transports if self._forced else (*_DATA_ONLY, self.control.scheme)
         self._by_scheme: dict[str, Transport] = {}
         for scheme in allowed:
-            make = _DATA_ONLY.get(scheme)
-            transport = self.control if make is None else make(settings)
+            own = scheme == self.control.scheme
+            transport = self.control if own else _DATA_ONLY[scheme](settings)
             if self._forced or not settings.tls_ca or transport.encrypts:
                 self._by_scheme[scheme] = transport
             else:

@@ -20,23 +20,12 @@ from transfer.engine.engine import TransferEngine
 from transfer.engine.handle import TransferHandle, TransferState
 from transfer.errors import DeadlineExceeded, HandoffRefused, PeerUnreachable
 from transfer.spans import block_spans
-from transfer.transports.rdma.transport import RdmaTransport
-from transfer.transports.shm.transport import ShmData
-from transfer.transports.tcp.transport import TcpData
 from transfer.types import ReadPlan
 
 NUM_BLOCKS = 256
 BLOCK_BYTES = 65_536
 STALL_AT_BYTES = 3 << 20
 BOUND_S = 2.0 * SLOWNESS
-
-WAY_FOR_BYTES: dict[str, tuple[type, str]] = {
-    "tcp": (TcpData, "open_read"),  # connects data streams
-    "tcp+tls": (TcpData, "open_read"),
-    "shm": (ShmData, "open_read"),  # asks whether the owner admits the read
-    "rdma": (RdmaTransport, "open_data"),  # exchanges queue pairs
-}
-"""What is left to do on the first read from an owner, once hands have been shaken."""
 
 
 class Reader:
@@ -154,7 +143,7 @@ def test_an_owner_that_is_killed_while_it_is_first_connected(
         if step == "handshake":
             stall.stall()
         else:
-            target, method = WAY_FOR_BYTES[reader.case.name]
+            target, method = reader.case.way_for_bytes
             make_way = getattr(target, method)
 
             def unanswered(*arguments: object) -> object:

@@ -15,8 +15,17 @@ from tests.support.transfers.stalling_lanes import StallingLanes
 from tests.support.transfers.stalling_memory import StallingMemory
 from transfer.settings import TransferSettings
 from transfer.transports.process_memory import read_process_memory
+from transfer.transports.rdma.transport import RdmaTransport
 from transfer.transports.rdma.verbs.device import device_names
+from transfer.transports.shm.transport import ShmData
+from transfer.transports.tcp.transport import TcpData
 
+_WAYS_FOR_BYTES: dict[str, tuple[type, str]] = {
+    "tcp": (TcpData, "open_read"),  # connects data streams
+    "tcp+tls": (TcpData, "open_read"),
+    "shm": (ShmData, "open_read"),  # asks whether the owner admits the read
+    "rdma": (RdmaTransport, "open_data"),  # exchanges queue pairs
+}
 _STALLS: dict[str, type[StallingProxy]] = {"shm": StallingMemory, "rdma": StallingLanes}
 
 
@@ -39,6 +48,12 @@ class TransferCase:
     def one_sided(self) -> bool:
         """Whether readers copy without the owner's help."""
         return self.name in ("shm", "rdma")
+
+    @property
+    def way_for_bytes(self) -> tuple[type, str]:
+        """The class and method with what is left to do on the first read from an owner, once hands
+        have been shaken."""
+        return _WAYS_FOR_BYTES[self.name]
 
     def stalled(self, owner_address: str, limit_bytes: int) -> StallingProxy:
         """Makes this process's reads stop once ``limit_bytes`` have come, until it resumes.

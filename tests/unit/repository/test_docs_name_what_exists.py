@@ -17,7 +17,7 @@ CODE = ("bench", "deployments", "serve_app", "tests", "transfer")
 FOLDERS = (*CODE, "docs", "examples", "requirements")
 NOT_OURS = {
     # What the page has its reader write.
-    ("docs/first-change.md", "efa/transport.py"),
+    ("docs/first-change.md", "transfer/transports/efa"),
     # Of another project.
     ("docs/from-mooncake-demo.md", "toy_proxy_server.py"),
 }

@@ -14,7 +14,6 @@ from aiohttp import web
 from deployments.callers.http_body import JsonBody
 from deployments.callers.http_servers import HttpServers
 from serve_app import cli
-from serve_app.edge.bypass import bypass_reason
 from serve_app.proxy import command
 from serve_app.proxy.command import discovery_config, server_urls
 from serve_app.proxy.endpoint import HEAD_TIMEOUT_S, Proxy, ProxyOptions
@@ -74,9 +73,6 @@ def test_a_body_is_read_like_a_model() -> None:
     assert body.prompt == "x"
     with pytest.raises(AttributeError, match="messages"):
         _ = body.messages
-    assert bypass_reason(body) == "echo with logprobs"
-    assert bypass_reason(JsonBody({"prompt": "x", "echo": True}, {})) is None
-    assert bypass_reason(JsonBody({"messages": [], "echo": True}, {})) == "echo of a chat"
     changed = body.model_copy(update={"kv_transfer_params": {"a": 1}})
     assert changed.fields == {**body.fields, "kv_transfer_params": {"a": 1}}
     assert changed.model_copy(update={"kv_transfer_params": None}) == body

@@ -51,6 +51,19 @@ def test_hint_decides_who_may_get_the_call(hint: RouteHint, ranks: list[list[str
     assert chosen(replicas("a", "b", "c"), pending(hint, "more", "arguments")) == ranks
 
 
+@pytest.mark.parametrize(
+    ("hint", "all_may"),
+    [
+        (RouteHint(until_s=1.0), True),
+        (RouteHint(exclude=frozenset("a")), False),
+        (RouteHint(only="a"), False),
+        (RouteHint(only=""), False),
+    ],
+)
+def test_whether_any_replica_will_do(hint: RouteHint, all_may: bool) -> None:
+    assert hint.admits_all is all_may
+
+
 @pytest.mark.parametrize("request_", [None, pending(), pending("an argument"), pending({})])
 def test_call_without_hint_may_go_anywhere(request_: Any) -> None:
     assert chosen(replicas("a", "b"), request_) == [["a", "b"]]

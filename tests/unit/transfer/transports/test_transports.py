@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.servers.certificates import Authority, TlsFiles
+from transfer.addressing import SCHEMES_BEST_FIRST
 from transfer.engine.reading.routes import DataRoutes
 from transfer.errors import ConfigurationError, PeerUnreachable, Phase, TransportUnavailable
 from transfer.settings import TransferSettings
@@ -157,3 +158,9 @@ def test_settings_of_transports() -> None:
 def test_settings_of_transports_that_are_refused(value: object) -> None:
     with pytest.raises(ConfigurationError, match="transports"):
         TransferSettings(transports=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES_BEST_FIRST)
+def test_every_scheme_that_settings_may_name_has_a_transport_of_its_own(scheme: str) -> None:
+    transports = Transports(TransferSettings(transports=(scheme,)))
+    assert [one.scheme for one in transports._by_scheme.values()] == [scheme]
