@@ -22,9 +22,13 @@ from bench.transfer.runner import measure
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.transfer", description=__doc__)
     profile = parser.add_mutually_exclusive_group()
-    profile.add_argument("--quick", action="store_true", help="the bars' cases only, 3 minutes")
+    profile.add_argument(
+        "--quick", action="store_true", help="the bars' cases only, 3 minutes; 4 with --before"
+    )
     profile.add_argument("--smoke", action="store_true", help="tiny sizes, to try it out")
-    parser.add_argument("--rounds", type=int, help="samples of each system in each case")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds of each case; with --before 5 samples in each"
+    )
     parser.add_argument("--limit-minutes", type=float, default=38.0)
     parser.add_argument("--only", action="append", help="systems to run, by name; repeatable")
     parser.add_argument(

@@ -23,7 +23,7 @@ def measure(
 
     In every round each system has one turn, and every round begins with another one, so that
     what else the machine does hits all alike. Between turns a system's processes are stopped:
-    some spin when idle. They serve for all cases, unless the profile wants fresh ones.
+    some spin when idle. They serve for all rounds, unless the profile wants fresh ones.
 
     Args:
         limit_s: rounds and cases that would begin later than that are left out.

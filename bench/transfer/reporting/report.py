@@ -50,7 +50,8 @@ reads p99 is the slowest.
   processor's cache and into another; it scatters nothing. It takes the kernel's congestion control,
   as the other peers do; *reno*: that which Baton takes within a host (docs/adr/0020).
 * **gloo**: `torch.distributed` send and recv of one run of memory; it scatters nothing.
-* **before**: the transfer engine of another revision, with `--before`.
+* **before**: the transfer engine of another revision, with `--before`. Both builds then have fresh
+  processes in every round, as the place of their pages in memory makes about 3 %.
 * **memcpy**: `memmove` of the same blocks within one process, one thread.
 
 A dash is a case that a system does not run. Those that do not let one choose the number of streams
